@@ -1,0 +1,231 @@
+"""Put an adapter plan on a model as a PEFT LoRA, and write the trained change as an ordinary LoRA for the untouched base."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corda_core.decompose import Mode
+from corda_core.modules import base_digest
+from corda_core.plan import AdapterInit, AdapterPlan
+
+Protect = Literal["start", "strict"]
+Residual = Literal["offset", "subtract"]
+
+NOT_PLAIN = "a CorDA offset adapter is no plain LoRA: write it with corda_core.export, and load what that wrote"
+"""Stands in the saved config where PEFT expects a way to initialise: plain PEFT then refuses the folder with this sentence,
+instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong."""
+
+
+class OffsetLora(LoraVariant):
+    """LoRA that starts at zero change from factors that are not zero: ``W x + s (B A x − B0 A0 x)``, A0 and B0 frozen.
+
+    Note:
+        The papers write ``(W − B0 A0) x + B A x``. The function is the same, but here the base weight is never written and
+        the start is bit-identical to the base in any precision.
+    """
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """PEFT's hook for variants that it makes itself; ours are filled by ``attach``."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Return the base's result plus the change."""
+        x = module.lora_dropout[active_adapter](x)
+        now = F.linear(F.linear(x, module.lora_A[active_adapter].weight), module.lora_B[active_adapter].weight)
+        start = F.linear(F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
+        return result + (now - start) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight with the change added."""
+        return orig_weight + _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the change to the base weight in place."""
+        orig_weight.data += _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight with the change taken away again."""
+        return orig_weight - _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+
+def attach(
+    model: nn.Module,
+    plan: AdapterPlan,
+    *,
+    alpha: float | None = None,
+    protect: Protect = "start",
+    residual: Residual = "offset",
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Return the model with the planned adapters on it; its outputs are bit for bit what they were.
+
+    - ``protect="start"`` (as published): A and B train from A0 and B0; the change is ``s (B A − B0 A0)``, s = alpha / r.
+    - ``protect="strict"``: A stays frozen at A0, whose rows carry the least context energy, and B trains from 0; the change
+      is ``s B A0``, an ordinary LoRA with half the trainable parameters.
+
+    A0 and B0 are divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
+
+    Args:
+        model: The base that the plan was made from, or an equal copy.
+        plan: As from ``corda_core.plan``.
+        alpha: LoRA's alpha; None takes the rank, so s = 1.
+        protect: "start" or "strict"; "strict" needs a plan in KPM.
+        residual: "offset" leaves the base weights alone. "subtract" writes ``W − s B0 A0`` into them, the papers' form:
+            one product less per step, but equal to the base only up to rounding.
+        adapter_name: PEFT's name for the adapter.
+
+    Raises:
+        ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
+    """
+    _check_options(plan, protect, residual)
+    digest = base_digest(model, plan.layers)
+    if digest != plan.provenance["base_digest"]:
+        raise ValueError(
+            f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}…: "
+            "attach it to the base it was made from, or make a new plan."
+        )
+    alpha = plan.rank if alpha is None else alpha
+    scaling = alpha / plan.rank
+    ranks = {name: init.rank for name, init in plan.layers.items()}
+    peft_model = get_peft_model(model, _lora_config(ranks, plan.rank, scaling), adapter_name=adapter_name)
+    layers = lora_layers(peft_model, adapter_name)
+    _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
+    for name, layer in layers.items():
+        _fill(layer, plan.layers[name], adapter_name, strict=protect == "strict", subtract=residual == "subtract")
+    if protect == "start":
+        peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
+    return peft_model
+
+
+def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Return the layers that carry this adapter, by their full names in the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+
+
+def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
+    """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
+    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
+    if hasattr(layer, "lora_A0") and adapter_name in layer.lora_A0:
+        A = torch.cat([A, layer.lora_A0[adapter_name].float()])
+        B = torch.cat([B, -layer.lora_B0[adapter_name].float()], dim=1)
+    return A, B * layer.scaling[adapter_name]
+
+
+def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str = "default") -> Path:
+    """Write the change as an ordinary LoRA for the untouched base, and return its folder.
+
+    ``[A; A0]``, ``[B, −B0]``: rank 2r for ``protect="start"``, r for "strict". The scaling is folded into B, so alpha equals
+    the rank in every layer and each consumer reads the same function. Files are replaced one by one, whole or not at all.
+
+    Raises:
+        ValueError: If the model carries no adapter of this name.
+    """
+    layers = lora_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"The model carries no LoRA adapter named {adapter_name!r}; there is nothing to export.")
+    tensors, ranks = {}, {}
+    for name, layer in layers.items():
+        A, B = change_factors(layer, adapter_name)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
+        ranks[name] = len(A)
+    config = _lora_config(ranks, max(ranks.values()), scaling=1.0)
+    config.base_model_name_or_path = model.peft_config[adapter_name].base_model_name_or_path
+    config.task_type = model.peft_config[adapter_name].task_type
+    config.fan_in_fan_out = model.peft_config[adapter_name].fan_in_fan_out
+    config.inference_mode = True
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+        save_file(tensors, Path(fresh) / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(fresh)
+        for file in sorted(Path(fresh).iterdir(), reverse=True):  # weights first: the config names what is whole
+            os.replace(file, folder / file.name)
+    return folder
+
+
+def _lora_config(ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
+    """Return a config whose every layer has its own rank and the one scaling."""
+    odd = {name: r for name, r in ranks.items() if r != rank}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_whole(rank * scaling),
+        target_modules=list(ranks),
+        rank_pattern=odd,
+        alpha_pattern={name: _whole(r * scaling) for name, r in odd.items()},
+        lora_dropout=0.0,
+        bias="none",
+    )
+
+
+def _whole(value: float) -> float:
+    """Return the value as an int where it is one: what most readers of ``adapter_config.json`` expect."""
+    return int(value) if value == int(value) else value
+
+
+def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, *, strict: bool, subtract: bool) -> None:
+    """Give one PEFT layer its starting point."""
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if strict:
+        weight_a.data.copy_(init.A0)
+        weight_b.data.zero_()
+        # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
+        layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
+        weight_a.requires_grad_(False)
+        return
+    root = layer.scaling[adapter_name] ** 0.5
+    weight_a.data.copy_(init.A0 / root)
+    weight_b.data.copy_(init.B0 / root)
+    for key, value in (("lora_A0", weight_a), ("lora_B0", weight_b)):
+        if not hasattr(layer, key):
+            setattr(layer, key, BufferDict({}, persistent=True))
+        getattr(layer, key)[adapter_name] = value.detach().clone()
+    if subtract:
+        base = layer.get_base_layer().weight
+        base.data -= layer.get_delta_weight(adapter_name).to(base.dtype)
+    else:
+        layer.lora_variant[adapter_name] = OffsetLora()
+
+
+def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """Return ``ΔW`` laid out as the base layer stores its weight."""
+    A, B = change_factors(layer, adapter_name)
+    return (B @ A).T if getattr(layer, "fan_in_fan_out", False) else B @ A
+
+
+def _check_options(plan: AdapterPlan, protect: str, residual: str) -> None:
+    if protect not in ("start", "strict"):
+        raise ValueError(f'protect is {protect!r}; expected "start" or "strict".')
+    if residual not in ("offset", "subtract"):
+        raise ValueError(f'residual is {residual!r}; expected "offset" or "subtract".')
+    if protect == "strict" and plan.mode is not Mode.KPM:
+        raise ValueError(
+            f'protect="strict" freezes the directions to keep, which mode="{plan.mode}" does not have; use mode="kpm" or protect="start".'
+        )
+    if protect == "strict" and residual == "subtract":
+        raise ValueError(
+            'residual="subtract" has nothing to subtract with protect="strict", which starts at B = 0; leave residual at "offset".'
+        )
+
+
+def _check_layers(found: dict[str, int], planned: dict[str, int]) -> None:
+    wrong = {name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name)}
+    if wrong:
+        name = min(wrong)
+        raise ValueError(
+            f"PEFT gave {name} the rank {found.get(name)}, planned was {planned.get(name)}; please report this model's layer names."
+        )

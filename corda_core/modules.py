@@ -1,0 +1,97 @@
+"""Which layers are adapted, how their weights lie, and what identifies them."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+def select_linears(
+    model: nn.Module, targets: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Return the full names of the linear layers to adapt, in the order of ``model.named_modules()``.
+
+    Args:
+        model: Any module tree.
+        targets: As in PEFT: a string is a regular expression for the whole name, a sequence holds names or name endings
+            ("q_proj", "layers.0.mlp.up_proj"). None takes every linear layer except the output embedding (``lm_head``).
+        exclude: Layers to leave out, in the same two forms.
+
+    Raises:
+        ValueError: If a pattern matches no linear layer; the text names the closest ones.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+    if targets is None:
+        find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+        output = find_output()
+        chosen = [name for name in linears if output is None or model.get_submodule(name) is not output]
+    else:
+        chosen = _matching(linears, targets, "targets")
+    left_out = set(_matching(linears, exclude, "exclude")) if exclude else set()
+    chosen = [name for name in chosen if name not in left_out]
+    if not chosen:
+        raise ValueError(
+            f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(linears)} linear layers in the model."
+        )
+    return tuple(chosen)
+
+
+def _matching(names: list[str], patterns: str | Sequence[str], option: str) -> list[str]:
+    if isinstance(patterns, str):
+        found = [name for name in names if re.fullmatch(patterns, name)]
+        unmatched = [] if found else [patterns]
+    else:
+        hits = {pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns}
+        unmatched = [pattern for pattern, matched in hits.items() if not matched]
+        found = [name for name in names if any(name in matched for matched in hits.values())]
+    if unmatched:
+        raise ValueError(
+            f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(names, unmatched[0])}. "
+            "A string is a regular expression for the whole name, a list holds name endings."
+        )
+    return found
+
+
+def _closest(names: list[str], pattern: str) -> str:
+    endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    near = get_close_matches(pattern.rsplit(".", 1)[-1], endings, n=3, cutoff=0.4) or list(endings)[:3]
+    return ", ".join(near) if near else "none (the model has no linear layers)"
+
+
+def weight_matrix(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of a linear layer as W (m, n): m outputs, n inputs, whatever way it is stored.
+
+    The tensor shares memory with the layer.
+
+    Raises:
+        ValueError: If the layer is not a linear one, or its weight is packed (quantised).
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, LINEAR_TYPES):
+        raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear or transformers' Conv1D: leave it out with `exclude`.")
+    weight = layer.weight.detach()
+    if not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(f"{name} holds a packed weight ({weight.dtype}, shape {tuple(weight.shape)}); expected a floating-point matrix.")
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def weight_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors: equal if and only if they are bit for bit the same."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_digest(model: nn.Module, names: Iterable[str]) -> str:
+    """Return the digest of the weights of the named layers."""
+    return weight_digest({name: weight_matrix(model, name) for name in names})

@@ -1,0 +1,115 @@
+"""Options as values: frozen dataclasses that refuse contradictions, and their YAML form."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from corda_core import Mode, Split
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CordaConfig:
+    """How an adapter is prepared. The same names as the arguments of ``prepare``."""
+
+    mode: str = "kpm"
+    """"kpm": keep what the context shows; "ipm": learn faster what the context shows."""
+
+    rank: int = 128
+    """r of every layer; clipped where a layer is smaller."""
+
+    alpha: float | None = None
+    """LoRA's alpha; None takes the rank (scaling 1)."""
+
+    targets: str | Sequence[str] | None = None
+    """Layers to adapt, as PEFT's ``target_modules``; None takes every linear layer of the parts."""
+
+    exclude: str | Sequence[str] | None = None
+    """Layers to leave out."""
+
+    parts: Sequence[str] | None = None
+    """Of "language", "vision", "projector"; None takes the language model."""
+
+    split: str = "balanced"
+    """"balanced" or "paper": how the scale of B A is shared between the factors."""
+
+    damping: float = 0.01
+    """λ: C + λ · mean(diag C) · I."""
+
+    residual: str = "offset"
+    """"offset" leaves the base weights alone; "subtract" is the papers' form."""
+
+    protect: str = "start"
+    """"start": A and B train (as published); "strict": A is frozen (KPM only)."""
+
+    num_samples: int = 256
+    """How many samples of context are used at most."""
+
+    batch_size: int = 8
+    """Samples in one forward pass; does not change the result."""
+
+    seed: int = 0
+    """Seed of the draw of samples, where there are more than ``num_samples``."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be right.
+
+        Raises:
+            ValueError: If an option has an impossible value; the text names it.
+        """
+        for option, value, known in (
+            ("mode", self.mode, [str(one) for one in Mode]),
+            ("split", self.split, [str(one) for one in Split]),
+            ("residual", self.residual, ["offset", "subtract"]),
+            ("protect", self.protect, ["start", "strict"]),
+        ):
+            if value not in known:
+                raise ValueError(f"{option} is {value!r}; expected one of {known}.")
+        for option, number in (("rank", self.rank), ("num_samples", self.num_samples), ("batch_size", self.batch_size)):
+            if number < 1:
+                raise ValueError(f"{option} is {number}; expected at least 1.")
+        if self.damping < 0 or (self.alpha is not None and self.alpha <= 0):
+            raise ValueError(f"damping is {self.damping} and alpha {self.alpha}; expected damping >= 0 and alpha > 0.")
+        if self.protect == "strict" and (self.mode != "kpm" or self.residual != "offset"):
+            raise ValueError(f'protect="strict" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.')
+
+
+def read_config(path: Path, schema: type[T]) -> T:
+    """Return the dataclass ``schema`` filled from a YAML file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no mapping, or has a key that the dataclass does not have.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"The config {path} does not exist; the shipped ones are in configs/.")
+    values = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected option: value lines.")
+    return from_mapping(values, schema, str(path))
+
+
+def from_mapping(values: Mapping[str, Any], schema: type[T], source: str) -> T:
+    """Return the dataclass ``schema`` filled from a mapping, nested dataclasses included.
+
+    Raises:
+        ValueError: If a key is unknown; the text names the closest one.
+    """
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = get_close_matches(str(key), fields, n=1)
+            raise ValueError(
+                f"{source}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(fields)}.")
+            )
+    filled = {
+        key: from_mapping(value, fields[key].type, f"{source}, {key}") if dataclasses.is_dataclass(fields[key].type) else value  # type: ignore[arg-type]
+        for key, value in values.items()
+    }
+    return schema(**filled)

@@ -1,0 +1,158 @@
+"""The one call: model and samples in, model with a CorDA adapter out, outputs unchanged."""
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoProcessor
+
+from corda_core import AdapterPlan, Covariance, attach, collect, plan
+from corda_vlm.config import CordaConfig
+from corda_vlm.data import Collator
+from corda_vlm.towers import select_layers, valid_tokens
+
+
+def prepare(
+    model: nn.Module,
+    images_texts: Iterable[Any],
+    mode: str = "kpm",
+    *,
+    processor: Any = None,
+    rank: int = 128,
+    alpha: float | None = None,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
+    split: str = "balanced",
+    damping: float = 0.01,
+    residual: str = "offset",
+    protect: str = "start",
+    num_samples: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> PeftModel:
+    """Return the model with a CorDA adapter that has not changed anything yet: its outputs are bit for bit the base's.
+
+    ``W x`` becomes ``W x + B A x − B0 A0 x``; A and B start at the components A0, B0 of W that matter least (mode "kpm") or
+    most (mode "ipm") for the context in ``images_texts``.
+
+    Args:
+        model: A ``LlavaForConditionalGeneration`` or a causal language model of transformers.
+        images_texts: The context: what is to be kept ("kpm") or learned ("ipm"). Pairs (PIL image or None, text); dicts with
+            ``text``, ``question``/``answer`` or LLaVA ``conversations``, and perhaps ``image``; a ``datasets.Dataset`` of such
+            rows; or ready batches of model inputs.
+        mode: "kpm" or "ipm".
+        processor: Reads the samples: a processor, or a tokenizer for a language model. None looks beside the model's own
+            files on this disk.
+        rank: See ``CordaConfig``, also for the options below.
+        alpha: See ``CordaConfig``.
+        targets: See ``CordaConfig``.
+        exclude: See ``CordaConfig``.
+        parts: See ``CordaConfig``.
+        split: See ``CordaConfig``.
+        damping: See ``CordaConfig``.
+        residual: See ``CordaConfig``.
+        protect: See ``CordaConfig``.
+        num_samples: See ``CordaConfig``. Ready batches are all used.
+        batch_size: See ``CordaConfig``.
+        seed: See ``CordaConfig``.
+
+    Raises:
+        ValueError: If an option, a sample or a layer pattern is not right; the text says which and what to do.
+    """
+    config = CordaConfig(
+        mode=mode,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        exclude=exclude,
+        parts=parts,
+        split=split,
+        damping=damping,
+        residual=residual,
+        protect=protect,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    covariances = collect_context(model, images_texts, config, processor)
+    adapter_plan = plan_adapters(model, covariances, config)
+    return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
+
+
+def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:
+    """Return the covariances of the context for the layers that the config names.
+
+    Raises:
+        ValueError: If an option, a sample or a layer pattern is not right.
+    """
+    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
+    if not are_batches:
+        collate = Collator(processor or _own_processor(model))
+        samples = list(chosen)
+        starts = tqdm(range(0, len(samples), config.batch_size), desc="context", disable=None)
+        chosen = (collate(samples[start : start + config.batch_size]) for start in starts)
+    return collect(model, _model_inputs(model, chosen), names, valid_tokens=valid_tokens(model))
+
+
+def plan_adapters(model: nn.Module, covariances: Mapping[str, Covariance], config: CordaConfig) -> AdapterPlan:
+    """Return the adapter plan of constant rank, showing progress."""
+    return plan(
+        model,
+        covariances,
+        mode=config.mode,
+        rank=config.rank,
+        split=config.split,
+        damping=config.damping,
+        progress=lambda names: tqdm(names, desc="decompose", disable=None),
+    )
+
+
+def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Iterable[Any], bool]:
+    """Return what to use as context, and whether it is ready batches (all of them) or samples (``count`` at most)."""
+    if isinstance(images_texts, Sequence) or (hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")):
+        items: Any = images_texts
+        total = len(items)
+        if total and not _is_batch(items[0]):
+            order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
+            return [items[i] for i in order], False
+    iterator = iter(images_texts)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("images_texts is empty: there is no context to collect; give samples of what the model is to keep (or to learn).")
+    if _is_batch(first):
+        return chain([first], iterator), True
+    return [first, *islice(iterator, count - 1)], False
+
+
+def _is_batch(sample: Any) -> bool:
+    return isinstance(sample, Mapping) and isinstance(sample.get("input_ids"), Tensor)
+
+
+def _own_processor(model: nn.Module) -> Any:
+    """Return the processor beside the model's own files; never from the network."""
+    path = getattr(model.config, "_name_or_path", "")
+    try:
+        return AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No processor was found beside the model ({path or 'no path known'}); pass processor= (or a tokenizer)."
+        ) from error
+
+
+def _model_inputs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the batches on the model's device, asking for the logits of one position only where the model can do that."""
+    trims = "logits_to_keep" in inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    for batch in batches:
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+        if trims:
+            inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
+        yield inputs

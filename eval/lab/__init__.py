@@ -1,0 +1,1 @@
+"""The lab: a small real LLaVA to try everything on."""

@@ -1,0 +1,50 @@
+"""easy-VQA: short questions about one coloured shape (4,000 + 1,000 images of 64 x 64, 13 answers).
+
+Data: the wheel ``easy-vqa`` (MIT, Victor Zhou), installed by the ``demo`` extra; read from its folder, never downloaded here.
+Prompt: the question as it stands. Score: exact match of the lower-cased answer without its final period.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from corda_eval.assets import package_folder
+
+
+@dataclass(frozen=True)
+class VqaExample:
+    """One question about one image."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+    def as_item(self) -> dict[str, object]:
+        """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
+        return {"image": self.image, "question": self.question, "answer": self.answer}
+
+
+def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:
+    """Return the questions of one split in file order, or those at ``indices``.
+
+    Images are opened once each and shared between their questions.
+
+    Raises:
+        ValueError: If ``split`` is not "train" or "test".
+        ModuleNotFoundError: If the wheel ``easy-vqa`` is not installed.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'easy-VQA has the splits "train" and "test", not "{split}".')
+    folder = package_folder("easy_vqa", "easy-vqa==1.0") / "data" / split
+    rows = json.loads((folder / "questions.json").read_text())
+    chosen = rows if indices is None else [rows[i] for i in indices]
+    images = {number: _open(folder / "images" / f"{number}.png") for number in {row[2] for row in chosen}}
+    return [VqaExample(images[number], question, answer) for question, answer, number in chosen]
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
