@@ -114,6 +114,7 @@ def read_sample(item: Item, processor: Any) -> Sample:
         return Sample(images, _chat_segments(turns, len(images), processor), is_chat=_has_template(processor))
     if isinstance(fields.get("text"), str) and fields["text"]:
         text = _place_images(fields["text"], len(images))
+        _check_placeholders(text, len(images))
         return Sample(images, (Segment(text.replace(PLACEHOLDER, image_token(processor)), is_response=False),), is_chat=False)
     raise ValueError(
         f"A sample has the fields {sorted(fields)} but no text; expected `text`, or `question` (and `answer`), or `conversations`."
@@ -151,11 +152,6 @@ def tokenizer_of(processor: Any) -> Any:
 def image_token(processor: Any) -> str:
     """Return the text that stands for an image in this processor's prompts."""
     return getattr(processor, "image_token", PLACEHOLDER)
-
-
-def chat_prompt(question: str, num_images: int, processor: Any) -> str:
-    """Return the text that asks a question, up to where the model's response begins."""
-    return _chat_segments([("user", question)], num_images, processor)[0].text
 
 
 def _chat_segments(turns: list[tuple[str, str]], num_images: int, processor: Any) -> tuple[Segment, ...]:
@@ -205,7 +201,7 @@ def _has_template(processor: Any) -> bool:
 
 
 def _place_images(text: str, num_images: int) -> str:
-    """Return the text with placeholders in front if it names none; check their number otherwise."""
+    """Return the text, with placeholders in front if it names none."""
     if PLACEHOLDER not in text and num_images:
         return f"{PLACEHOLDER}\n" * num_images + text
     return text

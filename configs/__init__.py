@@ -1,0 +1,1 @@
+"""The shipped configurations; a package so that an installed corda-vlm finds them."""

@@ -1,0 +1,125 @@
+"""The decomposition against float64 references: the papers' form with its inverse, and properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from corda_core import Covariance, Mode, decompose, factors
+
+SHAPES = [(12, 20), (16, 16), (20, 12)]
+
+
+def random_case(m: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Covariance]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) * torch.linspace(0.3, 3, n, dtype=torch.float64)
+    return weight.to(dtype), Covariance((inputs.T @ inputs) / len(inputs), len(inputs))
+
+
+def papers_product(weight: Tensor, covariance: Covariance, rank: int, mode: str, damping: float) -> Tensor:
+    """``B A`` of CorDA, section 3.3, as printed: SVD of W C, right factor times the inverse of C."""
+    matrix = covariance.damped(damping)
+    U, S, Vt = torch.linalg.svd(weight.double() @ matrix, full_matrices=False)
+    chosen = slice(len(S) - rank, len(S)) if mode == "kpm" else slice(0, rank)
+    return (U[:, chosen] * S[chosen]) @ (Vt[chosen] @ torch.linalg.inv(matrix))
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("split", ["balanced", "paper"])
+def test_product_is_the_papers(m: int, n: int, mode: str, split: str) -> None:
+    weight, covariance = random_case(m, n)
+    A0, B0 = factors(weight, decompose(weight, covariance, 4, mode), split)
+    expected = papers_product(weight, covariance, 4, mode, 0.01)
+    torch.testing.assert_close((B0.double() @ A0.double()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_papers_split_has_the_papers_factors(m: int, n: int, mode: str) -> None:
+    weight, covariance = random_case(m, n)
+    decomposition = decompose(weight, covariance, 3, mode)
+    A0, B0 = factors(weight, decomposition, "paper")
+    S = torch.linalg.svdvals(weight @ covariance.damped(0.01))[decomposition.components]
+    torch.testing.assert_close(B0.double().norm(dim=0), S.sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(A0.double(), decomposition.basis.T @ weight / S.sqrt()[:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_spectrum_is_that_of_w_c(m: int, n: int) -> None:
+    weight, covariance = random_case(m, n)
+    spectrum = decompose(weight, covariance, 2, "kpm").spectrum
+    torch.testing.assert_close(spectrum, torch.linalg.svdvals(weight @ covariance.damped(0.01)), rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(2, 18), n=st.integers(2, 18), data=st.data())
+def test_eckart_young_in_the_context_norm(m: int, n: int, data: st.DataObject) -> None:
+    """No r directions carry less (KPM) or more (IPM) context energy than the chosen ones: sums of the extreme σ²."""
+    rank = data.draw(st.integers(0, min(m, n)))
+    mode = data.draw(st.sampled_from(list(Mode)))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    damping = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
+    weight, covariance = random_case(m, n, seed=m * 31 + n, dtype=dtype)
+    decomposition = decompose(weight, covariance, rank, mode, damping=damping)
+    basis, product = decomposition.basis, weight.double() @ covariance.damped(damping)
+    assert basis.shape == (m, rank)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
+    singular = torch.linalg.svdvals(product)
+    best = (singular[decomposition.components] ** 2).sum()
+    torch.testing.assert_close((basis.T @ product).square().sum(), best, rtol=1e-6, atol=1e-12 * singular[0].item() ** 2)
+
+
+def test_balanced_split_ignores_the_scale_of_c_and_balances() -> None:
+    weight, covariance = random_case(10, 14)
+    A0, B0 = factors(weight, decompose(weight, covariance, 4, "kpm"))
+    scaled = Covariance(covariance.matrix * 1e6, covariance.num_tokens)
+    A1, B1 = factors(weight, decompose(weight, scaled, 4, "kpm"))
+    torch.testing.assert_close(B1 @ A1, B0 @ A0)
+    torch.testing.assert_close(A1.norm(dim=1), A0.norm(dim=1))
+    torch.testing.assert_close(A0.norm(dim=1), B0.norm(dim=0))
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_singular_covariance_without_damping(m: int, n: int) -> None:
+    weight, _ = random_case(m, n)
+    inputs = torch.randn(3, n, dtype=torch.float64)
+    covariance = Covariance(inputs.T @ inputs / 3, 3)
+    decomposition = decompose(weight, covariance, 4, "kpm", damping=0.0)
+    A0, B0 = factors(weight, decomposition)
+    assert torch.isfinite(A0).all()
+    assert torch.isfinite(B0).all()
+    torch.testing.assert_close(decomposition.basis.T @ decomposition.basis, torch.eye(4, dtype=torch.float64))
+    assert (decomposition.basis.T @ weight @ covariance.matrix).norm() < 1e-6 * (weight @ covariance.matrix).norm()
+
+
+def test_a_direction_without_weight_can_still_learn() -> None:
+    """Where W is rank-deficient a chosen component is zero: B A = 0 there, but B is not, so A gets a gradient."""
+    weight, covariance = random_case(8, 10)
+    weight[0] = 0
+    A0, B0 = factors(weight, decompose(weight, covariance, 2, "kpm"))
+    assert torch.isfinite(A0).all()
+    assert (B0.norm(dim=0) > 0.1).all()
+    assert A0[-1].norm() < 1e-6 * A0[0].norm()
+
+
+def test_refuses_what_cannot_be_decomposed() -> None:
+    weight, covariance = random_case(6, 8)
+    with pytest.raises(ValueError, match="all zero or not finite"):
+        decompose(weight, Covariance(torch.zeros(8, 8), 5), 2, "kpm")
+    with pytest.raises(ValueError, match="not finite"):
+        decompose(weight, Covariance(torch.full((8, 8), torch.nan), 5), 2, "kpm")
+    with pytest.raises(ValueError, match="different layers"):
+        decompose(weight, Covariance(torch.eye(6), 5), 2, "kpm")
+    with pytest.raises(ValueError, match="outside 0"):
+        decompose(weight, covariance, 7, "kpm")
+    with pytest.raises(ValueError, match="qpm"):
+        decompose(weight, covariance, 2, "qpm")
+    zero_row = weight.clone()
+    zero_row[0] = 0
+    decomposition = decompose(zero_row, covariance, 1, "kpm")
+    if decomposition.spectrum[-1] == 0:
+        with pytest.raises(ValueError, match="balanced"):
+            factors(zero_row, decomposition, "paper")

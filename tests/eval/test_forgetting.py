@@ -1,0 +1,20 @@
+"""Gain, drop and their intervals."""
+
+import pytest
+
+from corda_eval.forgetting import drop, paired_interval
+
+
+def test_paired_interval() -> None:
+    before, after = [True] * 60 + [False] * 40, [True] * 40 + [False] * 60
+    low, high = paired_interval(before, after)
+    assert low < -20 < high < 0
+    assert paired_interval(before, before) == (0.0, 0.0)
+    assert paired_interval(before, after) == paired_interval(before, after)
+    with pytest.raises(ValueError, match="Before has 1"):
+        paired_interval([True], [])
+
+
+def test_drop() -> None:
+    assert drop(90, 70) == 20
+    assert drop(14, 20, higher_is_better=False) == 6

@@ -1,0 +1,51 @@
+"""Configs: every shipped one loads, contradictions and unknown keys are refused in the user's words."""
+
+from pathlib import Path
+
+import pytest
+
+from corda_eval.demo import LABELS, DemoConfig
+from corda_vlm import CordaConfig
+from corda_vlm.config import read_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    config = read_config(path, DemoConfig)
+    assert set(config.learning_rates) == set(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "kmp"}, "mode is 'kmp'"),
+        ({"split": "even"}, "split is 'even'"),
+        ({"residual": "none"}, "residual is 'none'"),
+        ({"protect": "whitened"}, "protect is 'whitened'"),
+        ({"rank": 0}, "rank is 0"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"damping": -1.0}, "damping is -1.0"),
+        ({"alpha": 0.0}, "alpha 0.0"),
+        ({"protect": "strict", "mode": "ipm"}, "goes with mode"),
+        ({"protect": "strict", "residual": "subtract"}, "goes with mode"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CordaConfig(**options)
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_config(path, CordaConfig)
+    path.write_text("mode: ipm\nrnak: 3\n")
+    with pytest.raises(ValueError, match="unknown option 'rnak'; did you mean 'rank'"):
+        read_config(path, CordaConfig)
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_config(path, CordaConfig)
+    path.write_text("mode: ipm\nrank: 3\n")
+    assert read_config(path, CordaConfig) == CordaConfig(mode="ipm", rank=3)

@@ -1,0 +1,139 @@
+"""The one call on a tiny LLaVA and a tiny Llama: identical outputs, every form of samples, clear refusals, the whole path."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import tiny_llama, tiny_llava
+from peft import PeftModel
+from torch import Tensor, nn
+
+import corda_vlm
+from corda_core import lora_layers, weight_digest
+from corda_vlm.data import Collator
+
+ALL_PARTS = ("vision", "projector", "language")
+
+
+def logits(model: nn.Module, processor: Any, items: list[Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**Collator(processor)(items)).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [None, ALL_PARTS])
+@pytest.mark.parametrize("protect", ["start", "strict"])
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_llava_is_bit_identical_and_its_base_untouched(dtype: Any, parts: Any, protect: str, processor: Any, samples: list[Any]) -> None:
+    model = tiny_llava().to(dtype)
+    expected = logits(model, processor, samples)
+    digest = weight_digest(model.state_dict())
+    adapted = corda_vlm.prepare(model, samples, processor=processor, rank=4, parts=parts, protect=protect)
+    assert isinstance(adapted, PeftModel)
+    assert torch.equal(logits(adapted, processor, samples), expected)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, processor, samples), expected)
+    assert weight_digest(adapted.unload().state_dict()) == digest
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_the_whole_path(processor: Any, samples: list[Any], tmp_path: Path) -> None:
+    adapted = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=8, parts=ALL_PARTS)
+    start = {name: layer.lora_B["default"].weight.clone() for name, layer in lora_layers(adapted).items()}
+    losses = corda_vlm.fine_tune(adapted, samples, processor, steps=25, batch_size=6, learning_rate=5e-3, seed=0)
+    assert losses[-1][1] < 0.7 * losses[0][1]
+    assert all(not torch.equal(layer.lora_B["default"].weight, start[name]) for name, layer in lora_layers(adapted).items())
+    corda_vlm.export(adapted, tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, processor, samples), logits(adapted, processor, samples), rtol=0, atol=1e-5)
+
+
+def test_dead_vision_blocks_are_left_out(llava: Any) -> None:
+    names = corda_vlm.select_layers(llava, parts=["vision"])
+    assert {name.split("layers.")[1][0] for name in names} == {"0", "1"}
+    llava.config.vision_feature_layer = -1
+    assert any("layers.2" in name for name in corda_vlm.select_layers(llava, parts=["vision"]))
+
+
+def test_parts_and_targets(llava: Any) -> None:
+    assert all(name.startswith("model.language_model") for name in corda_vlm.select_layers(llava))
+    assert len(corda_vlm.select_layers(llava, parts=["projector"])) == 2
+    # Bare "q_proj" also stands in the vision tower: `parts` keeps it where it belongs.
+    assert len(corda_vlm.select_layers(llava, targets=["q_proj"])) == 2
+    with pytest.raises(ValueError, match=r"\['audio'\] is not what Llava"):
+        corda_vlm.select_layers(llava, parts=["audio"])
+    with pytest.raises(ValueError, match="none of them in parts"):
+        corda_vlm.select_layers(llava, targets=["linear_1"], parts=["language"])
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_every_form_of_samples_gives_the_same_plan(processor: Any, samples: list[Any]) -> None:
+    def rows() -> Iterator[Any]:
+        yield from samples
+
+    batches = [Collator(processor)(samples[start : start + 5]) for start in range(0, len(samples), 5)]
+    table = datasets.Dataset.from_list([{k: v for k, v in one.items() if k != "image"} for one in samples])
+    table = table.add_column("image", [one["image"] for one in samples], feature=datasets.Image())
+    config = corda_vlm.CordaConfig(rank=4, batch_size=5)
+    reference = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
+    for form in (rows(), table, batches, iter(batches)):
+        found = corda_vlm.collect_context(tiny_llava(), form, config, processor)
+        for name, covariance in reference.items():
+            torch.testing.assert_close(found[name].matrix, covariance.matrix, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_size_does_not_change_the_covariances(processor: Any, samples: list[Any]) -> None:
+    mixed = [*samples, (None, "a red circle"), {"question": "what shape is this ?", "answer": "a circle"}]
+    one, many = (
+        corda_vlm.collect_context(tiny_llava(), mixed, corda_vlm.CordaConfig(batch_size=size, parts=ALL_PARTS), processor)
+        for size in (1, 14)
+    )
+    for name, covariance in one.items():
+        assert many[name].num_tokens == covariance.num_tokens
+        torch.testing.assert_close(many[name].matrix, covariance.matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_a_language_model_takes_its_tokenizer(tokenizer: Any) -> None:
+    texts = [(None, "a red circle in this shape is blue"), {"text": "the color is green"}] * 20
+    model = tiny_llama()
+    expected = logits(model, tokenizer, texts[:2])
+    adapted = corda_vlm.prepare(model, texts, "ipm", processor=tokenizer, rank=4)
+    assert torch.equal(logits(adapted, tokenizer, texts[:2]), expected)
+    assert len(lora_layers(adapted)) == 14
+
+
+def test_the_processor_is_found_beside_the_model(tokenizer: Any, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = type(tiny_llama()).from_pretrained(tmp_path)
+    assert corda_vlm.prepare(model, [(None, "a red circle")] * 40, rank=2)
+
+
+def test_more_samples_than_wanted_are_drawn_by_seed(tokenizer: Any) -> None:
+    texts = [(None, word) for word in "red blue green circle a one two shape".split() * 4]
+    drawn = [
+        corda_vlm.collect_context(tiny_llama(), texts, corda_vlm.CordaConfig(num_samples=5, seed=seed), tokenizer) for seed in (0, 0, 1)
+    ]
+    name = next(iter(drawn[0]))
+    assert drawn[0][name].num_tokens == 5
+    assert torch.equal(drawn[0][name].matrix, drawn[1][name].matrix)
+    assert not torch.equal(drawn[0][name].matrix, drawn[2][name].matrix)
+
+
+def test_mistakes_get_one_clear_sentence(processor: Any, samples: list[Any], tokenizer: Any) -> None:
+    for empty in ([], iter([])):
+        with pytest.raises(ValueError, match="images_texts is empty"):
+            corda_vlm.prepare(tiny_llava(), empty, processor=processor)
+    with pytest.raises(ValueError, match="'q_prj' matches no linear layer; closest: .*q_proj"):
+        corda_vlm.prepare(tiny_llava(), samples, processor=processor, targets=["q_prj"])
+    with pytest.raises(ValueError, match="No processor was found"):
+        corda_vlm.prepare(tiny_llava(), samples)
+    with pytest.raises(ValueError, match="never ran"):
+        corda_vlm.prepare(tiny_llava(), [(None, "a red circle")], processor=processor, parts=ALL_PARTS)
+    with pytest.raises(ValueError, match="mode is 'both'"):
+        corda_vlm.prepare(tiny_llava(), samples, "both", processor=processor)
+    with pytest.warns(UserWarning, match="saw 3 tokens"), pytest.warns(UserWarning, match=r"rank 40 is larger than min\(m, n\)"):
+        corda_vlm.prepare(tiny_llama(), [(None, "a red circle")], processor=tokenizer, rank=40)
