@@ -30,7 +30,7 @@ from corda_core import AdapterPlan, Covariance, attach, change_factors, context_
 from corda_eval.assets import DATA_PACKAGES, package_folder
 from corda_eval.describe import describe_run
 from corda_eval.exports import REFERENCE, check_exports
-from corda_eval.forgetting import drop, paired_interval
+from corda_eval.forgetting import drop, paired_interval, perplexity_interval
 from corda_eval.lab.base import lab_folder, load_lab
 from corda_eval.suite import WINDOW, Measurement, Suite, load_suite, measure, questions_of
 from corda_eval.text.perplexity import held_out_text, text_windows
@@ -250,7 +250,8 @@ def _count(suite: Suite, task: str) -> int:
 def _intervals(base: Measurement, tuned: Measurement) -> dict[str, tuple[float, float]]:
     if tuned is base:
         return {}
-    return {task: paired_interval(base.hits[task], tuned.hits[task]) for task in base.hits}
+    accuracies = {task: paired_interval(base.hits[task], tuned.hits[task]) for task in base.hits}
+    return accuracies | {"text": perplexity_interval(base.window_losses, tuned.window_losses)}
 
 
 def _save_reference(model: PeftModel, processor: Any, suite: Suite, folder: Path) -> None:

@@ -5,18 +5,41 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def paired_interval(before: Sequence[bool], after: Sequence[bool], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
     """Return the 95 % interval of ``after − before`` in points of accuracy, by paired bootstrap over the examples.
 
     Raises:
         ValueError: If the two do not have the same number of examples, at least one.
     """
+    drawn = _resample(before, after)
+    return _interval(100 * (drawn[1] - drawn[0]))
+
+
+def perplexity_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the change of perplexity, by paired bootstrap over windows of one length.
+
+    Args:
+        before: Mean loss of each window, in nats a token.
+        after: The same of the tuned model.
+
+    Raises:
+        ValueError: If the two do not have the same number of windows, at least one.
+    """
+    drawn = np.exp(_resample(before, after))
+    return _interval(drawn[1] - drawn[0])
+
+
+def _resample(before: Sequence[float], after: Sequence[float]) -> np.ndarray:
+    """Return the means (2, 2000) of both over the same examples drawn with replacement, from a fixed seed."""
     if len(before) != len(after) or not before:
         raise ValueError(f"Before has {len(before)} examples, after {len(after)}: a paired comparison needs the same ones, at least one.")
-    change = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = 100 * change[generator.integers(len(change), size=(draws, len(change)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    values = np.asarray([before, after], dtype=float)
+    chosen = np.random.default_rng(0).integers(len(before), size=(2000, len(before)))
+    return values[:, chosen].mean(axis=2)
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(draws, [2.5, 97.5])
     return round(float(low), 2), round(float(high), 2)
 
 

@@ -1,5 +1,6 @@
 """The lab's suite: one target and three kept tasks, measured by the same code before and after."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from corda_eval.text.facts import facts_scores, load_facts
-from corda_eval.text.perplexity import held_out_text, perplexity, text_windows
+from corda_eval.text.perplexity import held_out_text, text_windows, window_losses
 from corda_eval.vqa.answer import answer_questions, exact_match
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
@@ -29,11 +30,17 @@ class Suite:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores by task (percent, perplexity for "text") and the single answers."""
+    """Scores by task: percent, perplexity for "text"."""
 
     scores: dict[str, float]
     hits: dict[str, list[bool]] = field(default_factory=dict)
+    """By task, whether each example was right."""
+
     answers: dict[str, list[str]] = field(default_factory=dict)
+    """By task, what the model said to each example."""
+
+    window_losses: list[float] = field(default_factory=list)
+    """Mean loss of each window of held-out text, in nats a token."""
 
 
 def load_suite(tokenizer: Any, *, digits: str, num_digits: int, easy_vqa: range, num_facts: int, num_windows: int) -> Suite:
@@ -62,7 +69,8 @@ def measure(model: Any, processor: Any, suite: Suite, progress: Progress = lambd
         result = facts_scores(model, processor.tokenizer, limit=suite.num_facts)
         _record(measured, "facts", [fact.choices[place] for fact, place in zip(facts, result.predictions, strict=True)], result.hits)
     if suite.windows:
-        measured.scores["text"] = perplexity(model, suite.windows, progress=lambda steps: progress(list(steps), "text"))
+        measured.window_losses.extend(window_losses(model, suite.windows, progress=lambda steps: progress(list(steps), "text")))
+        measured.scores["text"] = math.exp(sum(measured.window_losses) / len(measured.window_losses))
     return measured
 
 

@@ -67,7 +67,6 @@ def perplexity(
     return math.exp(mean_loss(model, windows, batch_size=batch_size, progress=progress))
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module,
     windows: Sequence[Tensor],
@@ -75,13 +74,26 @@ def mean_loss(
     batch_size: int = 4,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> float:
-    """Return the mean negative log-likelihood of the predicted tokens, in nats a token.
+    """Return the mean negative log-likelihood of the predicted tokens, in nats a token."""
+    losses = window_losses(model, windows, batch_size=batch_size, progress=progress)
+    return sum(losses) / len(losses)
 
-    The log-softmax is taken in float32 whatever the model's type; sums are kept in float64 and divided once.
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    *,
+    batch_size: int = 4,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> list[float]:
+    """Return each window's mean negative log-likelihood over its predicted tokens, in nats a token.
+
+    The log-softmax is taken in float32 whatever the model's type, the mean in float64.
 
     Args:
         model: A model whose forward pass takes ``input_ids`` and ``attention_mask`` and returns ``logits``.
-        windows: Token ids, all windows of one length of at least 2.
+        windows: Token ids, all windows of one length of at least 2, so that a mean over windows is one over tokens.
         batch_size: Windows in one forward pass; takes 4 bytes x batch x length x vocabulary for the log-softmax.
         progress: Wraps the iterable of batches, a progress bar for instance.
 
@@ -92,16 +104,14 @@ def mean_loss(
     if len(lengths) != 1 or min(lengths) < 2:
         raise ValueError(f"The windows have the lengths {sorted(lengths)}; expected windows of one length of at least 2 tokens.")
     device = next(model.parameters()).device
-    total = 0.0
-    predicted = 0
+    means: list[float] = []
     with evaluation_mode(model):
         for ids in progress(torch.stack(tuple(windows)).split(batch_size)):
             ids = ids.to(device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
             losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            total += losses.double().sum().item()
-            predicted += losses.numel()
-    return total / predicted
+            means += losses.double().view(len(ids), -1).mean(1).tolist()
+    return means
 
 
 @contextmanager

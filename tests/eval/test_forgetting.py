@@ -2,7 +2,7 @@
 
 import pytest
 
-from corda_eval.forgetting import drop, paired_interval
+from corda_eval.forgetting import drop, paired_interval, perplexity_interval
 
 
 def test_paired_interval() -> None:
@@ -13,6 +13,13 @@ def test_paired_interval() -> None:
     assert paired_interval(before, after) == paired_interval(before, after)
     with pytest.raises(ValueError, match="Before has 1"):
         paired_interval([True], [])
+
+
+def test_perplexity_interval() -> None:
+    before = [2.0, 3.0, 2.5, 2.2] * 5
+    low, high = perplexity_interval(before, [loss + 0.1 for loss in before])
+    assert 0 < low < high
+    assert perplexity_interval(before, before) == (0.0, 0.0)
 
 
 def test_drop() -> None:

@@ -113,7 +113,7 @@ def test_the_processor_is_found_beside_the_model(tokenizer: Any, tmp_path: Path)
 
 
 def test_more_samples_than_wanted_are_drawn_by_seed(tokenizer: Any) -> None:
-    texts = [(None, word) for word in "red blue green circle a one two shape".split() * 4]
+    texts = [(None, word) for word in ["red", "blue", "green", "circle", "a", "one", "two", "shape"] * 4]
     drawn = [
         corda_vlm.collect_context(tiny_llama(), texts, corda_vlm.CordaConfig(num_samples=5, seed=seed), tokenizer) for seed in (0, 0, 1)
     ]
