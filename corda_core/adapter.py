@@ -40,10 +40,12 @@ class OffsetLora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the base's result plus the change."""
-        x = module.lora_dropout[active_adapter](x)
-        now = F.linear(F.linear(x, module.lora_A[active_adapter].weight), module.lora_B[active_adapter].weight)
-        start = F.linear(F.linear(x, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
-        return result + (now - start) * module.scaling[active_adapter]
+        # As a matrix of tokens: with more axes torch picks the kernel by memory layout and by whether the weight wants a gradient,
+        # which A does and A0 does not, and equal factors would give unequal products.
+        rows = module.lora_dropout[active_adapter](x).reshape(-1, x.shape[-1])
+        now = F.linear(F.linear(rows, module.lora_A[active_adapter].weight), module.lora_B[active_adapter].weight)
+        start = F.linear(F.linear(rows, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
+        return result + ((now - start) * module.scaling[active_adapter]).view(result.shape)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from corda_core import AdapterPlan, Covariance, attach, collect, plan
 from corda_vlm.config import CordaConfig
 from corda_vlm.data import Collator
-from corda_vlm.towers import select_layers, valid_tokens
+from corda_vlm.towers import parts_of, select_layers, valid_tokens
 
 
 def prepare(
@@ -139,8 +139,9 @@ def _is_batch(sample: Any) -> bool:
 def _own_processor(model: nn.Module) -> Any:
     """Return the processor beside the model's own files; never from the network."""
     path = getattr(model.config, "_name_or_path", "")
+    reader = AutoProcessor if "vision" in parts_of(model) else AutoTokenizer
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=True)
+        return reader.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No processor was found beside the model ({path or 'no path known'}); pass processor= (or a tokenizer)."

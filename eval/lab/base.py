@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -90,7 +91,7 @@ def assemble_lab(vision_state: dict[str, Tensor] | None) -> tuple[LlavaForCondit
             num_attention_heads=4,
             projection_dim=192,
         ),
-        text_config=language.config,
+        text_config=_plain_config(language.config),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         # The last block's output: with LLaVA's usual -2 the fifth block would be dead weight.
@@ -144,6 +145,11 @@ def _read_language_model() -> tuple[AutoModelForCausalLM, PreTrainedTokenizerFas
     where = next(folder.rglob("*.gguf")).parent
     language = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf, dtype=torch.float32).to(torch.bfloat16)
     return language, _with_image_token(AutoTokenizer.from_pretrained(where, gguf_file=gguf))
+
+
+def _plain_config(config: LlamaConfig) -> LlamaConfig:
+    """Return the config without the mark of the GGUF file: its weights are dequantised, but Trainer would refuse them."""
+    return LlamaConfig.from_dict({key: value for key, value in config.to_dict().items() if key != "quantization_config"})
 
 
 def _with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

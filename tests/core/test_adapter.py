@@ -62,6 +62,22 @@ def test_start_is_bit_identical_and_the_base_untouched(family: str, dtype: torch
     assert base_digest(adapted.unload(), names) == digest
 
 
+def test_start_is_bit_identical_for_inputs_that_are_not_contiguous() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(48, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x[:, 1:])
+
+    model, x = Sliced(), torch.randn(6, 9, 48)
+    with torch.no_grad():
+        expected = model(x)
+        adapted = attach(model, plan(model, collect(model, [{"x": x}], ["proj"]), mode="kpm", rank=8))
+        assert torch.equal(adapted(x), expected)
+
+
 def test_change_is_the_formula() -> None:
     """W x + s (B A x − B0 A0 x), against dense float64 matrices."""
     model = tiny_llama()
@@ -115,11 +131,13 @@ LOAD = """
 import sys, torch
 from peft import PeftModel
 from safetensors.torch import load_file
-sys.path.insert(0, sys.argv[3])
-from test_adapter import FAMILIES, logits
-model = PeftModel.from_pretrained(FAMILIES[sys.argv[2]](), sys.argv[1]).eval()
-assert not any("corda" in module for module in sys.modules if not module.startswith("corda_core")), "plain peft only"
-print((logits(model) - load_file(sys.argv[1] + "/reference.safetensors")["logits"]).abs().max().item())
+from transformers import AutoModelForCausalLM
+folder, base = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+assert "corda_core" not in sys.modules
+reference = load_file(folder + "/reference.safetensors")
+with torch.no_grad():
+    print((model(input_ids=reference["ids"]).logits - reference["logits"]).abs().max().item())
 """
 
 
@@ -129,20 +147,14 @@ def test_export_is_an_ordinary_lora_in_a_new_process(family: str, protect: str, 
     model = FAMILIES[family]()
     adapted = trained(attach(model, planned(model, rank=20), protect=protect, residual=residual, alpha=alpha))
     folder = export(adapted, tmp_path / "adapter")
-    save_file({"logits": logits(adapted)}, folder / "reference.safetensors")
-    arguments = [sys.executable, "-c", LOAD, str(folder), family, str(Path(__file__).parent)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=_environment())
+    save_file({"ids": IDS, "logits": logits(adapted)}, folder / "reference.safetensors")
+    FAMILIES[family]().save_pretrained(tmp_path / "base")
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder), str(tmp_path / "base")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 1e-5
     assert {file.name for file in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "reference.safetensors"}
     ranks = {len(value) for key, value in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key}
     assert max(ranks) == (20 if protect == "strict" else 40)
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,11 +184,12 @@ def test_context_drift_is_the_dense_ratio() -> None:
     names = select_linears(model)
     covariances = collect(model, [{"input_ids": torch.randint(2, 20, (8, 16))}], names)
     adapted = attach(model, plan(model, covariances, mode="kpm", rank=RANK))
-    assert max(context_drift(adapted, covariances).values()) == 0
+    assert max(context_drift(adapted, covariances).values()) < 1e-5
     trained(adapted)
     for name, found in context_drift(adapted, covariances).items():
         layer = lora_layers(adapted)[name]
-        root = torch.linalg.cholesky(covariances[name].damped(1e-9))
+        values, vectors = torch.linalg.eigh(covariances[name].matrix.double())
+        root = vectors * values.clamp(min=0).sqrt()
         A, B = change_factors(layer)
         expected = (B.double() @ A.double() @ root).norm() / (layer.get_base_layer().weight.double() @ root).norm()
         assert found == pytest.approx(expected.item(), rel=1e-3)

@@ -43,8 +43,8 @@ def test_llava_is_bit_identical_and_its_base_untouched(dtype: Any, parts: Any, p
 def test_the_whole_path(processor: Any, samples: list[Any], tmp_path: Path) -> None:
     adapted = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=8, parts=ALL_PARTS)
     start = {name: layer.lora_B["default"].weight.clone() for name, layer in lora_layers(adapted).items()}
-    losses = corda_vlm.fine_tune(adapted, samples, processor, steps=25, batch_size=6, learning_rate=5e-3, seed=0)
-    assert losses[-1][1] < 0.7 * losses[0][1]
+    losses = corda_vlm.fine_tune(adapted, samples, processor, steps=40, batch_size=6, learning_rate=2e-2, seed=0)
+    assert losses[-1][1] < losses[0][1] - 0.3
     assert all(not torch.equal(layer.lora_B["default"].weight, start[name]) for name, layer in lora_layers(adapted).items())
     corda_vlm.export(adapted, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()
@@ -75,8 +75,7 @@ def test_every_form_of_samples_gives_the_same_plan(processor: Any, samples: list
         yield from samples
 
     batches = [Collator(processor)(samples[start : start + 5]) for start in range(0, len(samples), 5)]
-    table = datasets.Dataset.from_list([{k: v for k, v in one.items() if k != "image"} for one in samples])
-    table = table.add_column("image", [one["image"] for one in samples], feature=datasets.Image())
+    table = datasets.Dataset.from_list(samples)
     config = corda_vlm.CordaConfig(rank=4, batch_size=5)
     reference = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
     for form in (rows(), table, batches, iter(batches)):
