@@ -5,9 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from corda_vlm.data import Collator, Item
 
@@ -55,13 +56,27 @@ def fine_tune(
             logging_steps=1,
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
             data_seed=seed,
         )
         trainer = Trainer(model, arguments, train_dataset=items, data_collator=Collator(processor, with_labels=True, trim_logits=trims))
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_LossBar)
         trainer.train()
     model.eval()
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class _LossBar(ProgressCallback):
+    """The Trainer's bar with the time left, showing the loss beside it instead of a line a step."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the last loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"])
 
 
 def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:

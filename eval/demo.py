@@ -117,6 +117,8 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     )
     measured = {"base": measure(model, processor, suite, _bar("base"))}
     covariances, plan = context_plan(model, processor, config)
+    base = {"name": "lab LLaVA (SmolLM2-135M-Instruct + CLIP tower)", "parameters": sum(p.numel() for p in model.parameters())}
+    decomposition = describe_plan(model, plan)
     methods: dict[str, dict[str, Any]] = {"base": {"label": "Base"}}
     for method, rate in config.learning_rates.items():
         model, processor = load_lab()
@@ -133,10 +135,10 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     exports = check_exports(lab_folder(), [output / "adapters" / method for method in config.learning_rates])
     summary = describe_run(config, command, start) | {
         "title": "Teaching a LLaVA to read digits: what it gained, what it forgot",
-        "base": {"name": "lab LLaVA (SmolLM2-135M-Instruct + CLIP tower)", "parameters": sum(p.numel() for p in model.parameters())},
+        "base": base,
         "tasks": {task: entry | {"n": _count(suite, task)} for task, entry in TASKS.items() if task in measured["base"].scores},
         "methods": methods,
-        "decomposition": describe_plan(model, plan),
+        "decomposition": decomposition,
         "export": exports,
         "examples": _examples(measured, suite),
     }
@@ -151,7 +153,8 @@ def context_plan(model: Any, processor: Any, config: DemoConfig) -> tuple[dict[s
     generator = random.Random(config.seed)
     questions = load_easy_vqa("train", indices=sorted(generator.sample(range(38_575), config.context_questions)))
     tokenizer = processor.tokenizer
-    texts = [tokenizer.decode(window) for window in text_windows(held_out_text()[0], tokenizer, WINDOW, config.context_texts)]
+    windows = text_windows(held_out_text()[0], tokenizer, WINDOW, config.context_texts) if config.context_texts else []
+    texts = [tokenizer.decode(window) for window in windows]
     samples: list[Any] = [question.as_item() for question in questions] + [(None, text) for text in texts]
     corda = CordaConfig(rank=config.rank, parts=config.parts, num_samples=len(samples), seed=config.seed)
     covariances = collect_context(model, samples, corda, processor)
