@@ -258,12 +258,12 @@ def _intervals(base: Measurement, tuned: Measurement) -> dict[str, tuple[float, 
 
 
 def _save_reference(model: PeftModel, processor: Any, suite: Suite, folder: Path) -> None:
-    """Write the tuned model's float32 logits on a few questions beside its export, for ``check_exports`` to compare with."""
+    """Write the float32 logits with which the tuned model begins its answers to eight questions, for ``check_exports``."""
     batch = Collator(processor)([{"image": e.image, "question": e.question} for e in (*suite.digits[:4], *suite.easy_vqa[:4])])
     model.float()
     model.get_base_model().set_attn_implementation("sdpa")  # what a freshly loaded base uses
     with torch.inference_mode():
-        logits = model(**batch).logits
+        logits = model(**batch).logits[:, -1]
     save_file({**batch, "logits": logits.contiguous()}, folder / REFERENCE)
 
 

@@ -2,7 +2,9 @@
 
     python -m corda_eval.exports BASE_FOLDER ADAPTER_FOLDER ...
 
-Each adapter folder holds ``reference.safetensors``: a batch of model inputs and the tuned model's float32 ``logits``.
+Each adapter folder holds ``reference.safetensors``: a left-padded batch of model inputs and the tuned model's float32 ``logits``
+at the last position, where an answer begins. (Over all positions float32 itself is not that sharp here: the base's logits differ by
+1.5e-4 from its float64 ones.)
 """
 
 import json
@@ -44,8 +46,7 @@ def main(base: str, adapters: Sequence[str]) -> None:
         batch = load_file(Path(folder) / REFERENCE)
         expected = batch.pop("logits")
         with torch.inference_mode():
-            # What stands at padding is nobody's prediction, and differs between attention kernels.
-            difference = (tuned(**batch).logits - expected)[batch["attention_mask"].bool()].abs().max().item()
+            difference = (tuned(**batch).logits[:, -1] - expected).abs().max().item()
         found.append({"path": folder, "rank": tuned.peft_config["default"].r, "max_logit_difference": difference})
     print(json.dumps(found))
 
