@@ -26,7 +26,9 @@ instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong
 
 
 class OffsetLora(LoraVariant):
-    """LoRA that starts at zero change from factors that are not zero: ``W x + s (B A x − B0 A0 x)``, A0 and B0 frozen.
+    """LoRA that starts at zero change from factors that are not zero: ``W x + s (B A − B0 A0) x``, A0 and B0 frozen.
+
+    Computed as ``s ((B − B0) A x + B0 (A − A0) x)``.
 
     Note:
         The papers write ``(W − B0 A0) x + B A x``. The function is the same, but here the base weight is never written and
@@ -40,12 +42,12 @@ class OffsetLora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the base's result plus the change."""
-        # As a matrix of tokens: with more axes torch picks the kernel by memory layout and by whether the weight wants a gradient,
-        # which A does and A0 does not, and equal factors would give unequal products.
-        rows = module.lora_dropout[active_adapter](x).reshape(-1, x.shape[-1])
-        now = F.linear(F.linear(rows, module.lora_A[active_adapter].weight), module.lora_B[active_adapter].weight)
-        start = F.linear(F.linear(rows, module.lora_A0[active_adapter]), module.lora_B0[active_adapter])
-        return result + ((now - start) * module.scaling[active_adapter]).view(result.shape)
+        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        A0, B0 = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
+        x = module.lora_dropout[active_adapter](x)
+        # Differences of factors, not of products: exactly zero at the start whatever kernels torch picks, and no cancellation later.
+        change = F.linear(F.linear(x, A), B - B0) + F.linear(F.linear(x, A - A0), B0)
+        return result + change * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -122,15 +124,15 @@ def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Ten
     """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
     A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
     if hasattr(layer, "lora_A0") and adapter_name in layer.lora_A0:
-        A = torch.cat([A, layer.lora_A0[adapter_name].float()])
-        B = torch.cat([B, -layer.lora_B0[adapter_name].float()], dim=1)
+        A0, B0 = layer.lora_A0[adapter_name].float(), layer.lora_B0[adapter_name].float()
+        A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
     return A, B * layer.scaling[adapter_name]
 
 
 def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str = "default") -> Path:
     """Write the change as an ordinary LoRA for the untouched base, and return its folder.
 
-    ``[A; A0]``, ``[B, −B0]``: rank 2r for ``protect="start"``, r for "strict". The scaling is folded into B, so alpha equals
+    ``[A; A − A0]``, ``[B − B0, B0]``: rank 2r for ``protect="start"``, r for "strict". The scaling is folded into B, so alpha equals
     the rank in every layer and each consumer reads the same function. Files are replaced one by one, whole or not at all.
 
     Raises:

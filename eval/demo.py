@@ -106,7 +106,7 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     """Run the demo, write its files into ``output`` and return the summary."""
     start = time.time()
     output.mkdir(parents=True, exist_ok=True)
-    model, processor = load_lab()
+    model, processor = fresh_lab()
     suite = load_suite(
         processor.tokenizer,
         digits="test",
@@ -121,7 +121,7 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     decomposition = describe_plan(model, plan)
     methods: dict[str, dict[str, Any]] = {"base": {"label": "Base"}}
     for method, rate in config.learning_rates.items():
-        model, processor = load_lab()
+        model, processor = fresh_lab()
         adapted, methods[method] = adapt(method, model, processor, plan, config, rate)
         measured[method] = measure(adapted, processor, suite, _bar(method))
         drifts = context_drift(adapted, covariances).values()
@@ -148,6 +148,13 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     return summary
 
 
+def fresh_lab() -> tuple[Any, Any]:
+    """Return an untouched lab model with the attention kernel that all models of the demo are trained and measured with."""
+    model, processor = load_lab()
+    model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel at 40 tokens
+    return model, processor
+
+
 def context_plan(model: Any, processor: Any, config: DemoConfig) -> tuple[dict[str, Covariance], AdapterPlan]:
     """Return covariances and plan for the kept context: training questions of easy-VQA with their answers, and text."""
     generator = random.Random(config.seed)
@@ -170,7 +177,6 @@ def adapt(
         adapted = attach_lora(model, select_layers(model, parts=config.parts), config.rank)
     else:
         adapted = attach(model, plan, protect="strict" if method == "kpm_strict" else "start")
-    model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel at 40 tokens
     items = [example.as_item() for example in load_digit_questions("train")]
     start = time.time()
     losses = fine_tune(

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from corda_core import context_drift
-from corda_eval.demo import DemoConfig, adapt, context_plan
-from corda_eval.lab.base import load_lab
+from corda_eval.demo import DemoConfig, adapt, context_plan, fresh_lab
 from corda_eval.suite import load_suite, measure
 from corda_vlm.config import read_config
 
@@ -34,14 +33,14 @@ def sweep(
     output.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     finished = {(run["method"], run["learning_rate"]) for run in done if run["config"] == _key(options)}
-    model, processor = load_lab()
+    model, processor = fresh_lab()
     covariances, plan = context_plan(model, processor, options)
     suite = load_suite(processor.tokenizer, digits="validation", num_digits=200, easy_vqa=VALIDATION_QUESTIONS, num_facts=0, num_windows=8)
     for rate in map(float, rates.split(",")):
         for method in methods.split(","):
             if (method, rate) in finished:
                 continue
-            model, processor = load_lab()
+            model, processor = fresh_lab()
             adapted, trained = adapt(method, model, processor, plan, options, rate)
             drifts = context_drift(adapted, covariances).values()
             run = {"method": method, "learning_rate": rate, "config": _key(options), "final_loss": trained["losses"][-1][1]}
