@@ -6,11 +6,12 @@ when first used (matplotlib by `corda_vlm.plots`).
 
 import importlib
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from corda_vlm.files import write_whole
 
 BASE = "base"
 """Key of the untouched model among the methods."""
@@ -54,7 +55,7 @@ class Cell:
 def write_report(summary: Mapping[str, Any], path: Path) -> None:
     """Write the page; a file already at `path` stays as it is unless the new page is complete."""
     require_extra()
-    _replace(path, _render(summary).encode())
+    write_whole(path, _render(summary).encode())
 
 
 def draw_headline(summary: Mapping[str, Any], path: Path) -> None:
@@ -62,7 +63,7 @@ def draw_headline(summary: Mapping[str, Any], path: Path) -> None:
     require_extra()
     from corda_vlm import plots
 
-    _replace(path, plots.headline(summary))
+    write_whole(path, plots.headline(summary))
 
 
 def require_extra() -> None:
@@ -172,12 +173,3 @@ def _render(summary: Mapping[str, Any]) -> str:
         plots=plots.panels(summary),
         is_right=_is_right,
     )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ and the adapters, exported as ordinary LoRAs and checked in a new process.
 import base64
 import io
 import json
-import os
 import random
 import time
 from collections.abc import Iterable, Mapping
@@ -38,6 +37,7 @@ from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters, select_layers
 from corda_vlm.data import Collator
+from corda_vlm.files import write_whole
 
 LABELS = {"lora": "LoRA", "kpm_start": "CorDA KPM, start", "kpm_strict": "CorDA KPM, strict"}
 TASKS: dict[str, dict[str, Any]] = {
@@ -143,8 +143,8 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
         "examples": _examples(measured, suite),
     }
     summary["verdict"] = verdict(summary)
-    _write(output / "summary.json", json.dumps(summary, indent=1))
-    _write(output / "predictions.jsonl", "".join(_prediction_lines(measured, suite)))
+    write_whole(output / "summary.json", json.dumps(summary, indent=1).encode())
+    write_whole(output / "predictions.jsonl", "".join(_prediction_lines(measured, suite)).encode())
     return summary
 
 
@@ -310,10 +310,3 @@ def _as_png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from corda_vlm import report
+from corda_vlm import files, report
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -207,7 +207,7 @@ def test_old_report_survives_a_failure(summary: dict[str, Any], path: Path, monk
     def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(summary, path)
     assert path.read_text() == "old"
