@@ -4,9 +4,9 @@ select_linears -> collect -> plan (decompose, factors) -> attach -> export
 """
 
 from corda_core.adapter import attach, change_factors, export, lora_layers
-from corda_core.collect import attention_mask_of, collect
+from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
 from corda_core.covariance import Covariance
-from corda_core.decompose import Decomposition, Mode, Split, decompose, factors
+from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
 from corda_core.drift import context_drift
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
@@ -17,12 +17,15 @@ __all__ = [
     "Covariance",
     "Decomposition",
     "Mode",
+    "Solver",
     "Split",
+    "TokenWeights",
     "attach",
     "attention_mask_of",
     "base_digest",
     "change_factors",
     "collect",
+    "collect_in_passes",
     "context_drift",
     "decompose",
     "export",
@@ -30,6 +33,7 @@ __all__ = [
     "lora_layers",
     "plan",
     "select_linears",
+    "spectrum",
     "weight_digest",
     "weight_matrix",
 ]

@@ -1,26 +1,33 @@
 """Run samples through a model and take the second moment of what each layer is fed.
 
 Layers called with the very same tensor (q/k/v, gate/up) share one moment, found out at run time: each input is
-multiplied once and booked under the set of layers that read it.
+multiplied once and booked under the set of layers that read it. Under ``torch.distributed`` each process brings its own
+samples, and all get the mean over all of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from corda_core.covariance import Covariance, SecondMoment, mean_of
+from corda_core.distributed import from_first_process, gathered, num_processes, sum_over_processes_
+from corda_core.modules import unwrapped, weight_shape
+from corda_core.symmetric import Symmetric
+
+Batches = Iterable[Mapping[str, Any]]
+Normalize = Literal["sample-max"]
 
 
-class ValidTokens(Protocol):
-    """Tells which of a layer's input tokens count."""
+class TokenWeights(Protocol):
+    """Tells how much each of a layer's input tokens counts."""
 
     def __call__(self, name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        """Return a mask (True: counts) shaped as the layer's input without its last axis, or None if all count."""
+        """Return weights >= 0 (a mask: 1 counts, 0 does not) shaped as the layer's input without its last axis; None if all count alike."""
 
 
 def attention_mask_of(name: str, batch: Mapping[str, Any]) -> Tensor | None:
@@ -30,46 +37,132 @@ def attention_mask_of(name: str, batch: Mapping[str, Any]) -> Tensor | None:
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Batches,
     names: Sequence[str],
     *,
-    valid_tokens: ValidTokens = attention_mask_of,
+    token_weights: TokenWeights = attention_mask_of,
+    normalize: Normalize | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> dict[str, Covariance]:
-    """Return ``C = Σ x xᵀ / #tokens`` over all valid tokens of all batches, for each named layer.
+    """Return ``C = Σ w x xᵀ / Σ w`` over all tokens of all batches, for each named layer.
 
-    ``model(**batch)`` is called once a batch, without gradients and in evaluation mode. Batch size and padding do not
-    change the result. Layers with shared inputs get the same ``Covariance`` object.
+    ``model(**batch)`` is called once a batch, without gradients and in evaluation mode, and left as soon as all named layers have run.
+    Batch size and padding do not change the result. Layers with shared inputs get the same ``Covariance`` object.
 
     Args:
-        model: The model; left as it was, training mode and hooks included.
+        model: The model, perhaps wrapped in DDP; left as it was, training mode and hooks included.
         batches: Keyword arguments of the model's forward. Wrap the iterable to show progress.
         names: Full names of linear layers, as from ``select_linears``.
-        valid_tokens: Which tokens count for which layer.
+        token_weights: How much each token counts for each layer; by default the attention mask.
+        normalize: None; or "sample-max", for parity with CorDA: each sample is divided by max|x| over its tokens, and the mean is
+            taken over samples instead of tokens.
         dtype: Precision of products and sums, whatever the model's own.
+        device: Where the sums are kept; None keeps each beside its layer.
 
     Raises:
-        ValueError: If there are no batches, a layer never ran, a mask does not fit, or an input is not finite.
+        ValueError: If there are no batches, a layer never ran, weights do not fit, or an input is not finite.
+
+    Note:
+        The forward pass is only left early if no named layer ran twice in the first batch, and never under ``torch.distributed``,
+        where a sharded model must run to its end.
     """
-    ledger = _Ledger(dtype)
-    was_training = model.training
-    model.eval()
-    count = 0
+    ledger = _Ledger(names, normalize, dtype, device, may_stop=num_processes() == 1)
+    bare = unwrapped(model)
+    was_training = bare.training
+    bare.eval()
     try:
-        for count, batch in enumerate(batches, start=1):
-            ledger.start(count, partial(valid_tokens, batch=batch))
-            with torch.no_grad(), _observed(model, names, ledger.see):
-                model(**batch)
+        for batch in batches:
+            ledger.start(partial(token_weights, batch=batch))
+            with torch.no_grad(), _observed(bare, names, ledger.see), suppress(_AllSeen):
+                bare(**batch)
             ledger.book()
     finally:
-        model.train(was_training)
-    if count == 0:
+        bare.train(was_training)
+    if ledger.batch_number == 0:
         raise ValueError("There are no batches: the covariances need at least one sample.")
-    return ledger.results(names)
+    return ledger.results()
+
+
+def collect_in_passes(
+    model: nn.Module,
+    batches: Batches,
+    names: Sequence[str],
+    max_memory: int | None,
+    *,
+    token_weights: TokenWeights = attention_mask_of,
+    normalize: Normalize | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Iterator[dict[str, Covariance]]:
+    """Yield what ``collect`` returns in parts whose sums take at most ``max_memory`` bytes, one pass over the batches each.
+
+    Decompose and drop one part before you ask for the next. A single layer that is larger than the budget gets a pass of its own.
+
+    Args:
+        model: As in ``collect``.
+        batches: As in ``collect``, but it must be possible to go over them again: a list or a DataLoader, not a generator.
+        names: As in ``collect``.
+        max_memory: Bytes for the sums of one pass; None makes it one pass.
+        token_weights: As in ``collect``.
+        normalize: As in ``collect``.
+        dtype: As in ``collect``.
+        device: As in ``collect``.
+
+    Raises:
+        ValueError: As ``collect``; or if several passes are needed and the batches can be gone over only once.
+    """
+    for part in _split(model, batches, names, max_memory, dtype):
+        yield collect(model, batches, part, token_weights=token_weights, normalize=normalize, dtype=dtype, device=device)
+
+
+def _split(model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None, dtype: torch.dtype) -> list[list[str]]:
+    """Return the names in execution order, in parts that fit the budget; one batch is run to see who shares inputs."""
+    if max_memory is None:
+        return [list(names)]
+    sizes = {name: Symmetric.num_bytes(weight_shape(model, name)[1], dtype) for name in names}
+    if sum(sizes.values()) <= max_memory:
+        return [list(names)]
+    if iter(batches) is batches:
+        raise ValueError(
+            f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be gone over only once; "
+            "give a list or a DataLoader."
+        )
+    parts: list[list[str]] = []
+    room = 0
+    for group in _readers_in_order(model, next(iter(batches), {}), names):
+        if sizes[group[0]] > room or not parts:
+            parts.append([])
+            room = max_memory
+        parts[-1] += group
+        room -= sizes[group[0]]
+    return from_first_process(parts)
+
+
+def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Return the names in the order in which one batch reaches them, those that read the same tensor together."""
+    groups: list[list[str]] = []
+    seen: set[str] = set()
+    last: Tensor | None = None
+
+    def see(name: str, x: Tensor) -> None:
+        nonlocal last
+        if name not in seen:
+            groups.append([name]) if x is not last else groups[-1].append(name)
+            seen.add(name)
+        last = x
+
+    with torch.no_grad(), _observed(unwrapped(model), names, see):
+        unwrapped(model)(**batch)
+    return groups + [[name] for name in names if name not in seen]
+
+
+class _AllSeen(Exception):
+    """All layers have seen this batch: the rest of the forward pass is not needed."""
 
 
 @contextmanager
-def _observed(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _observed(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(name, input)`` before each named layer runs; the hooks are gone at exit, whatever happens."""
     handles = []
     try:
@@ -85,49 +178,65 @@ def _observed(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor
 class _Ledger:
     """The moments so far, by the layers that read the same inputs, and the input being read now."""
 
+    names: Sequence[str]
+    normalize: Normalize | None
     dtype: torch.dtype
+    device: torch.device | str | None
+    may_stop: bool
+    """Whether the forward pass may be left once all layers have run."""
     batch_number: int = 0
-    mask_of: Callable[[str], Tensor | None] = lambda name: None
+    weights_of: Callable[[str], Tensor | None] = lambda name: None
+    seen: set[str] = field(default_factory=set)
+    """Layers that have run in this batch."""
     moments: dict[tuple[str, ...], SecondMoment] = field(default_factory=dict)
     current: Tensor | None = None
     version: int = 0
     readers: tuple[str, ...] = ()
-    gram: Tensor | None = None
+    gram: Symmetric | None = None
+    weight: float = 0.0
     num_tokens: int = 0
 
-    def start(self, batch_number: int, mask_of: Callable[[str], Tensor | None]) -> None:
+    def start(self, weights_of: Callable[[str], Tensor | None]) -> None:
         """Begin a batch."""
-        self.batch_number, self.mask_of = batch_number, mask_of
+        self.batch_number += 1
+        self.weights_of = weights_of
+        self.seen.clear()
 
     def see(self, name: str, x: Tensor) -> None:
         """Take one layer's input: count it once however many layers read the same tensor in a row."""
+        if name in self.seen and self.batch_number == 1:
+            self.may_stop = False
+        self.seen.add(name)
         if x is self.current and x._version == self.version and name not in self.readers:
             self.readers += (name,)
-            return
-        self.book()
-        tokens = self._valid(name, x)
-        self.current, self.version, self.readers = x, x._version, (name,)
-        # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
-        self.gram, self.num_tokens = tokens.T @ tokens, len(tokens)
+        else:
+            self.book()
+            # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
+            self._multiply(name, x)
+        if self.may_stop and self.batch_number > 1 and len(self.seen) == len(self.names):
+            raise _AllSeen
 
     def book(self) -> None:
         """Add the current input to the moment of its readers."""
         if self.gram is not None:
             if self.readers not in self.moments:
-                self.moments[self.readers] = SecondMoment(len(self.gram), self.dtype, self.gram.device)
-            self.moments[self.readers].add_(self.gram, self.num_tokens)
+                device = self.gram.device if self.device is None else torch.device(self.device)
+                self.moments[self.readers] = SecondMoment(Symmetric.zeros(self.gram.n, self.dtype, device))
+            self.moments[self.readers].add_(self.gram, self.weight, self.num_tokens)
         self.current = self.gram = None
 
-    def results(self, names: Sequence[str]) -> dict[str, Covariance]:
-        """Return the covariance of each layer, one object for layers with the same moments."""
-        keys = {name: tuple(readers for readers in self.moments if name in readers) for name in names}
+    def results(self) -> dict[str, Covariance]:
+        """Return the covariance of each layer, one object for layers with the same moments; the ledger is used up."""
+        self._add_other_processes()
+        keys = {name: tuple(readers for readers in self.moments if name in readers) for name in self.names}
         unseen = [name for name, found in keys.items() if not found]
         if unseen:
             raise ValueError(
                 f"{unseen[0]} (one of {len(unseen)} layers) never ran on the samples given; give samples that reach it or leave it out."
             )
         shared: dict[tuple[tuple[str, ...], ...], Covariance] = {}
-        for name, found in keys.items():
+        # Moments that stand alone are divided in place, so sums over several come first.
+        for name, found in sorted(keys.items(), key=lambda item: -len(item[1])):
             if found not in shared:
                 try:
                     shared[found] = mean_of([self.moments[readers] for readers in found])
@@ -135,18 +244,57 @@ class _Ledger:
                     raise ValueError(f"{name}: {error}") from error
         return {name: shared[found] for name, found in keys.items()}
 
-    def _valid(self, name: str, x: Tensor) -> Tensor:
-        """Return the tokens that count as rows (tokens, n) in the ledger's precision."""
-        mask = self.mask_of(name)
-        if mask is not None and mask.shape != x.shape[:-1]:
+    def _multiply(self, name: str, x: Tensor) -> None:
+        """Make ``x`` the current input, read by ``name``, and take its weighted Gram matrix."""
+        rows, self.weight, self.num_tokens = self._weighted(name, x.detach())
+        self.current, self.version, self.readers = x, x._version, (name,)
+        self.gram = Symmetric.gram(rows)
+        if not torch.isfinite(self.gram.diagonal()).all():
             raise ValueError(
-                f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(mask.shape)}; "
-                "give `valid_tokens` a mask of this layer's own tokens, or None for all."
+                f"{name}: batch {self.batch_number} feeds it values that are not finite, or whose squares are not; look at that sample "
+                "or run the model in float32."
             )
-        rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask.bool()]
-        rows = rows.to(self.dtype)
-        if not torch.isfinite(rows).all():
+
+    def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
+        """Return rows √w x (tokens, n) in the ledger's precision, Σ w and the number of tokens that count."""
+        weights = self.weights_of(name)
+        if weights is not None and weights.shape != x.shape[:-1]:
             raise ValueError(
-                f"{name}: batch {self.batch_number} feeds it values that are not finite; look at that sample or run the model in float32."
+                f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
+                "give `token_weights` weights for this layer's own tokens, or None for all alike."
             )
-        return rows
+        counts = None if weights is None or bool((weights > 0).all()) else weights > 0
+        if self.normalize == "sample-max":
+            x, samples = _scaled_by_sample(x.to(self.dtype), counts)
+        rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(self.dtype)
+        total = float(len(rows))
+        if weights is not None and bool((weights[weights > 0] != 1).any()):
+            kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
+            rows, total = rows * kept.sqrt()[:, None], float(kept.double().sum())
+        return rows, float(samples) if self.normalize == "sample-max" else total, len(rows)
+
+    def _add_other_processes(self) -> None:
+        """Add the moments of all processes, so that each has the sums over all samples."""
+        if num_processes() == 1:
+            return
+        mine = {readers: moment.total.n for readers, moment in self.moments.items()}
+        everyone: dict[tuple[str, ...], int] = {}
+        for theirs in gathered(mine):
+            everyone |= theirs
+        for readers, n in everyone.items():
+            if readers not in self.moments:
+                self.moments[readers] = SecondMoment(Symmetric.zeros(n, self.dtype, torch.device(self.device or "cpu")))
+            moment = self.moments[readers]
+            for panel in moment.total.panels:
+                sum_over_processes_(panel)
+            totals = torch.tensor([moment.weight, moment.num_tokens], dtype=torch.float64)
+            sum_over_processes_(totals)
+            moment.weight, moment.num_tokens = float(totals[0]), int(totals[1])
+
+
+def _scaled_by_sample(x: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:
+    """Return x (samples, ..., n) with each sample divided by max|x| over its tokens that count, and how many samples have any."""
+    sizes = x.abs() if counts is None else x.abs().masked_fill(~counts[..., None], 0)
+    largest = sizes.flatten(1).amax(1)
+    scaled = x / largest.clamp(min=torch.finfo(x.dtype).tiny).view(-1, *[1] * (x.ndim - 1))
+    return scaled, int((largest > 0).sum())

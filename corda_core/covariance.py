@@ -8,51 +8,93 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from corda_core.symmetric import Symmetric
+
 
 @dataclass(frozen=True)
 class Covariance:
     """The uncentred second moment of one layer's inputs."""
 
-    matrix: Tensor
-    """C (n, n), symmetric."""
+    packed: Symmetric
+    """C (n, n), its upper half."""
 
     num_tokens: int
     """Over how many tokens the mean was taken."""
 
-    def damped(self, damping: float) -> Tensor:
-        """Return ``C + λ · mean(diag C) · I`` (n, n) in float64 (CorDA, section 3.3, with a fixed λ).
+    @staticmethod
+    def of(matrix: Tensor, num_tokens: int) -> "Covariance":
+        """Return the covariance with this C (n, n)."""
+        return Covariance(Symmetric.of(matrix), num_tokens)
+
+    @property
+    def matrix(self) -> Tensor:
+        """C (n, n), put together anew on each call."""
+        return self.packed.dense()
+
+    def damped(self, damping: float) -> "DampedCovariance":
+        """Return ``C + λ · mean(diag C) · I`` (CorDA, section 3.3, with a fixed λ).
+
+        Raises:
+            ValueError: If C is zero or not finite.
 
         Note:
             The paper doubles λ until a float32 inverse is accurate. No inverse is taken here, so λ stays what it is.
         """
-        matrix = in_float64(self.matrix)
-        return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        mean = float(self.packed.diagonal().double().mean())
+        if not 0 < mean < float("inf"):
+            raise ValueError(
+                f"the covariance has trace {mean * self.packed.n:.3g}: its inputs are all zero or not finite; check the context samples."
+            )
+        return DampedCovariance(self.packed, damping * mean)
 
 
+@dataclass(frozen=True)
+class DampedCovariance:
+    """``C + ridge · I`` as an operator: the sum is never stored."""
+
+    packed: Symmetric
+    ridge: float
+
+    def times(self, X: Tensor) -> Tensor:
+        """Return ``(C + ridge · I) X`` (n, b), in the type and on the device of X."""
+        return self.packed.times(X).add_(X, alpha=self.ridge)
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the matrix (n, n)."""
+        matrix = self.packed.dense().to(device, dtype)
+        matrix.diagonal().add_(self.ridge)
+        return matrix
+
+
+@dataclass
 class SecondMoment:
-    """Accumulates ``Σ x xᵀ`` and the number of tokens."""
+    """Accumulates ``Σ w x xᵀ``, ``Σ w`` and the number of tokens."""
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.total = torch.zeros(width, width, dtype=dtype, device=device)
-        self.num_tokens = 0
+    total: Symmetric
+    weight: float = 0.0
+    num_tokens: int = 0
 
-    def add_(self, gram: Tensor, num_tokens: int) -> None:
-        """Add ``XᵀX`` (n, n) of ``num_tokens`` inputs."""
-        self.total += gram
+    def add_(self, gram: Symmetric, weight: float, num_tokens: int) -> None:
+        """Add ``Σ w x xᵀ`` of ``num_tokens`` inputs with ``Σ w = weight``."""
+        self.total.add_(gram)
+        self.weight += weight
         self.num_tokens += num_tokens
 
 
 def mean_of(moments: list[SecondMoment]) -> Covariance:
-    """Return the token-weighted mean over several accumulators of one width.
+    """Return the weighted mean over the accumulators; a single one is divided in place and is not to be used again.
 
     Raises:
         ValueError: If they saw no tokens.
     """
-    num_tokens = sum(moment.num_tokens for moment in moments)
-    if num_tokens == 0:
+    num_tokens, weight = sum(moment.num_tokens for moment in moments), sum(moment.weight for moment in moments)
+    if num_tokens == 0 or weight <= 0:
         raise ValueError("no valid token was seen: every token is masked out; check the attention masks of the samples.")
-    total = moments[0].total if len(moments) == 1 else torch.stack([moment.total for moment in moments]).sum(0)
-    return Covariance(total / num_tokens, num_tokens)
+    total = moments[0].total
+    for moment in moments[1:]:
+        total = total.plus(moment.total)
+    total.divide_(weight)
+    return Covariance(total, num_tokens)
 
 
 def in_float64(tensor: Tensor) -> Tensor:

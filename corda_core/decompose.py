@@ -2,8 +2,7 @@
 
 The paper takes ``SVD(W C) = U Σ Vᵀ`` and ``W = U Σ (Vᵀ C⁻¹)``, and gives the adapter the components S: the last r in
 knowledge-preserved mode (KPM), the first r in instruction-previewed mode (IPM). From the left ``Σ_S Vᵀ_S C⁻¹ = U_Sᵀ W``: the
-inverse cancels, ``B A = U_S U_Sᵀ W``, and only left singular vectors of ``W C`` are needed. They are eigenvectors of the
-Gram matrix ``(W C)(W C)ᵀ``, computed in float64.
+inverse cancels, ``B A = U_S U_Sᵀ W``, and only left singular vectors of ``W C`` are needed; ``solvers.py`` finds them.
 Throughout: W (m, n), C (n, n), k = min(m, n).
 """
 
@@ -13,7 +12,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from corda_core.covariance import Covariance, in_float64
+from corda_core import solvers
+from corda_core.covariance import Covariance, DampedCovariance, in_float64
 
 
 class Mode(StrEnum):
@@ -38,25 +38,46 @@ class Split(StrEnum):
     """``B = U_S √Σ_S``, ``A = Σ_S^(−1/2) U_Sᵀ W``: as published."""
 
 
+class Solver(StrEnum):
+    """How the singular vectors are found."""
+
+    EXACT = "exact"
+    """All of them, from the Gram matrix in float64."""
+    PARTIAL = "partial"
+    """Only the r wanted, by iteration; a result that fails its check is replaced by the exact one."""
+    AUTO = "auto"
+    """"partial" where that is faster: layers of 256 or more, ranks below a sixth of that; else "exact"."""
+
+    def iterates(self, k: int, rank: int) -> bool:
+        """Whether r of k components are to be found by iteration."""
+        if self is Solver.AUTO:
+            return k >= 256 and 6 * rank <= k
+        return self is Solver.PARTIAL
+
+
 @dataclass(frozen=True)
 class Decomposition:
-    """The spectrum of ``W C`` and the chosen left singular vectors."""
-
-    spectrum: Tensor
-    """σ (k,), descending."""
-
-    components: slice
-    """Which of the k components were chosen."""
+    """The components of ``W C`` that were asked for."""
 
     basis: Tensor
-    """U_S (m, r), orthonormal columns in descending order of σ."""
+    """U_S (m, r), orthonormal columns in descending order of σ, float64."""
+
+    sigma: Tensor
+    """σ_S (r,), descending, float64."""
+
+    components: slice
+    """Which of the k components, in descending order, these are."""
+
+    fell_back: bool
+    """Whether the iteration failed its check, so that the exact solver did the work after all."""
 
 
-def decompose(weight: Tensor, covariance: Covariance, rank: int, mode: Mode | str, *, damping: float = 0.01) -> Decomposition:
-    """Return the r components of ``W C`` that the mode asks for, exactly, in float64.
+def decompose(
+    weight: Tensor, covariance: Covariance, rank: int, mode: Mode | str, *, damping: float = 0.01, solver: Solver | str = Solver.AUTO
+) -> Decomposition:
+    """Return the r components of ``W C`` that the mode asks for.
 
-    C is damped first (``Covariance.damped``). For m > n the Gram matrix is taken of ``R C`` with ``W = Q R``: small, and
-    the vectors ``Q U`` are orthonormal even where ``W C`` is rank-deficient.
+    C is damped first (``Covariance.damped``).
 
     Args:
         weight: W (m, n), any floating type.
@@ -64,29 +85,42 @@ def decompose(weight: Tensor, covariance: Covariance, rank: int, mode: Mode | st
         rank: r, 0 … min(m, n).
         mode: "kpm" or "ipm".
         damping: λ, relative to the mean of C's diagonal.
+        solver: "exact", "partial" or "auto". The context energy ‖U_Sᵀ W C‖_F of "partial" is within 1.001 (KPM) and 0.999 (IPM) of
+            that of "exact".
 
     Raises:
         ValueError: If the shapes do not fit, the rank is out of range, or C is zero or not finite.
+
+    Note:
+        Float64 on the weight's own device, whatever its speed there (consumer GPUs: 1/64 of float32): the smallest singular values
+        of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU. Only the iteration for the largest
+        components (IPM) runs in float32, which they bear.
     """
-    m, n = weight.shape
-    k = min(m, n)
-    if covariance.matrix.shape != (n, n):
-        raise ValueError(
-            f"the weight has {n} inputs but the covariance is {tuple(covariance.matrix.shape)}; they belong to different layers."
-        )
+    W, C = _prepared(weight, covariance, damping)
+    k = min(W.shape)
     if not 0 <= rank <= k:
         raise ValueError(f"rank {rank} is outside 0 … min(m, n) = {k}.")
-    matrix = covariance.damped(damping)
-    trace = matrix.diagonal().sum()
-    if not torch.isfinite(trace) or trace <= 0:
-        raise ValueError(f"the covariance has trace {trace.item():.3g}: its inputs are all zero or not finite; check the context samples.")
-    left, small = _reduce(in_float64(weight))
-    product = small @ matrix
-    eigenvalues, vectors = torch.linalg.eigh(product @ product.T)
-    spectrum = eigenvalues.flip(0).clamp(min=0).sqrt()
-    components = Mode(mode).components(k, rank)
-    basis = vectors.flip(1)[:, components]
-    return Decomposition(spectrum, components, basis if left is None else left @ basis)
+    chosen = Mode(mode).components(k, rank)
+    if rank == 0:
+        return Decomposition(W.new_empty(len(W), 0), W.new_empty(0), chosen, fell_back=False)
+    found = None
+    if Solver(solver).iterates(k, rank):
+        found = solvers.smallest(W, C, rank) if Mode(mode) is Mode.KPM else solvers.largest(W, C, rank)
+        if found is not None:
+            return Decomposition(*found, chosen, fell_back=False)
+    return Decomposition(*solvers.exact(W, C, chosen), chosen, fell_back=Solver(solver).iterates(k, rank))
+
+
+def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -> Tensor:
+    """Return all singular values σ (k,) of ``W C`` with the damped C, descending, float64, without vectors.
+
+    Raises:
+        ValueError: If the shapes do not fit, or C is zero or not finite.
+
+    Note:
+        Values below 1e-8 σ₁ are rounding errors.
+    """
+    return solvers.spectrum(*_prepared(weight, covariance, damping))
 
 
 def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = Split.BALANCED) -> tuple[Tensor, Tensor]:
@@ -102,7 +136,7 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
     basis = decomposition.basis
     rows = basis.T @ in_float64(weight)
     if Split(split) is Split.PAPER:
-        scale = decomposition.spectrum[decomposition.components]
+        scale = decomposition.sigma
         if (scale <= 0).any():
             raise ValueError('a chosen component has the singular value 0, where split="paper" divides by it; use split="balanced".')
     else:
@@ -113,9 +147,11 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
     return (rows / root[:, None]).float().contiguous(), (basis * root).float().contiguous()
 
 
-def _reduce(weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return ``(Q, R)`` of a tall W, or ``(None, W)``: the left singular vectors of ``W C`` are Q times those of ``R C``."""
-    if weight.shape[0] <= weight.shape[1]:
-        return None, weight
-    left, small = torch.linalg.qr(weight)
-    return left, small
+def _prepared(weight: Tensor, covariance: Covariance, damping: float) -> tuple[Tensor, DampedCovariance]:
+    """Return W in float64 and the damped C, checked."""
+    n = weight.shape[1]
+    if covariance.packed.n != n:
+        raise ValueError(
+            f"the weight has {n} inputs but the covariance has {covariance.packed.n} rows and columns; they belong to different layers."
+        )
+    return in_float64(weight), covariance.damped(damping)

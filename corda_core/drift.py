@@ -26,9 +26,9 @@ def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapt
         A, B = change_factors(layer, adapter_name)
         base = layer.get_base_layer().weight.detach().to(A)
         weight = base.T if getattr(layer, "fan_in_fan_out", False) else base
-        matrix = covariances[name].matrix.to(A)
-        changed = _trace(B.T @ B, A @ matrix @ A.T)
-        drift[name] = (changed.clamp(min=0) / (weight @ matrix * weight).sum()).sqrt().item()
+        C = covariances[name].packed
+        changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
+        drift[name] = (changed.clamp(min=0) / (C.times(weight.T.contiguous()) * weight.T).sum()).sqrt().item()
     return drift
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
@@ -65,15 +67,35 @@ def _closest(names: list[str], pattern: str) -> str:
     return ", ".join(near) if near else "none (the model has no linear layers)"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself where it is wrapped for training on several devices (DDP)."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """Return m (outputs) and n (inputs) of a linear layer.
+
+    Raises:
+        ValueError: As ``weight_matrix``.
+    """
+    m, n = _oriented(model, name).shape
+    return m, n
+
+
 def weight_matrix(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a linear layer as W (m, n): m outputs, n inputs, whatever way it is stored.
 
-    The tensor shares memory with the layer.
+    The tensor shares memory with the layer, except where the layer is sharded (FSDP2): then it is gathered, by all processes at once.
 
     Raises:
         ValueError: If the layer is not a linear one, or its weight is packed (quantised).
     """
-    layer = model.get_submodule(name)
+    weight = _oriented(model, name)
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _oriented(model: nn.Module, name: str) -> Tensor:
+    layer = unwrapped(model).get_submodule(name)
     if not isinstance(layer, LINEAR_TYPES):
         raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear or transformers' Conv1D: leave it out with `exclude`.")
     weight = layer.weight.detach()
@@ -93,5 +115,8 @@ def weight_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def base_digest(model: nn.Module, names: Iterable[str]) -> str:
-    """Return the digest of the weights of the named layers."""
-    return weight_digest({name: weight_matrix(model, name) for name in names})
+    """Return the digest of the weights of the named layers, gathered one by one where they are sharded."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(weight_digest({name: weight_matrix(model, name)}).encode())
+    return digest.hexdigest()

@@ -1,15 +1,17 @@
 """The adapter as a value, before it touches any model: where it starts, layer by layer, and what it was made from."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from corda_core.covariance import Covariance
-from corda_core.decompose import Mode, Split, decompose, factors
-from corda_core.modules import base_digest, weight_matrix
+from corda_core.decompose import Mode, Solver, Split, decompose, factors
+from corda_core.distributed import gathered, num_processes, process_rank
+from corda_core.modules import base_digest, weight_matrix, weight_shape
+from corda_core.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,11 @@ class AdapterInit:
     B0: Tensor
     """(m, r) float32; ``B0 A0 = U_S U_Sᵀ W``."""
 
-    spectrum: Tensor
-    """σ (k,) of ``W C``, descending, float64."""
+    sigma: Tensor
+    """σ (r,) of the components of ``W C`` that the adapter was given, descending, float64."""
 
     components: slice
-    """Which of the k components the adapter was given."""
+    """Which of the k components these are."""
 
     num_tokens: int
     """How many tokens of context the covariance was taken over."""
@@ -49,52 +51,97 @@ class AdapterPlan:
     """The rank asked for; a layer with fewer outputs or inputs has less."""
 
     provenance: Mapping[str, Any]
-    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``."""
+    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``solver``, ``fallbacks``."""
 
 
 def plan(
     model: nn.Module,
-    covariances: Mapping[str, Covariance],
+    covariances: Mapping[str, Covariance] | Iterable[Mapping[str, Covariance]],
     *,
     mode: Mode | str,
     rank: int,
     split: Split | str = Split.BALANCED,
     damping: float = 0.01,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    solver: Solver | str = Solver.AUTO,
+    progress: Progress = no_progress,
 ) -> AdapterPlan:
     """Return the adapter plan of constant rank for the layers that have a covariance.
 
+    Under ``torch.distributed`` the layers are shared out, and each process returns the whole plan.
+
     Args:
-        model: The base model; only read.
-        covariances: By full layer name, as from ``collect``.
+        model: The base model, perhaps wrapped in DDP or sharded by FSDP2; only read.
+        covariances: By full layer name, as from ``collect``; or parts of that, as from ``collect_in_passes``: each part is
+            decomposed and dropped before the next is asked for.
         mode: "kpm" keeps the context's knowledge, "ipm" previews the context's task.
         rank: r; clipped to min(m, n) where a layer is smaller, with one warning.
         split: "balanced" or "paper".
         damping: λ of ``Covariance.damped``.
-        progress: Wraps the iterable of layer names, a progress bar for instance.
+        solver: As in ``decompose``. Layers whose iteration failed its check are listed in ``provenance["fallbacks"]``.
+        progress: Called with a part's layer names and a title, returns them to be gone over: a progress bar, for instance.
 
     Raises:
         ValueError: If the rank is below 1, or a layer cannot be decomposed (the text names it).
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected at least 1.")
-    sizes = {name: tuple(weight_matrix(model, name).shape) for name in covariances}
+    layers: dict[str, AdapterInit] = {}
+    fallbacks: list[str] = []
+    parts = [covariances] if isinstance(covariances, Mapping) else covariances
+    sizes: dict[str, tuple[int, int]] = {}
+    for part in parts:
+        new = {name: weight_shape(model, name) for name in part}
+        sizes |= new
+        _warn_of_few_tokens(new, part)
+        for name, (init, fell_back) in _inits(model, part, Mode(mode), rank, Split(split), damping, Solver(solver), progress):
+            layers[name] = init
+            fallbacks += [name] if fell_back else []
+        del part  # else it would stay while the next is collected
     _warn_of_clipping(sizes, rank)
-    _warn_of_few_tokens(sizes, covariances)
-    layers = {}
-    for name in progress(list(covariances)):
-        weight = weight_matrix(model, name)
-        try:
-            decomposition = decompose(weight, covariances[name], min(rank, *sizes[name]), mode, damping=damping)
-            A0, B0 = factors(weight, decomposition, split)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        layers[name] = AdapterInit(A0, B0, decomposition.spectrum, decomposition.components, covariances[name].num_tokens)
-    provenance = {"base_digest": base_digest(model, covariances), "damping": damping, "split": str(Split(split))}
+    provenance = {
+        "base_digest": base_digest(model, layers),
+        "damping": damping,
+        "split": str(Split(split)),
+        "solver": str(Solver(solver)),
+        "fallbacks": fallbacks,
+    }
     return AdapterPlan(layers, Mode(mode), rank, provenance)
 
 
-def _warn_of_clipping(sizes: Mapping[str, tuple[int, ...]], rank: int) -> None:
+def _inits(
+    model: nn.Module,
+    covariances: Mapping[str, Covariance],
+    mode: Mode,
+    rank: int,
+    split: Split,
+    damping: float,
+    solver: Solver,
+    progress: Progress,
+) -> Iterator[tuple[str, tuple[AdapterInit, bool]]]:
+    """Yield each layer's starting point and whether its solver fell back; each process decomposes every P-th layer."""
+    mine: dict[str, tuple[AdapterInit, bool]] = {}
+    names = list(covariances)
+    turns = [names[start : start + num_processes()] for start in range(0, len(names), num_processes())]
+    for turn in progress(turns, "decompose"):
+        # Sharded weights are gathered by all at once, so all gather a whole turn before each decomposes its own layer.
+        weights = {name: weight_matrix(model, name) for name in turn}
+        for name in turn[process_rank() : process_rank() + 1]:
+            try:
+                decomposition = decompose(
+                    weights[name], covariances[name], min(rank, *weights[name].shape), mode, damping=damping, solver=solver
+                )
+                A0, B0 = factors(weights[name], decomposition, split)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            init = AdapterInit(A0, B0, decomposition.sigma, decomposition.components, covariances[name].num_tokens)
+            mine[name] = (init, decomposition.fell_back)
+    everyone: dict[str, tuple[AdapterInit, bool]] = {}
+    for theirs in gathered(mine):
+        everyone |= theirs
+    return ((name, everyone[name]) for name in names)
+
+
+def _warn_of_clipping(sizes: Mapping[str, tuple[int, int]], rank: int) -> None:
     small = [name for name, size in sizes.items() if min(size) < rank]
     if small:
         warnings.warn(
@@ -103,7 +150,7 @@ def _warn_of_clipping(sizes: Mapping[str, tuple[int, ...]], rank: int) -> None:
         )
 
 
-def _warn_of_few_tokens(sizes: Mapping[str, tuple[int, ...]], covariances: Mapping[str, Covariance]) -> None:
+def _warn_of_few_tokens(sizes: Mapping[str, tuple[int, int]], covariances: Mapping[str, Covariance]) -> None:
     few = [name for name, (_, n) in sizes.items() if covariances[name].num_tokens < n]
     if few:
         warnings.warn(

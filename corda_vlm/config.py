@@ -1,6 +1,7 @@
 """Options as values: frozen dataclasses that refuse contradictions, and their YAML form."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from corda_core import Mode, Split
+from corda_core import Mode, Solver, Split
 
 T = TypeVar("T")
 
@@ -48,6 +49,18 @@ class CordaConfig:
     protect: str = "start"
     """"start": A and B train (as published); "strict": A is frozen (KPM only)."""
 
+    solver: str = "auto"
+    """"exact", "partial" or "auto": see ``corda_core.decompose``."""
+
+    tokens: str | Mapping[str, float] = "all"
+    """Which tokens the language model's covariances count: "all", "image", "text", or weights {"image": w, "text": v}."""
+
+    normalize: str | None = None
+    """None: mean over tokens; "sample-max": each sample scaled to maximum 1, as in the papers."""
+
+    max_memory: str | int | None = None
+    """What the covariances may take at once, in bytes or as "8GB": the samples are gone over as often as that needs."""
+
     num_samples: int = 256
     """How many samples of context are used at most."""
 
@@ -68,6 +81,8 @@ class CordaConfig:
             ("split", self.split, [str(one) for one in Split]),
             ("residual", self.residual, ["offset", "subtract"]),
             ("protect", self.protect, ["start", "strict"]),
+            ("solver", self.solver, [str(one) for one in Solver]),
+            ("normalize", self.normalize, [None, "sample-max"]),
         ):
             if value not in known:
                 raise ValueError(f"{option} is {value!r}; expected one of {known}.")
@@ -76,8 +91,33 @@ class CordaConfig:
                 raise ValueError(f"{option} is {number}; expected at least 1.")
         if self.damping < 0 or (self.alpha is not None and self.alpha <= 0):
             raise ValueError(f"damping is {self.damping} and alpha {self.alpha}; expected damping >= 0 and alpha > 0.")
+        if set(self.token_weights) != {"image", "text"} or min(self.token_weights.values()) < 0 or max(self.token_weights.values()) <= 0:
+            raise ValueError(f'tokens is {self.tokens!r}; expected "all", "image", "text", or weights >= 0 of both, not all zero.')
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f'max_memory is {self.max_memory!r}; expected a positive size such as "8GB".')
         if self.protect == "strict" and (self.mode != "kpm" or self.residual != "offset"):
             raise ValueError(f'protect="strict" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.')
+
+    @property
+    def token_weights(self) -> Mapping[str, float]:
+        """How much a token of each modality counts."""
+        if not isinstance(self.tokens, str):
+            return self.tokens
+        return {"image": float(self.tokens in ("all", "image")), "text": float(self.tokens in ("all", "text"))}
+
+    @property
+    def max_bytes(self) -> int | None:
+        """``max_memory`` in bytes.
+
+        Raises:
+            ValueError: If it cannot be read as a size.
+        """
+        if self.max_memory is None or isinstance(self.max_memory, int):
+            return self.max_memory
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", self.max_memory.strip(), flags=re.IGNORECASE)
+        if match is None:
+            raise ValueError(f'max_memory is {self.max_memory!r}; expected bytes or a size such as "8GB" or "500MB".')
+        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def read_config(path: Path, schema: type[T]) -> T:

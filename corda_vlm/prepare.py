@@ -2,8 +2,10 @@
 
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
-from corda_core import AdapterPlan, Covariance, attach, collect, plan
+from corda_core import AdapterPlan, Covariance, attach, collect_in_passes, plan
+from corda_core.distributed import num_processes, process_rank
 from corda_vlm.config import CordaConfig
 from corda_vlm.data import Collator
-from corda_vlm.towers import parts_of, select_layers, valid_tokens
+from corda_vlm.towers import parts_of, select_layers, token_weights
 
 
 def prepare(
@@ -33,6 +36,10 @@ def prepare(
     damping: float = 0.01,
     residual: str = "offset",
     protect: str = "start",
+    solver: str = "auto",
+    tokens: str | Mapping[str, float] = "all",
+    normalize: str | None = None,
+    max_memory: str | int | None = None,
     num_samples: int = 256,
     batch_size: int = 8,
     seed: int = 0,
@@ -59,6 +66,10 @@ def prepare(
         damping: See ``CordaConfig``.
         residual: See ``CordaConfig``.
         protect: See ``CordaConfig``.
+        solver: See ``CordaConfig``.
+        tokens: See ``CordaConfig``.
+        normalize: See ``CordaConfig``.
+        max_memory: See ``CordaConfig``.
         num_samples: See ``CordaConfig``. Ready batches are all used.
         batch_size: See ``CordaConfig``.
         seed: See ``CordaConfig``.
@@ -77,32 +88,33 @@ def prepare(
         damping=damping,
         residual=residual,
         protect=protect,
+        solver=solver,
+        tokens=tokens,
+        normalize=normalize,
+        max_memory=max_memory,
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
     )
-    covariances = collect_context(model, images_texts, config, processor)
-    adapter_plan = plan_adapters(model, covariances, config)
+    adapter_plan = plan_adapters(model, _covariances(model, images_texts, config, processor), config)
     return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
 
 
 def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:
-    """Return the covariances of the context for the layers that the config names.
+    """Return the covariances of the context for the layers that the config names, whatever memory they take.
 
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right.
     """
-    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
-    chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
-    if not are_batches:
-        collate = Collator(processor or _own_processor(model))
-        samples = list(chosen)
-        starts = tqdm(range(0, len(samples), config.batch_size), desc="context", disable=None)
-        chosen = (collate(samples[start : start + config.batch_size]) for start in starts)
-    return collect(model, _model_inputs(model, chosen), names, valid_tokens=valid_tokens(model))
+    whole: dict[str, Covariance] = {}
+    for part in _covariances(model, images_texts, replace(config, max_memory=None), processor):
+        whole |= part
+    return whole
 
 
-def plan_adapters(model: nn.Module, covariances: Mapping[str, Covariance], config: CordaConfig) -> AdapterPlan:
+def plan_adapters(
+    model: nn.Module, covariances: Mapping[str, Covariance] | Iterable[Mapping[str, Covariance]], config: CordaConfig
+) -> AdapterPlan:
     """Return the adapter plan of constant rank, showing progress."""
     return plan(
         model,
@@ -111,8 +123,60 @@ def plan_adapters(model: nn.Module, covariances: Mapping[str, Covariance], confi
         rank=config.rank,
         split=config.split,
         damping=config.damping,
-        progress=lambda names: tqdm(names, desc="decompose", disable=None),
+        solver=config.solver,
+        progress=lambda steps, title: tqdm(steps, desc=title, disable=None),
     )
+
+
+def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterator[dict[str, Covariance]]:
+    """Yield the covariances of the context, in one part or in as many as the memory asks for."""
+    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    batches = _batches(model, images_texts, config, processor)
+    return collect_in_passes(
+        model,
+        batches,
+        names,
+        config.max_bytes,
+        token_weights=token_weights(model, config.token_weights),
+        normalize=config.normalize,  # type: ignore[arg-type]
+    )
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Inputs of the model, made anew each time they are gone over, with a progress bar."""
+
+    source: Iterable[Any]
+    inputs_of: Callable[[Any], dict[str, Any]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Go over the batches."""
+        return map(self.inputs_of, tqdm(self.source, desc="context", disable=None))
+
+
+def _batches(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterable[dict[str, Any]]:
+    """Return this process's batches of context as inputs of the model; an iterator only if the source is one."""
+    chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
+    if are_batches:
+        batches = _Batches(chosen, partial(_model_inputs, model))
+        return iter(batches) if isinstance(chosen, Iterator) else batches
+    collate = Collator(processor or _own_processor(model))
+    groups = _share(list(chosen), config.batch_size)
+    return _Batches(groups, lambda group: _model_inputs(model, collate(group)))
+
+
+def _share(samples: list[Any], batch_size: int) -> list[list[Any]]:
+    """Return this process's samples in batches; under ``torch.distributed`` each process has as many batches as the others.
+
+    Raises:
+        ValueError: If there are fewer samples than processes.
+    """
+    if len(samples) < num_processes():
+        raise ValueError(f"There are {len(samples)} samples of context for {num_processes()} processes; give at least one for each.")
+    mine = samples[process_rank() :: num_processes()]
+    count = -(-len(samples) // (batch_size * num_processes()))
+    bounds = [number * len(mine) // count for number in range(count + 1)]
+    return [mine[start:end] for start, end in pairwise(bounds) if end > start]
 
 
 def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Iterable[Any], bool]:
@@ -123,12 +187,14 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Iterable[
         if total and not _is_batch(items[0]):
             order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
             return [items[i] for i in order], False
+        if total:
+            return items, True
     iterator = iter(images_texts)
     first = next(iterator, None)
     if first is None:
         raise ValueError("images_texts is empty: there is no context to collect; give samples of what the model is to keep (or to learn).")
     if _is_batch(first):
-        return chain([first], iterator), True
+        return (chain([first], iterator) if iterator is images_texts else images_texts), True
     return [first, *islice(iterator, count - 1)], False
 
 
@@ -148,12 +214,10 @@ def _own_processor(model: nn.Module) -> Any:
         ) from error
 
 
-def _model_inputs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the batches on the model's device, asking for the logits of one position only where the model can do that."""
-    trims = "logits_to_keep" in inspect.signature(model.forward).parameters
+def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch on the model's device, asking for the logits of one position only where the model can do that."""
     device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
-        if trims:
-            inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
-        yield inputs
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
+    return inputs

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from corda_core import attention_mask_of, select_linears
+from corda_core import TokenWeights, attention_mask_of, select_linears
 
 PARTS: dict[str, dict[str, str]] = {
     "llava": {"vision": "model.vision_tower", "projector": "model.multi_modal_projector", "language": "model.language_model"},
@@ -52,14 +53,25 @@ def select_layers(
     return kept
 
 
-def valid_tokens(model: nn.Module) -> Any:
-    """Return which tokens count for which layer: the attention mask for the language model, all for tower and projector."""
+def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeights:
+    """Return how much each token counts for each layer.
+
+    In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in tower and projector
+    all tokens count alike.
+    """
     known = parts_of(model)
+    image_token = getattr(model.config, "image_token_id", None)
 
-    def valid(name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        return attention_mask_of(name, batch) if name.startswith(known["language"]) else None
+    def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
+        if not name.startswith(known["language"]):
+            return None
+        mask = attention_mask_of(name, batch)
+        if weights["image"] == weights["text"]:
+            return mask
+        is_image = batch["input_ids"] == image_token
+        return torch.where(is_image, weights["image"], weights["text"]) * (1 if mask is None else mask)
 
-    return valid
+    return weigh
 
 
 def _is_behind_features(model: nn.Module, name: str) -> bool:

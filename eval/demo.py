@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from corda_core import AdapterPlan, Covariance, attach, change_factors, context_drift, export, lora_layers, weight_matrix
+from corda_core import AdapterPlan, Covariance, attach, change_factors, context_drift, export, lora_layers, spectrum, weight_matrix
 from corda_eval.assets import DATA_PACKAGES, package_folder
 from corda_eval.describe import describe_run
 from corda_eval.exports import REFERENCE, check_exports
@@ -118,7 +118,7 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     measured = {"base": measure(model, processor, suite, _bar("base"))}
     covariances, plan = context_plan(model, processor, config)
     base = {"name": "lab LLaVA (SmolLM2-135M-Instruct + CLIP tower)", "parameters": sum(p.numel() for p in model.parameters())}
-    decomposition = describe_plan(model, plan)
+    decomposition = describe_plan(model, covariances, plan)
     methods: dict[str, dict[str, Any]] = {"base": {"label": "Base"}}
     for method, rate in config.learning_rates.items():
         model, processor = fresh_lab()
@@ -223,7 +223,7 @@ def _against_lora(entry: Mapping[str, Any], lost: float, ratio: float, task: str
     return f"{entry['label']} lost {lost:.1f} points on {task}: {bound}{ratio:.1f} times less than LoRA."
 
 
-def describe_plan(model: Any, plan: AdapterPlan, count: int = 6) -> dict[str, Any]:
+def describe_plan(model: Any, covariances: Mapping[str, Covariance], plan: AdapterPlan, count: int = 6) -> dict[str, Any]:
     """Return the spectra of a few layers with and without the context, and the components chosen."""
     names = list(plan.layers)
     shown = names[:: max(1, len(names) // count)][:count]
@@ -231,10 +231,11 @@ def describe_plan(model: Any, plan: AdapterPlan, count: int = 6) -> dict[str, An
     for name in shown:
         init = plan.layers[name]
         plain = torch.linalg.svdvals(weight_matrix(model, name).float())
-        energy = [(spectrum.double() ** 2) for spectrum in (init.spectrum, plain)]
+        context = spectrum(weight_matrix(model, name), covariances[name])
+        energy = [sigma.double() ** 2 for sigma in (context, plain)]
         tail = [float(one[init.components].sum() / one.sum()) for one in energy]
         layers[name] = {
-            "with_context": (init.spectrum / init.spectrum[0]).tolist(),
+            "with_context": (context / context[0]).tolist(),
             "without_context": (plain / plain[0]).tolist(),
             "chosen": [init.components.start, init.components.stop],
             "tail_energy_with": tail[0],

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corda_core import collect
+from corda_core import collect, collect_in_passes
+from corda_core.symmetric import Symmetric
 
 
 class Toy(nn.Module):
@@ -76,7 +77,7 @@ def test_masks_are_per_layer() -> None:
         Toy(),
         [{"x": x, "attention_mask": mask}],
         NAMES,
-        valid_tokens=lambda name, batch: batch["attention_mask"] if name == "out" else None,
+        token_weights=lambda name, batch: batch["attention_mask"] if name == "out" else None,
     )
     assert (found["q"].num_tokens, found["out"].num_tokens) == (10, 1)
 
@@ -124,3 +125,108 @@ def test_bad_input_is_named() -> None:
         collect(Toy(), [{"x": torch.randn(1, 2, 6), "attention_mask": torch.ones(1, 3)}], NAMES)
     with pytest.raises(ValueError, match="q: no valid token"):
         collect(Toy(), [{"x": torch.randn(1, 2, 6), "attention_mask": torch.zeros(1, 2)}], NAMES)
+
+
+def test_weights_count_tokens_by_parts() -> None:
+    model, x, weights = Toy(), torch.randn(2, 5, 6), torch.tensor([[0.0, 0.5, 1.0, 2.0, 1.0], [1.0, 1.0, 0.0, 0.0, 3.0]])
+    found = collect(model, [{"x": x[:1], "attention_mask": weights[:1]}, {"x": x[1:], "attention_mask": weights[1:]}], NAMES)
+    rows, w = x.reshape(-1, 6).double(), weights.reshape(-1, 1).double()
+    torch.testing.assert_close(found["q"].matrix.double(), (rows * w).T @ rows / w.sum(), rtol=1e-5, atol=1e-6)
+    assert found["q"].num_tokens == 7
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_sample_max_is_the_papers_mean_over_scaled_samples(chunk: int) -> None:
+    model, x = Toy(), torch.randn(3, 4, 6) * torch.tensor([1.0, 100.0, 1e-3])[:, None, None]
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]])
+    x[1, 0] = 1e9
+    batches = [{"x": a, "attention_mask": m} for a, m in zip(x.split(chunk), mask.split(chunk), strict=True)]
+    found = collect(model, batches, NAMES, normalize="sample-max")
+    samples = [one[kept.bool()].double() for one, kept in zip(x, mask, strict=True)]
+    expected = sum((s / s.abs().max()).T @ (s / s.abs().max()) for s in samples) / 3
+    torch.testing.assert_close(found["q"].matrix.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("budget", "passes"), [(10**9, 1), (300, 1), (200, 2), (1, 2), (None, 1)])
+def test_passes_within_a_budget_give_the_same(budget: int | None, passes: int) -> None:
+    model, batches = Toy(), [{"x": torch.randn(3, 4, 6)} for _ in range(3)]
+    whole = collect(model, batches, NAMES)
+    parts = list(collect_in_passes(model, batches, NAMES, budget))
+    assert len(parts) == passes
+    assert sorted(name for part in parts for name in part) == sorted(NAMES)
+    assert parts[0]["q"] is parts[0]["k"] is parts[0]["v"]
+    for part in parts:
+        for name, covariance in part.items():
+            assert torch.equal(covariance.matrix, whole[name].matrix)
+            assert covariance.num_tokens == whole[name].num_tokens
+    if passes > 1:
+        assert all(
+            len({id(one) for one in part.values()}) * Symmetric.num_bytes(6, torch.float32) <= max(budget or 0, 144) for part in parts
+        )
+
+
+def test_several_passes_need_batches_that_can_be_gone_over_again() -> None:
+    with pytest.raises(ValueError, match=r"max_memory is 100 bytes.*only once; give a list or a DataLoader"):
+        list(collect_in_passes(Toy(), iter([{"x": torch.randn(1, 2, 6)}]), NAMES, 100))
+
+
+class Counting(Toy):
+    """Counts how often a forward pass reached its end."""
+
+    ends = 0
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, twice: bool = False) -> Tensor:
+        result = super().forward(x, attention_mask, twice)
+        self.ends += 1
+        return result
+
+
+def test_leaves_the_forward_pass_behind_the_last_wanted_layer() -> None:
+    batches = [{"x": torch.randn(1, 2, 6)} for _ in range(4)]
+    model = Counting()
+    early = collect(model, batches, ("q", "k"))
+    assert model.ends == 1  # the first batch runs whole, to see whether a layer runs twice
+    assert torch.equal(early["q"].matrix, collect(Toy(), batches, ("q", "k"))["q"].matrix)
+    model = Counting()
+    collect(model, [{**batch, "twice": True} for batch in batches], NAMES)
+    assert model.ends == 4
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_two_models_at_once_do_not_disturb_each_other() -> None:
+    """A model whose forward collects on another one meanwhile."""
+    inner, batches = Toy(), [{"x": torch.randn(2, 3, 6)} for _ in range(2)]
+
+    class Outer(Toy):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None, twice: bool = False) -> Tensor:
+            collect(inner, batches, NAMES)
+            return super().forward(x)
+
+    outer = Outer()
+    alone = Toy()
+    alone.load_state_dict(outer.state_dict())
+    assert torch.equal(collect(outer, batches, NAMES)["out"].matrix, collect(alone, batches, NAMES)["out"].matrix)
+
+
+def test_sums_may_be_kept_elsewhere() -> None:
+    found = collect(Toy(), [{"x": torch.randn(2, 3, 6)}], NAMES, device="cpu")
+    assert found["q"].packed.device == torch.device("cpu")
+
+
+def test_conv1d_reads_its_input_as_linear_does() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(5, 6))
+    x = torch.randn(4, 3, 6)
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    rows = x.reshape(-1, 6).double()
+    found = collect(Wrapper(), [{"x": x}], ("body.0",))["body.0"]
+    torch.testing.assert_close(found.matrix.double(), rows.T @ rows / 12, rtol=1e-5, atol=1e-6)

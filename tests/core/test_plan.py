@@ -20,7 +20,7 @@ def test_every_layer_gets_its_factors() -> None:
     for name, init in made.layers.items():
         m, n = model.get_submodule(name).weight.shape
         assert (init.A0.shape, init.B0.shape, init.rank) == ((4, n), (m, 4), 4)
-        assert init.spectrum.shape == (min(m, n),)
+        assert init.sigma.shape == (4,)
         assert init.components == slice(min(m, n) - 4, min(m, n))
         assert init.num_tokens == 64
     assert made.provenance["base_digest"] == base_digest(model, made.layers)
@@ -46,7 +46,7 @@ def test_few_tokens_are_warned_about() -> None:
 def test_errors_name_the_layer() -> None:
     model = tiny_llama()
     bad = covariances(model)
-    bad["model.layers.1.mlp.up_proj"] = Covariance(torch.zeros(32, 32), 64)
+    bad["model.layers.1.mlp.up_proj"] = Covariance.of(torch.zeros(32, 32), 64)
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .*all zero"):
         plan(model, bad, mode="kpm", rank=2)
     with pytest.raises(ValueError, match="rank is 0"):

@@ -1,0 +1,43 @@
+"""What ``torch.distributed`` adds to collection and decomposition; without it, one process that has everything."""
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def num_processes() -> int:
+    """Return how many processes work together; 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if num_processes() > 1 else 0
+
+
+def gathered(value: T) -> list[T]:
+    """Return the values of all processes, in their order; each must call it."""
+    if num_processes() == 1:
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first_process(value: T) -> T:
+    """Return the first process's value; each must call it."""
+    return gathered(value)[0]
+
+
+def sum_over_processes_(tensor: Tensor) -> None:
+    """Replace the tensor by its sum over all processes; each must call it."""
+    if num_processes() == 1:
+        return
+    # NCCL only sums what lies on the GPU.
+    staged = tensor.to("cuda") if dist.get_backend() == "nccl" else tensor.contiguous()
+    dist.all_reduce(staged)
+    if staged is not tensor:
+        tensor.copy_(staged)

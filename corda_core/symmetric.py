@@ -1,0 +1,84 @@
+"""A symmetric matrix of which only the upper block triangle is stored and computed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """S (n, n) as column panels: panel j holds ``S[:end_j, start_j:end_j]``, about half of the whole."""
+
+    panels: tuple[Tensor, ...]
+
+    @staticmethod
+    def zeros(n: int, dtype: torch.dtype, device: torch.device) -> "Symmetric":
+        """Return an all-zero S."""
+        return Symmetric(tuple(torch.zeros(end, end - start, dtype=dtype, device=device) for start, end in _bounds(n)))
+
+    @staticmethod
+    def gram(rows: Tensor) -> "Symmetric":
+        """Return ``XᵀX`` of rows X (t, n), with little more than half the products."""
+        return Symmetric(tuple(rows[:, :end].T @ rows[:, start:end] for start, end in _bounds(rows.shape[1])))
+
+    @staticmethod
+    def of(matrix: Tensor) -> "Symmetric":
+        """Return a dense symmetric matrix (n, n) in this form."""
+        return Symmetric(tuple(matrix[:end, start:end].clone() for start, end in _bounds(len(matrix))))
+
+    @staticmethod
+    def num_bytes(n: int, dtype: torch.dtype) -> int:
+        """Return how much memory an S of this size takes."""
+        return dtype.itemsize * sum(end * (end - start) for start, end in _bounds(n))
+
+    @property
+    def n(self) -> int:
+        """The number of rows and columns."""
+        return len(self.panels[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the panels lie."""
+        return self.panels[0].device
+
+    def add_(self, other: "Symmetric") -> None:
+        """Add another S of the same size in place."""
+        for mine, panel in zip(self.panels, other.panels, strict=True):
+            mine += panel.to(mine.device)
+
+    def plus(self, other: "Symmetric") -> "Symmetric":
+        """Return the sum with another S of the same size."""
+        return Symmetric(tuple(mine + theirs for mine, theirs in zip(self.panels, other.panels, strict=True)))
+
+    def divide_(self, divisor: float) -> None:
+        """Divide in place."""
+        for panel in self.panels:
+            panel /= divisor
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal (n,)."""
+        return torch.cat([panel[start:].diagonal() for (start, _), panel in zip(_bounds(self.n), self.panels, strict=True)])
+
+    def dense(self) -> Tensor:
+        """Return S (n, n)."""
+        matrix = self.panels[0].new_empty(self.n, self.n)
+        for (start, end), panel in zip(_bounds(self.n), self.panels, strict=True):
+            matrix[:end, start:end] = panel
+            matrix[start:end, :start] = panel[:start].T
+        return matrix
+
+    def times(self, X: Tensor) -> Tensor:
+        """Return ``S X`` (n, b) in the type of X; other types are converted panel by panel."""
+        product = torch.zeros_like(X)
+        for (start, end), panel in zip(_bounds(self.n), self.panels, strict=True):
+            panel = panel.to(X)
+            product[:end] += panel @ X[start:end]
+            product[start:end] += panel[:start].T @ X[:start]
+        return product
+
+
+def _bounds(n: int) -> list[tuple[int, int]]:
+    """Return first and last column (exclusive) of each panel: narrow enough to save work, wide enough to multiply fast."""
+    width = 96 if n <= 1024 else 256
+    return [(start, min(start + width, n)) for start in range(0, n, width)]

@@ -1,0 +1,71 @@
+"""Two processes (gloo, CPU) must give what one gives: samples sharded, layers shared out, DDP and FSDP2 models."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from safetensors.torch import load_file, save_file
+
+from corda_core import collect, plan, select_linears
+from corda_core.store import load_plan
+
+WORKER = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from conftest import tiny_llama
+from corda_core import collect, plan, select_linears
+from corda_core.store import save_plan
+how, folder = sys.argv[1:]
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = tiny_llama()
+names = select_linears(model)
+from safetensors.torch import load_file, save_file
+samples = load_file(folder + "/samples.safetensors")["ids"]
+wrapped = model
+if how == "ddp":
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+if how == "fsdp":
+    from torch.distributed.fsdp import fully_shard
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+rank, world = dist.get_rank(), dist.get_world_size()
+covariances = collect(wrapped, [{{"input_ids": part}} for part in samples[rank::world].split(2)], names)
+made = plan(wrapped, covariances, mode="kpm", rank=4)
+save_plan(made, f"{{folder}}/{{how}}{{rank}}.safetensors")
+save_file({{name: one.matrix for name, one in covariances.items()}}, f"{{folder}}/covariances{{rank}}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "ddp", "fsdp"])
+def test_two_processes_equal_one(how: str, tmp_path: Path) -> None:
+    ids = torch.randint(5, 20, (8, 16))
+    save_file({"ids": ids}, tmp_path / "samples.safetensors")
+    torch.manual_seed(0)
+    model = tiny_llama()
+    covariances = collect(model, [{"input_ids": ids}], select_linears(model))
+    alone = plan(model, covariances, mode="kpm", rank=4)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(tests=str(Path(__file__).parents[1])))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), how, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        made = load_plan(tmp_path / f"{how}{rank}.safetensors")
+        assert list(made.layers) == list(alone.layers)
+        assert made.provenance["base_digest"] == alone.provenance["base_digest"]
+        matrices = load_file(tmp_path / f"covariances{rank}.safetensors")
+        for name, init in made.layers.items():
+            expected = alone.layers[name]
+            assert init.num_tokens == expected.num_tokens
+            C = covariances[name].matrix
+            torch.testing.assert_close(matrices[name], C, rtol=0, atol=1e-6 * C.abs().max().item())
+            # The directions of near-equal σ turn with the last bits of C.
+            torch.testing.assert_close(init.B0 @ init.A0, expected.B0 @ expected.A0, rtol=0, atol=1e-5)

@@ -1,0 +1,132 @@
+"""The iterative solvers against float64 references: context energy, condition numbers, and their checks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from corda_core import Covariance, Decomposition, decompose, solvers, spectrum
+
+SHAPES = {"square": (160, 160), "wide": (96, 200), "tall": (220, 110), "very wide": (40, 600), "very tall": (600, 40)}
+CPU = torch.device("cpu")
+
+
+def orthogonal(n: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+
+
+def case(m: int, n: int, weight_condition: float, input_condition: float) -> tuple[Tensor, Covariance]:
+    """W and C with geometric spectra of the given condition numbers."""
+    generator = torch.Generator().manual_seed(m + n)
+    k = min(m, n)
+    sigma = torch.logspace(0, -torch.tensor(weight_condition).log10().item(), k, dtype=torch.float64)
+    weight = (orthogonal(m, generator)[:, :k] * sigma) @ orthogonal(n, generator)[:k]
+    basis = orthogonal(n, generator)
+    scales = torch.logspace(0, -torch.tensor(input_condition).log10().item(), n, dtype=torch.float64)
+    return weight, Covariance.of((basis * scales) @ basis.T, 10 * n)
+
+
+def product(weight: Tensor, covariance: Covariance, damping: float) -> Tensor:
+    return weight.double() @ covariance.damped(damping).dense(torch.float64, CPU)
+
+
+def energy_ratio(found: Decomposition, P: Tensor) -> float:
+    """Context energy ‖U_Sᵀ P‖_F over that of the exact subspace, from a float64 singular value decomposition."""
+    exact = torch.linalg.svdvals(P)[found.components]
+    return float((found.basis.T @ P).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("conditions", [(1.0, 1.0), (10.0, 1e2), (1e4, 1e5), (1e4, 1e8)])
+def test_partial_is_within_a_thousandth_of_exact(shape: str, rank: int, damping: float, conditions: tuple[float, float]) -> None:
+    weight, covariance = case(*SHAPES[shape], *conditions)
+    P = product(weight, covariance, damping)
+    for mode, low, high in (("kpm", 0.9999, 1.001), ("ipm", 0.999, 1.0001)):
+        for solver in ("partial", "exact"):
+            found = decompose(weight, covariance, rank, mode, damping=damping, solver=solver)
+            assert low <= energy_ratio(found, P) <= high, (mode, solver, found.fell_back)
+            torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-9)
+            torch.testing.assert_close(found.sigma.norm(), (found.basis.T @ P).norm(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["square", "wide", "tall"])
+def test_condition_number_of_a_billion(shape: str) -> None:
+    """σ₁/σ_k of W C is 1e9: the Gram matrix alone, with its 1e18, could not tell the smallest components apart."""
+    m, n = SHAPES[shape]
+    k, generator = min(m, n), torch.Generator().manual_seed(0)
+    right = orthogonal(n, generator)
+    sigma = torch.logspace(0, -4, k, dtype=torch.float64)
+    scales = torch.cat([torch.logspace(0, -5, k, dtype=torch.float64), torch.ones(n - k, dtype=torch.float64)])
+    weight = (orthogonal(m, generator)[:, :k] * sigma) @ right.T[:k]
+    covariance = Covariance.of((right * scales) @ right.T, 10 * n)
+    P = product(weight, covariance, 0.0)
+    singular = torch.linalg.svdvals(P)
+    assert singular[0] / singular[-1] > 0.9e9
+    for solver in ("partial", "exact"):
+        assert energy_ratio(decompose(weight, covariance, 8, "kpm", damping=0.0, solver=solver), P) <= 1.001
+
+
+def test_flat_spectrum_where_iterations_converge_slowly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.linspace(1.0, 0.9, 300, dtype=torch.float64)
+    weight = (orthogonal(300, generator) * sigma) @ orthogonal(300, generator)
+    covariance = Covariance.of(torch.eye(300, dtype=torch.float64), 3000)
+    P = product(weight, covariance, 0.01)
+    for mode, low, high in (("kpm", 0.9999, 1.001), ("ipm", 0.999, 1.0001)):
+        assert low <= energy_ratio(decompose(weight, covariance, 8, mode, solver="partial"), P) <= high
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rank_deficient_covariance_and_low_precision_weights(shape: str, dtype: torch.dtype) -> None:
+    m, n = SHAPES[shape]
+    inputs = torch.randn(5, n, dtype=torch.float64)
+    weight, covariance = torch.randn(m, n).to(dtype), Covariance.of(inputs.T @ inputs / 5, 5)
+    P = product(weight, covariance, 0.01)
+    for mode, low, high in (("kpm", 0.9999, 1.001), ("ipm", 0.999, 1.0001)):
+        assert low <= energy_ratio(decompose(weight, covariance, 4, mode, solver="partial"), P) <= high
+
+
+@pytest.mark.parametrize("shape", ["square", "wide", "tall"])
+def test_falls_back_where_the_inverse_does_not_exist(shape: str) -> None:
+    weight, covariance = case(*SHAPES[shape], 10.0, 10.0)
+    if shape == "tall":
+        weight[:, 5:10] = 0
+    else:
+        weight[5:10] = 0
+    found = decompose(weight, covariance, 4, "kpm", solver="partial")
+    P = product(weight, covariance, 0.01)
+    assert found.fell_back
+    assert (found.basis.T @ P).norm() <= 1e-6 * P.norm()
+
+
+def test_nothing_is_returned_that_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With solves that are wrong the promised energy is not shown, and the exact solver does the work."""
+    weight, covariance = case(160, 160, 10.0, 100.0)
+    right = decompose(weight, covariance, 4, "kpm", solver="exact")
+    monkeypatch.setattr(solvers, "_solve", lambda lower, X: X.roll(1, 0) + 2 * X)
+    found = decompose(weight, covariance, 4, "kpm", solver="partial")
+    assert found.fell_back
+    torch.testing.assert_close(found.sigma, right.sigma)
+
+
+def test_an_iteration_that_does_not_settle_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solvers, "MAX_ROUNDS", 2)
+    weight, covariance = case(160, 160, 10.0, 100.0)
+    assert decompose(weight, covariance, 4, "kpm", solver="partial").fell_back
+    assert decompose(weight, covariance, 4, "ipm", solver="partial").fell_back
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_spectrum_without_vectors(shape: str) -> None:
+    weight, covariance = case(*SHAPES[shape], 10.0, 100.0)
+    torch.testing.assert_close(spectrum(weight, covariance), torch.linalg.svdvals(product(weight, covariance, 0.01)), rtol=1e-6, atol=1e-7)
+
+
+def test_auto_iterates_only_where_it_pays() -> None:
+    weight, covariance = case(300, 300, 1e2, 1e3)
+    singular = torch.linalg.svdvals(product(weight, covariance, 0.01))
+    few, many = decompose(weight, covariance, 8, "kpm"), decompose(weight, covariance, 200, "kpm")
+    torch.testing.assert_close(many.sigma, singular[100:], rtol=1e-6, atol=0)  # exact
+    torch.testing.assert_close(few.sigma.norm(), singular[-8:].norm(), rtol=1e-3, atol=0)
