@@ -1,0 +1,128 @@
+"""Files of covariances and plans: whole, checked, refused with the reason."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+
+from corda_core import Covariance, collect, plan, select_linears
+from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
+
+OPTIONS = {"normalize": None, "dtype": "float32"}
+
+WRITER = """
+import sys
+import torch
+from corda_core import AdapterInit, AdapterPlan, Mode
+from corda_core.store import save_plan
+print("ready", flush=True)
+number = 0.0
+while True:
+    number += 1
+    init = AdapterInit(torch.full((64, 4096), number), torch.zeros(4, 64), torch.zeros(64), slice(0, 64), 1)
+    save_plan(AdapterPlan({"layer": init}, Mode.KPM, 64, {}), sys.argv[1])
+"""
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.randint(5, 20, (4, 16))}]
+
+
+@pytest.fixture
+def covariances(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, Covariance]:
+    return collect(model, batches, select_linears(model))
+
+
+@pytest.fixture
+def path(model: nn.Module, batches: list[dict[str, torch.Tensor]], covariances: dict[str, Covariance], tmp_path: Path) -> Path:
+    path = tmp_path / "covariances.safetensors"
+    save_covariances(covariances, path, model=model, data=data_digest(batches), options=OPTIONS)
+    return path
+
+
+def test_covariances_come_back(model: nn.Module, covariances: dict[str, Covariance], path: Path) -> None:
+    found = load_covariances(path, model=model, options=OPTIONS)
+    assert list(found) == list(covariances)
+    for name, covariance in found.items():
+        assert torch.equal(covariance.matrix, covariances[name].matrix)
+        assert covariance.num_tokens == covariances[name].num_tokens
+    layer = "model.layers.0.self_attn."
+    assert found[f"{layer}q_proj"] is found[f"{layer}k_proj"]
+    assert path.stat().st_size < 0.8 * sum(4 * one.packed.n**2 for one in covariances.values())
+
+
+def test_plan_comes_back(model: nn.Module, covariances: dict[str, Covariance], tmp_path: Path) -> None:
+    made = plan(model, covariances, mode="ipm", rank=3)
+    save_plan(made, tmp_path / "plan.safetensors")
+    found = load_plan(tmp_path / "plan.safetensors")
+    assert (found.mode, found.rank, found.provenance) == (made.mode, made.rank, made.provenance)
+    for name, init in made.layers.items():
+        again = found.layers[name]
+        assert torch.equal(again.A0, init.A0)
+        assert torch.equal(again.B0, init.B0)
+        assert torch.equal(again.sigma, init.sigma)
+        assert (again.components, again.num_tokens) == (init.components, init.num_tokens)
+
+
+def test_refused_for_another_base_other_options_other_data(model: nn.Module, path: Path) -> None:
+    with pytest.raises(ValueError, match="other options"):
+        load_covariances(path, model=model, options={**OPTIONS, "normalize": "sample-max"})
+    with pytest.raises(ValueError, match="other data"):
+        load_covariances(path, model=model, options=OPTIONS, data="0" * 64)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match="other base weights"):
+        load_covariances(path, model=model, options=OPTIONS)
+    with pytest.raises(ValueError, match="another model"):
+        load_covariances(path, model=nn.Linear(3, 3), options=OPTIONS)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_files_are_refused(model: nn.Module, path: Path, keep: float) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else int(keep)])
+    with pytest.raises(ValueError, match=r"covariances\.safetensors is damaged"):
+        load_covariances(path, model=model, options=OPTIONS)
+
+
+def test_missing_and_foreign_files(model: nn.Module, path: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_plan(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="holds 'covariances'.*expected 'plan'"):
+        load_plan(path)
+
+
+def test_data_digest_tells_batches_apart() -> None:
+    one, two = {"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([1, 3])}
+    assert data_digest([one]) == data_digest([{"input_ids": torch.tensor([1, 2])}])
+    assert len({data_digest(batches) for batches in ([one], [two], [one, two], [two, one])}) == 4
+
+
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    """A writer that is killed again and again: the file is always one of the whole ones."""
+    script = tmp_path / "writer.py"
+    script.write_text(WRITER)
+    path = tmp_path / "plan.safetensors"
+    for pause in (0.05, 0.21, 0.4):
+        writer = subprocess.Popen([sys.executable, str(script), str(path)], stdout=subprocess.PIPE, env=os.environ)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(pause)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        A0 = load_plan(path).layers["layer"].A0
+        assert len(A0.unique()) == 1
