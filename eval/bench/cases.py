@@ -1,0 +1,90 @@
+"""Models and samples for the benchmarks: the same, bit for bit, in every process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
+
+from corda_core import select_linears
+from corda_eval.lab.base import load_lab
+from corda_eval.text.perplexity import held_out_text, text_windows
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is prepared: a model, the layers to adapt, samples one by one, and the batch size that ours runs them in."""
+
+    model: nn.Module
+    names: tuple[str, ...]
+    samples: list[dict[str, torch.Tensor]]
+    batch_size: int
+    rank: int
+
+
+def smollm2() -> Case:
+    """SmolLM2-135M-Instruct in float32, all linears, 32 windows of 512 tokens of technical English."""
+    lab, processor = load_lab(torch.float32)
+    model = AutoModelForCausalLM.from_config(lab.config.text_config, dtype=torch.float32).eval()
+    model.model.load_state_dict(lab.model.language_model.state_dict())
+    windows = text_windows(held_out_text()[0], processor.tokenizer, 512, 32)
+    return Case(model, select_linears(model), [{"input_ids": window[None]} for window in windows], batch_size=4, rank=32)
+
+
+def llama_block(width: int = 4096, hidden: int = 11008, tokens: int = 512) -> Case:
+    """One decoder block of LLaMA-2-7B's shape, random weights and activations with heavy tails, 8 × 512 tokens."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 128,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = LlamaModel(config).eval()
+    for name in select_linears(model):
+        weight = model.get_submodule(name).weight.data
+        weight.copy_(_heavy(weight.shape, generator) / weight.shape[1] ** 0.5)
+    samples = [{"inputs_embeds": _heavy((1, tokens, width), generator)} for _ in range(8)]
+    return Case(model, select_linears(model), samples, batch_size=8, rank=128)
+
+
+def clip_tower() -> Case:
+    """A vision tower of CLIP ViT-L/14's shape with random weights, 64 crops of scikit-learn's photographs."""
+    # Imported here: it belongs to the extra `demo`.
+    from sklearn.datasets import load_sample_images
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14
+    )
+    model = CLIPVisionModel(config).eval()
+    photographs = load_sample_images().images
+    draw = np.random.default_rng(0)
+    crops = []
+    for number in range(64):
+        photograph = photographs[number % len(photographs)]
+        top, left = draw.integers(0, photograph.shape[0] - 300), draw.integers(0, photograph.shape[1] - 300)
+        crops.append(Image.fromarray(photograph[top : top + 300, left : left + 300]))
+    pixels = CLIPImageProcessor()(crops, return_tensors="pt")["pixel_values"]
+    return Case(model, select_linears(model), [{"pixel_values": one[None]} for one in pixels], batch_size=8, rank=32)
+
+
+CASES: dict[str, Callable[[], Case]] = {"smollm2": smollm2, "llama_block": llama_block, "clip_tower": clip_tower}
+
+
+def batched(case: Case) -> list[dict[str, torch.Tensor]]:
+    """Return the samples in batches of the case's size."""
+    groups = [case.samples[start : start + case.batch_size] for start in range(0, len(case.samples), case.batch_size)]
+    return [{key: torch.cat([sample[key] for sample in group]) for key in group[0]} for group in groups]
+
+
+def _heavy(shape: Any, generator: torch.Generator) -> torch.Tensor:
+    """Return random numbers whose last axis has scales over three orders of magnitude (log-normal), as activations have."""
+    scales = torch.exp(1.2 * torch.randn(shape[-1], generator=generator))
+    return torch.randn(*shape, generator=generator) * scales

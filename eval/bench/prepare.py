@@ -1,0 +1,145 @@
+"""Preparing a CorDA adapter: ours against PEFT's ``preprocess_corda`` + ``get_peft_model``.
+
+    python -m corda_eval.bench.prepare --case smollm2 --mode kpm --output runs/bench.jsonl
+
+Both sides run in fresh processes, in turns; the table gives medians and the median of the pairs' ratios PEFT / ours.
+Times: the plain forward pass over the samples; what collecting the covariances costs beyond it; the decomposition, with what puts
+the adapter on the model. PEFT gets its samples one by one, as it must. Memory: the peak of resident memory during the preparation,
+less what was resident before it (model loaded, one plain forward pass done).
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+
+from corda_core import attach, collect, plan
+from corda_eval.bench.cases import CASES, Case, batched
+
+
+def bench(
+    case: Annotated[str, typer.Option(help=f"One of {', '.join(CASES)}.")] = "smollm2",
+    mode: Annotated[str, typer.Option(help="kpm or ipm.")] = "kpm",
+    pairs: Annotated[int, typer.Option(help="How often each side runs.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="JSON lines, one a run, are added here.")] = None,
+    side: Annotated[str | None, typer.Option(help="Run one side once in this process and print its figures.")] = None,
+) -> None:
+    """Run the benchmark and print its table."""
+    if side is not None:
+        print(json.dumps(run_side(side, case, mode)))
+        return
+    runs = []
+    for pair in range(pairs):
+        for one in ("ours", "peft") if pair % 2 == 0 else ("peft", "ours"):
+            command = [sys.executable, "-m", "corda_eval.bench.prepare", "--case", case, "--mode", mode, "--side", one]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise RuntimeError(f"The run of {one} failed:\n{result.stderr[-2000:]}")
+            run = {"case": case, "mode": mode, "side": one, "pair": pair, **json.loads(result.stdout.splitlines()[-1])}
+            runs.append(run)
+            print(json.dumps(run), flush=True)
+            if output is not None:
+                with output.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+    print(table(runs))
+
+
+def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
+    """Prepare once with one side; return seconds and megabytes."""
+    case = CASES[case_name]()
+    prepare = {"ours": _ours, "peft": _peft}[side]
+    batches = batched(case) if side == "ours" else case.samples
+    with torch.no_grad():
+        case.model(**batches[0])
+        start = time.perf_counter()
+        for batch in batches:
+            case.model(**batch)
+        forward = time.perf_counter() - start
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    start = time.perf_counter()
+    collected, details = prepare(case, batches, mode)
+    whole = time.perf_counter() - start
+    return {
+        "forward": forward,
+        "collection": collected - forward,
+        "decomposition": whole - collected,
+        "whole": whole,
+        "overhead": whole - forward,
+        "extra_mb": (_status("VmHWM") - before) / 1e3,
+        **details,
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return the medians of both sides and of the pairs' ratios as a Markdown table."""
+    sides = {side: sorted((run for run in runs if run["side"] == side), key=lambda run: run["pair"]) for side in ("peft", "ours")}
+    lines = ["| | PEFT | ours | PEFT / ours |", "|---|---|---|---|"]
+    for key, unit in (
+        ("forward", "s"),
+        ("collection", "s"),
+        ("decomposition", "s"),
+        ("overhead", "s"),
+        ("whole", "s"),
+        ("extra_mb", "MB"),
+    ):
+        ratio = median(theirs[key] / mine[key] for theirs, mine in zip(sides["peft"], sides["ours"], strict=True))
+        theirs, mine = (median(run[key] for run in sides[side]) for side in ("peft", "ours"))
+        lines.append(f"| {key} | {theirs:.1f} {unit} | {mine:.1f} {unit} | {ratio:.2f} |")
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "peft", "transformers"))
+    return "\n".join([*lines, f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {packages}"])
+
+
+def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
+    """Prepare with corda_core; return the seconds that collecting took."""
+    start = time.perf_counter()
+    covariances = collect(case.model, batches, case.names)
+    collected = time.perf_counter() - start
+    made = plan(case.model, covariances, mode=mode, rank=case.rank)
+    attach(case.model, made)
+    return collected, {"fallbacks": len(made.provenance["fallbacks"])}
+
+
+def _peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
+    """Prepare with PEFT; return the seconds that collecting took."""
+    config = LoraConfig(
+        r=case.rank,
+        lora_alpha=case.rank,
+        target_modules=list(case.names),
+        init_lora_weights="corda",
+        corda_config=PeftCordaConfig(corda_method=mode),
+    )
+    collected = 0.0
+
+    def run_model() -> None:
+        nonlocal collected
+        start = time.perf_counter()
+        for sample in samples:
+            case.model(**sample)
+        collected = time.perf_counter() - start
+
+    preprocess_corda(case.model, config, run_model=run_model)
+    get_peft_model(case.model, config)
+    return collected, {}
+
+
+def _status(field: str) -> float:
+    """Return one of this process's memory figures, in kilobytes."""
+    lines: Callable[[], list[str]] = Path("/proc/self/status").read_text().splitlines
+    return next(float(line.split()[1]) for line in lines() if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    typer.run(bench)
