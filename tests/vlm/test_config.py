@@ -28,6 +28,13 @@ def test_shipped_configs_load(path: Path) -> None:
         ({"num_samples": 0}, "num_samples is 0"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"alpha": 0.0}, "alpha 0.0"),
+        ({"solver": "fast"}, "solver is 'fast'"),
+        ({"normalize": "max"}, "normalize is 'max'"),
+        ({"tokens": "imgae"}, "tokens is 'imgae'"),
+        ({"tokens": {"image": 1.0}}, "tokens is "),
+        ({"tokens": {"image": 0.0, "text": 0.0}}, "not all zero"),
+        ({"max_memory": "eight"}, "max_memory is 'eight'"),
+        ({"max_memory": 0}, "max_memory is 0"),
         ({"protect": "strict", "mode": "ipm"}, "goes with mode"),
         ({"protect": "strict", "residual": "subtract"}, "goes with mode"),
     ],
@@ -35,6 +42,13 @@ def test_shipped_configs_load(path: Path) -> None:
 def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CordaConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(None, None), (123, 123), ("8GB", 8 * 10**9), ("1.5 MB", 1_500_000), ("500k", 500_000), ("77", 77)]
+)
+def test_memory_sizes(text: str | int | None, size: int | None) -> None:
+    assert CordaConfig(max_memory=text).max_bytes == size
 
 
 def test_files(tmp_path: Path) -> None:

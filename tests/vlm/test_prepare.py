@@ -122,6 +122,35 @@ def test_more_samples_than_wanted_are_drawn_by_seed(tokenizer: Any) -> None:
     assert not torch.equal(drawn[0][name].matrix, drawn[2][name].matrix)
 
 
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_a_memory_budget_changes_nothing(processor: Any, samples: list[Any]) -> None:
+    whole, frugal = (
+        corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4, parts=ALL_PARTS, max_memory=budget) for budget in (None, "9KB")
+    )
+    expected = lora_layers(whole)
+    for name, layer in lora_layers(frugal).items():
+        assert torch.equal(layer.lora_A["default"].weight, expected[name].lora_A["default"].weight)
+    batches = (Collator(processor)(samples[start : start + 3]) for start in (0, 3))
+    with pytest.raises(ValueError, match=r"max_memory is 9000 bytes.*give a list or a DataLoader"):
+        corda_vlm.prepare(tiny_llava(), batches, processor=processor, rank=4, max_memory="9KB")
+
+
+def test_tokens_weigh_images_and_text(processor: Any, samples: list[Any]) -> None:
+    counts, matrices = {}, {}
+    for tokens in ("all", "image", "text", {"image": 0.25, "text": 1.0}):
+        config = corda_vlm.CordaConfig(tokens=tokens, parts=ALL_PARTS)
+        found = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
+        for part in ("language_model.layers.0.self_attn.q_proj", "vision_tower.encoder.layers.0.self_attn.q_proj"):
+            covariance = next(one for name, one in found.items() if name.endswith(part.rsplit("tower.", 1)[-1]))
+            counts[part[:6], str(tokens)], matrices[part[:6], str(tokens)] = covariance.num_tokens, covariance.matrix
+    images, words = counts["langua", "image"], counts["langua", "text"]
+    assert images == 4 * len(samples)
+    assert counts["langua", "all"] == images + words
+    weighted = (0.25 * images * matrices["langua", "image"] + words * matrices["langua", "text"]) / (0.25 * images + words)
+    torch.testing.assert_close(matrices["langua", "{'image': 0.25, 'text': 1.0}"], weighted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(matrices["vision", "image"], matrices["vision", "all"])
+
+
 def test_mistakes_get_one_clear_sentence(processor: Any, samples: list[Any], tokenizer: Any) -> None:
     for empty in ([], iter([])):
         with pytest.raises(ValueError, match="images_texts is empty"):
