@@ -12,9 +12,9 @@ from torch import Tensor
 from corda_core.covariance import DampedCovariance
 from corda_core.symmetric import Symmetric
 
-TOLERANCE = 5e-4
-"""Relative context energy ‖U_Sᵀ W C‖² that an iteration may still have to gain when it stops."""
-MAX_ROUNDS = 30
+TOLERANCE = 1e-3
+"""Relative context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
+been multiplied once more and is nearer."""
 
 
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
@@ -38,27 +38,20 @@ def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor
 
 
 def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r largest U_S (m, r) and σ_S (r,) by randomised subspace iteration; None if it did not settle.
+    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration in float32; None if it did not settle.
 
-    ``P Pᵀ X = W C C Wᵀ X`` is applied factor by factor: W C is never formed (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    ``P Pᵀ X = W C C Wᵀ X`` is applied factor by factor: W C is never formed.
     """
     W = W.float()
-    X = _random(len(W), _width(rank, min(W.shape)), W)
-    settled = _Settling()
-    for _ in range(MAX_ROUNDS):
-        X = torch.linalg.qr(X).Q
-        Y = C.times(W.T @ X)
-        ritz, rotation = torch.linalg.eigh((Y.T @ Y).double())
-        ritz, rotation = ritz.flip(0)[:rank], rotation.flip(1)[:, :rank]
-        if settled.after(float(ritz.sum())):
-            basis = torch.linalg.qr(X.double() @ rotation).Q
-            return basis, ritz.clamp(min=0).sqrt()
-        X = W @ C.times(Y)
-    return None
+    found = _largest_ritz(lambda X: W @ C.times(C.times(W.T @ X)), len(W), rank, min(W.shape), W, lambda theta: float(theta.sum()))
+    if found is None:
+        return None
+    theta, vectors = found
+    return torch.linalg.qr(vectors.double()).Q, theta.sqrt()
 
 
 def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r smallest U_S (m, r) and σ_S (r,) by block inverse iteration; None if it did not settle or failed its check.
+    """Return the r smallest U_S (m, r) and σ_S (r,) by inverse block Krylov iteration; None if it did not settle or failed its check.
 
     For m ≥ n on ``(Pᵀ P)⁻¹ = C⁻¹ (Wᵀ W)⁻¹ C⁻¹``, with Cholesky factors of C and WᵀW: both are far better conditioned than their
     product, which is never formed. For m < n on ``(P Pᵀ)⁻¹ = L⁻ᵀ L⁻¹``, L from the Gram matrix, or from ``Pᵀ = Q Lᵀ`` where
@@ -69,26 +62,42 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     if solvers is None:
         return None
     solve, lift = solvers
-    k = min(W.shape)
-    X = _random(k, _width(rank, k), W)
-    settled = _Settling()
-    for _ in range(MAX_ROUNDS):
-        X = torch.linalg.qr(X).Q
-        Z = solve(X)
-        theta = torch.linalg.eigvalsh(X.T @ Z).flip(0)[:rank]
-        if not torch.isfinite(theta).all() or (theta <= 0).any():
-            return None
-        promised = float((1 / theta).sum())
-        X = Z
-        if settled.after(promised):
-            break
-    else:
+    found = _largest_ritz(solve, min(W.shape), rank, min(W.shape), W, lambda theta: float((1 / theta).sum()))
+    if found is None:
         return None
-    U = torch.linalg.qr(lift(X)).Q
-    shown = C.times(W.T @ U)
-    rotation, sigma, _ = torch.linalg.svd(shown.T, full_matrices=False)
-    U, sigma = U @ rotation[:, -rank:], sigma[-rank:]
-    return (U, sigma) if float(sigma.square().sum()) <= (1 + 5 * TOLERANCE) * promised else None
+    theta, vectors = found
+    U = torch.linalg.qr(lift(vectors)).Q
+    rotation, sigma, _ = torch.linalg.svd(C.times(W.T @ U).T, full_matrices=False)
+    return (U @ rotation, sigma) if float(sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
+
+
+def _largest_ritz(
+    apply: Callable[[Tensor], Tensor], size: int, rank: int, limit: int, like: Tensor, energy: Callable[[Tensor], float]
+) -> tuple[Tensor, Tensor] | None:
+    """Return the r largest Ritz values (r,), float64, and what the positive operator makes of their vectors (size, r).
+
+    The Krylov space of a random block is widened until the energy of the values settles (Golub and Underwood 1977), with full
+    orthogonalisation. None if it has not settled when the space is as large as ``limit``, or is no longer finite.
+    """
+    block = torch.linalg.qr(_random(size, min(limit, rank + 8), like)).Q
+    basis, images = block, apply(block)
+    settled = _Settling()
+    while bool(torch.isfinite(images).all()):
+        projected = (basis.T @ images).double()
+        theta, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+        theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank]
+        if theta[-1] <= 0:
+            return None
+        if settled.after(energy(theta)):
+            # Applied once more, for nothing: what little a Ritz vector has of unwanted directions would be large in P.
+            return theta, images @ rotation.to(images)
+        if basis.shape[1] + block.shape[1] > limit:
+            return None
+        block = images[:, -block.shape[1] :]
+        for _ in range(2):  # twice is enough
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, apply(block)], dim=1)
+    return None
 
 
 class _Settling:
@@ -147,11 +156,6 @@ def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:
     """Return ``(Q, R C)`` with ``W = Q R`` for a tall W, else ``(None, W C)``: Q times left singular vectors are those of W C."""
     left, small = torch.linalg.qr(W) if W.shape[0] > W.shape[1] else (None, W)
     return left, C.times(small.T.contiguous()).T
-
-
-def _width(rank: int, k: int) -> int:
-    """Return how many vectors are iterated for r wanted ones: the more, the fewer rounds."""
-    return min(k, 2 * rank + 8)
 
 
 def _random(rows: int, columns: int, like: Tensor) -> Tensor:

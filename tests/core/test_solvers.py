@@ -112,7 +112,7 @@ def test_nothing_is_returned_that_fails_the_check(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_iteration_that_does_not_settle_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(solvers._Settling, "after", lambda self, energy: False)
     weight, covariance = case(160, 160, 10.0, 100.0)
     assert decompose(weight, covariance, 4, "kpm", solver="partial").fell_back
     assert decompose(weight, covariance, 4, "ipm", solver="partial").fell_back
