@@ -10,6 +10,7 @@ from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, 
 from corda_core.drift import context_drift
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
+from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
 
 __all__ = [
     "AdapterInit",
@@ -27,11 +28,16 @@ __all__ = [
     "collect",
     "collect_in_passes",
     "context_drift",
+    "data_digest",
     "decompose",
     "export",
     "factors",
+    "load_covariances",
+    "load_plan",
     "lora_layers",
     "plan",
+    "save_covariances",
+    "save_plan",
     "select_linears",
     "spectrum",
     "weight_digest",

@@ -96,19 +96,19 @@ def decompose(
         of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU. Only the iteration for the largest
         components (IPM) runs in float32, which they bear.
     """
-    W, C = _prepared(weight, covariance, damping)
-    k = min(W.shape)
+    C = _damped(weight, covariance, damping)
+    k = min(weight.shape)
     if not 0 <= rank <= k:
         raise ValueError(f"rank {rank} is outside 0 … min(m, n) = {k}.")
     chosen = Mode(mode).components(k, rank)
     if rank == 0:
-        return Decomposition(W.new_empty(len(W), 0), W.new_empty(0), chosen, fell_back=False)
-    found = None
-    if Solver(solver).iterates(k, rank):
-        found = solvers.smallest(W, C, rank) if Mode(mode) is Mode.KPM else solvers.largest(W, C, rank)
-        if found is not None:
-            return Decomposition(*found, chosen, fell_back=False)
-    return Decomposition(*solvers.exact(W, C, chosen), chosen, fell_back=Solver(solver).iterates(k, rank))
+        empty = in_float64(weight[:, :0])
+        return Decomposition(empty, empty[0], chosen, fell_back=False)
+    iterate = Solver(solver).iterates(k, rank)
+    found = (solvers.smallest if Mode(mode) is Mode.KPM else solvers.largest)(weight, C, rank) if iterate else None
+    if found is not None:
+        return Decomposition(*found, chosen, fell_back=False)
+    return Decomposition(*solvers.exact(weight, C, chosen), chosen, fell_back=iterate)
 
 
 def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -> Tensor:
@@ -120,7 +120,7 @@ def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -
     Note:
         Values below 1e-8 σ₁ are rounding errors.
     """
-    return solvers.spectrum(*_prepared(weight, covariance, damping))
+    return solvers.spectrum(weight, _damped(weight, covariance, damping))
 
 
 def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = Split.BALANCED) -> tuple[Tensor, Tensor]:
@@ -147,11 +147,11 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
     return (rows / root[:, None]).float().contiguous(), (basis * root).float().contiguous()
 
 
-def _prepared(weight: Tensor, covariance: Covariance, damping: float) -> tuple[Tensor, DampedCovariance]:
-    """Return W in float64 and the damped C, checked."""
-    n = weight.shape[1]
-    if covariance.packed.n != n:
+def _damped(weight: Tensor, covariance: Covariance, damping: float) -> DampedCovariance:
+    """Return the damped C once it is known to belong to the weight."""
+    if covariance.packed.n != weight.shape[1]:
         raise ValueError(
-            f"the weight has {n} inputs but the covariance has {covariance.packed.n} rows and columns; they belong to different layers."
+            f"the weight has {weight.shape[1]} inputs but the covariance has {covariance.packed.n} rows and columns; "
+            "they belong to different layers."
         )
-    return in_float64(weight), covariance.damped(damping)
+    return covariance.damped(damping)

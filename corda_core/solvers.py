@@ -1,7 +1,7 @@
 """Left singular vectors of ``P = W C``: all by an exact solver, or the r largest or smallest by iteration with a check.
 
-W (m, n), C (n, n) symmetric positive, k = min(m, n). What is small matters here: the smallest singular values of ``W C`` lie up to
-nine orders of magnitude below the largest, so all that touches them is float64. The largest bear float32.
+W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). What is small matters here: the smallest singular values of
+``W C`` lie up to nine orders of magnitude below the largest, so all that touches them is float64. The largest bear float32.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corda_core.covariance import DampedCovariance
+from corda_core.covariance import DampedCovariance, in_float64
 from corda_core.symmetric import Symmetric
 
 TOLERANCE = 1e-3
@@ -19,7 +19,7 @@ been multiplied once more and is nearer."""
 
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
     """Return the singular values σ (k,) of ``W C``, descending, from the eigenvalues of its Gram matrix in float64."""
-    _, small = _product(W, C)
+    _, small = _product(in_float64(W), C)
     return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp(min=0).sqrt()
 
 
@@ -28,7 +28,7 @@ def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor
 
     Where a chosen σ is too small for the Gram matrix, which squares it, the singular value decomposition is taken instead.
     """
-    left, small = _product(W, C)
+    left, small = _product(in_float64(W), C)
     eigenvalues, vectors = torch.linalg.eigh(small @ small.T)
     sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     if (sigma[chosen] < 1e-6 * sigma[0]).any():
@@ -44,10 +44,7 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] 
     """
     W = W.float()
     found = _largest_ritz(lambda X: W @ C.times(C.times(W.T @ X)), len(W), rank, min(W.shape), W, lambda theta: float(theta.sum()))
-    if found is None:
-        return None
-    theta, vectors = found
-    return torch.linalg.qr(vectors.double()).Q, theta.sqrt()
+    return None if found is None else _rotated(W, C, found[1])
 
 
 def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -58,6 +55,7 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     squaring loses too much.
     The check: the energy that the inverse promises, ``Σ 1/θ``, is the energy that ``W C`` shows.
     """
+    W = in_float64(W)
     solvers = _inverse_tall(W, C) if W.shape[0] >= W.shape[1] else _inverse_wide(W, C)
     if solvers is None:
         return None
@@ -66,9 +64,15 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     if found is None:
         return None
     theta, vectors = found
-    U = torch.linalg.qr(lift(vectors)).Q
-    rotation, sigma, _ = torch.linalg.svd(C.times(W.T @ U).T, full_matrices=False)
-    return (U @ rotation, sigma) if float(sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
+    U, sigma = _rotated(W, C, lift(vectors))
+    return (U, sigma) if float(sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
+
+
+def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the span of the vectors (m, r) as the singular vectors and values of ``W C`` in it, float64."""
+    U = torch.linalg.qr(in_float64(vectors)).Q
+    rotation, sigma, _ = torch.linalg.svd(in_float64(C.times(W.T @ U.to(W))).T, full_matrices=False)
+    return U @ rotation, sigma
 
 
 def _largest_ritz(

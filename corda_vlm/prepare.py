@@ -124,7 +124,7 @@ def plan_adapters(
         split=config.split,
         damping=config.damping,
         solver=config.solver,
-        progress=lambda steps, title: tqdm(steps, desc=title, disable=None),
+        progress=_bar,
     )
 
 
@@ -142,6 +142,11 @@ def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaCon
     )
 
 
+def _bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
+    """Show progress with the time left on a terminal, in the first process only."""
+    return tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)
+
+
 @dataclass(frozen=True)
 class _Batches:
     """Inputs of the model, made anew each time they are gone over, with a progress bar."""
@@ -151,7 +156,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Go over the batches."""
-        return map(self.inputs_of, tqdm(self.source, desc="context", disable=None))
+        return map(self.inputs_of, _bar(self.source, "context"))
 
 
 def _batches(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterable[dict[str, Any]]:

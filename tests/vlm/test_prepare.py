@@ -125,7 +125,8 @@ def test_more_samples_than_wanted_are_drawn_by_seed(tokenizer: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_a_memory_budget_changes_nothing(processor: Any, samples: list[Any]) -> None:
     whole, frugal = (
-        corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4, parts=ALL_PARTS, max_memory=budget) for budget in (None, "9KB")
+        corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4, parts=ALL_PARTS, max_memory=budget)
+        for budget in (None, "9KB")
     )
     expected = lora_layers(whole)
     for name, layer in lora_layers(frugal).items():
