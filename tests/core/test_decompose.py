@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_core import Covariance, Mode, decompose, factors, spectrum
+from corda_core import Covariance, Mode, Solver, decompose, factors, spectrum
 
 SHAPES = [(12, 20), (16, 16), (20, 12)]
 
@@ -65,14 +65,16 @@ def test_eckart_young_in_the_context_norm(m: int, n: int, data: st.DataObject) -
     mode = data.draw(st.sampled_from(list(Mode)))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     damping = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
+    solver = data.draw(st.sampled_from(list(Solver)))
     weight, covariance = random_case(m, n, seed=m * 31 + n, dtype=dtype)
-    decomposition = decompose(weight, covariance, rank, mode, damping=damping)
+    decomposition = decompose(weight, covariance, rank, mode, damping=damping, solver=solver)
     basis, product = decomposition.basis, weight.double() @ dense(covariance, damping)
     assert basis.shape == (m, rank)
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
     singular = torch.linalg.svdvals(product)
     best = (singular[decomposition.components] ** 2).sum()
-    torch.testing.assert_close((basis.T @ product).square().sum(), best, rtol=1e-6, atol=1e-12 * singular[0].item() ** 2)
+    tolerance = 2e-3 if solver is Solver.PARTIAL else 1e-6
+    torch.testing.assert_close((basis.T @ product).square().sum(), best, rtol=tolerance, atol=1e-12 * singular[0].item() ** 2)
 
 
 def test_balanced_split_ignores_the_scale_of_c_and_balances() -> None:
