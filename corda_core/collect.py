@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from corda_core.covariance import Covariance, SecondMoment, mean_of
-from corda_core.distributed import from_first_process, gathered, num_processes, sum_over_processes_
+from corda_core.covariance import Covariance, SecondMoment, in_float64, mean_of
+from corda_core.distributed import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
 from corda_core.modules import unwrapped, weight_shape
 from corda_core.symmetric import Symmetric
 
@@ -58,27 +58,24 @@ def collect(
         normalize: None; or "sample-max", for parity with CorDA: each sample is divided by max|x| over its tokens, and the mean is
             taken over samples instead of tokens.
         dtype: Precision of products and sums, whatever the model's own.
-        device: Where the sums are kept; None keeps each beside its layer.
+        device: Where the sums are kept; None keeps them beside the model.
 
     Raises:
         ValueError: If there are no batches, a layer never ran, weights do not fit, or an input is not finite.
 
     Note:
-        The forward pass is only left early if no named layer ran twice in the first batch, and never under ``torch.distributed``,
-        where a sharded model must run to its end.
+        The forward pass is left early only if the first batch reached every named layer exactly once, as later ones then do too; and
+        never under ``torch.distributed``, where a sharded model must run to its end.
     """
-    ledger = _Ledger(names, normalize, dtype, device, may_stop=num_processes() == 1)
     bare = unwrapped(model)
-    was_training = bare.training
-    bare.eval()
-    try:
+    home = torch.device(device) if device is not None else next(bare.parameters()).device
+    ledger = _Ledger(names, normalize, dtype, home, may_stop=not is_distributed())
+    with _evaluating(bare):
         for batch in batches:
             ledger.start(partial(token_weights, batch=batch))
-            with torch.no_grad(), _observed(bare, names, ledger.see), suppress(_AllSeen):
+            with _observed(bare, names, ledger.see), suppress(_AllSeen):
                 bare(**batch)
             ledger.book()
-    finally:
-        bare.train(was_training)
     if ledger.batch_number == 0:
         raise ValueError("There are no batches: the covariances need at least one sample.")
     return ledger.results()
@@ -152,13 +149,27 @@ def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequenc
             seen.add(name)
         last = x
 
-    with torch.no_grad(), _observed(unwrapped(model), names, see):
-        unwrapped(model)(**batch)
+    bare = unwrapped(model)
+    with _evaluating(bare), _observed(bare, names, see):
+        bare(**batch)
     return groups + [[name] for name in names if name not in seen]
 
 
 class _AllSeen(Exception):
     """All layers have seen this batch: the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager
@@ -181,7 +192,7 @@ class _Ledger:
     names: Sequence[str]
     normalize: Normalize | None
     dtype: torch.dtype
-    device: torch.device | str | None
+    device: torch.device
     may_stop: bool
     """Whether the forward pass may be left once all layers have run."""
     batch_number: int = 0
@@ -198,6 +209,8 @@ class _Ledger:
 
     def start(self, weights_of: Callable[[str], Tensor | None]) -> None:
         """Begin a batch."""
+        if self.batch_number == 1 and len(self.seen) < len(self.names):
+            self.may_stop = False
         self.batch_number += 1
         self.weights_of = weights_of
         self.seen.clear()
@@ -219,10 +232,10 @@ class _Ledger:
     def book(self) -> None:
         """Add the current input to the moment of its readers."""
         if self.gram is not None:
-            if self.readers not in self.moments:
-                device = self.gram.device if self.device is None else torch.device(self.device)
-                self.moments[self.readers] = SecondMoment(Symmetric.zeros(self.gram.n, self.dtype, device))
-            self.moments[self.readers].add_(self.gram, self.weight, self.num_tokens)
+            if self.readers in self.moments:
+                self.moments[self.readers].add_(self.gram, self.weight, self.num_tokens)
+            else:
+                self.moments[self.readers] = SecondMoment(self.gram.to(self.device), self.weight, self.num_tokens)
         self.current = self.gram = None
 
     def results(self) -> dict[str, Covariance]:
@@ -248,7 +261,8 @@ class _Ledger:
         """Make ``x`` the current input, read by ``name``, and take its weighted Gram matrix."""
         rows, self.weight, self.num_tokens = self._weighted(name, x.detach())
         self.current, self.version, self.readers = x, x._version, (name,)
-        self.gram = Symmetric.gram(rows)
+        with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+            self.gram = Symmetric.gram(rows)
         if not torch.isfinite(self.gram.diagonal()).all():
             raise ValueError(
                 f"{name}: batch {self.batch_number} feeds it values that are not finite, or whose squares are not; look at that sample "
@@ -270,7 +284,7 @@ class _Ledger:
         total = float(len(rows))
         if weights is not None and bool((weights[weights > 0] != 1).any()):
             kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
-            rows, total = rows * kept.sqrt()[:, None], float(kept.double().sum())
+            rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
         return rows, float(samples) if self.normalize == "sample-max" else total, len(rows)
 
     def _add_other_processes(self) -> None:
@@ -283,7 +297,7 @@ class _Ledger:
             everyone |= theirs
         for readers, n in everyone.items():
             if readers not in self.moments:
-                self.moments[readers] = SecondMoment(Symmetric.zeros(n, self.dtype, torch.device(self.device or "cpu")))
+                self.moments[readers] = SecondMoment(Symmetric.zeros(n, self.dtype, self.device))
             moment = self.moments[readers]
             for panel in moment.total.panels:
                 sum_over_processes_(panel)

@@ -40,7 +40,7 @@ class Covariance:
         Note:
             The paper doubles λ until a float32 inverse is accurate. No inverse is taken here, so λ stays what it is.
         """
-        mean = float(self.packed.diagonal().double().mean())
+        mean = float(in_float64(self.packed.diagonal()).mean())
         if not 0 < mean < float("inf"):
             raise ValueError(
                 f"the covariance has trace {mean * self.packed.n:.3g}: its inputs are all zero or not finite; check the context samples."

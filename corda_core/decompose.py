@@ -93,8 +93,7 @@ def decompose(
 
     Note:
         Float64 on the weight's own device, whatever its speed there (consumer GPUs: 1/64 of float32): the smallest singular values
-        of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU. Only the iteration for the largest
-        components (IPM) runs in float32, which they bear.
+        of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU.
     """
     C = _damped(weight, covariance, damping)
     k = min(weight.shape)
@@ -148,7 +147,9 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
 
 
 def _damped(weight: Tensor, covariance: Covariance, damping: float) -> DampedCovariance:
-    """Return the damped C once it is known to belong to the weight."""
+    """Return the damped C once it is known that it belongs to the weight and that the weight is finite."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds values that are not finite; look at the checkpoint.")
     if covariance.packed.n != weight.shape[1]:
         raise ValueError(
             f"the weight has {weight.shape[1]} inputs but the covariance has {covariance.packed.n} rows and columns; "

@@ -8,9 +8,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def is_distributed() -> bool:
+    """Whether this process belongs to a group, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def num_processes() -> int:
     """Return how many processes work together; 1 without ``torch.distributed``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def process_rank() -> int:

@@ -29,6 +29,7 @@ def select_linears(
     Raises:
         ValueError: If a pattern matches no linear layer; the text names the closest ones.
     """
+    model = unwrapped(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
     if targets is None:
         find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
@@ -110,7 +111,7 @@ def weight_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -85,6 +85,7 @@ def plan(
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; expected at least 1.")
+    mode, split, solver = Mode(mode), Split(split), Solver(solver)
     layers: dict[str, AdapterInit] = {}
     fallbacks: list[str] = []
     parts = [covariances] if isinstance(covariances, Mapping) else covariances
@@ -93,7 +94,7 @@ def plan(
         new = {name: weight_shape(model, name) for name in part}
         sizes |= new
         _warn_of_few_tokens(new, part)
-        for name, (init, fell_back) in _inits(model, part, Mode(mode), rank, Split(split), damping, Solver(solver), progress):
+        for name, (init, fell_back) in _inits(model, part, mode, rank, split, damping, solver, progress):
             layers[name] = init
             fallbacks += [name] if fell_back else []
         del part  # else it would stay while the next is collected
@@ -101,11 +102,11 @@ def plan(
     provenance = {
         "base_digest": base_digest(model, layers),
         "damping": damping,
-        "split": str(Split(split)),
-        "solver": str(Solver(solver)),
+        "split": str(split),
+        "solver": str(solver),
         "fallbacks": fallbacks,
     }
-    return AdapterPlan(layers, Mode(mode), rank, provenance)
+    return AdapterPlan(layers, mode, rank, provenance)
 
 
 def _inits(
@@ -124,17 +125,18 @@ def _inits(
     turns = [names[start : start + num_processes()] for start in range(0, len(names), num_processes())]
     for turn in progress(turns, "decompose"):
         # Sharded weights are gathered by all at once, so all gather a whole turn before each decomposes its own layer.
-        weights = {name: weight_matrix(model, name) for name in turn}
-        for name in turn[process_rank() : process_rank() + 1]:
+        own: list[tuple[str, Tensor]] = []
+        for place, name in enumerate(turn):
+            weight = weight_matrix(model, name)
+            own += [(name, weight)] if place == process_rank() else []
+        for name, weight in own:
             try:
-                decomposition = decompose(
-                    weights[name], covariances[name], min(rank, *weights[name].shape), mode, damping=damping, solver=solver
-                )
-                A0, B0 = factors(weights[name], decomposition, split)
+                decomposition = decompose(weight, covariances[name], min(rank, *weight.shape), mode, damping=damping, solver=solver)
+                A0, B0 = factors(weight, decomposition, split)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            init = AdapterInit(A0, B0, decomposition.sigma, decomposition.components, covariances[name].num_tokens)
-            mine[name] = (init, decomposition.fell_back)
+            sigma, num_tokens = decomposition.sigma.cpu(), covariances[name].num_tokens
+            mine[name] = (AdapterInit(A0.cpu(), B0.cpu(), sigma, decomposition.components, num_tokens), decomposition.fell_back)
     everyone: dict[str, tuple[AdapterInit, bool]] = {}
     for theirs in gathered(mine):
         everyone |= theirs

@@ -1,7 +1,7 @@
 """Left singular vectors of ``P = W C``: all by an exact solver, or the r largest or smallest by iteration with a check.
 
-W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). What is small matters here: the smallest singular values of
-``W C`` lie up to nine orders of magnitude below the largest, so all that touches them is float64. The largest bear float32.
+W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). All in float64: the smallest singular values of ``W C`` lie
+up to nine orders of magnitude below the largest, and one massive activation puts even the second largest three orders below the first.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from corda_core.symmetric import Symmetric
 TOLERANCE = 1e-3
 """Relative context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
 been multiplied once more and is nearer."""
+MAX_BLOCKS = 12
+"""Where the Krylov space ends: beyond that the exact solver is cheaper."""
 
 
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
@@ -26,24 +28,27 @@ def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
 def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor]:
     """Return the chosen U_S (m, r) and σ_S (r,), from the eigenvectors of the Gram matrix in float64.
 
-    Where a chosen σ is too small for the Gram matrix, which squares it, the singular value decomposition is taken instead.
+    Where a chosen σ is too small for the Gram matrix, which squares it, the singular value decomposition is taken instead; values
+    that are rounding errors there too are returned as 0.
     """
     left, small = _product(in_float64(W), C)
     eigenvalues, vectors = torch.linalg.eigh(small @ small.T)
     sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     if (sigma[chosen] < 1e-6 * sigma[0]).any():
         U, sigma, _ = torch.linalg.svd(small, full_matrices=False)
+        sigma = sigma * (sigma > torch.finfo(sigma.dtype).eps * max(small.shape) * sigma[0])
     U, sigma = U[:, chosen], sigma[chosen]
     return (U if left is None else left @ U), sigma
 
 
 def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration in float32; None if it did not settle.
+    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration; None if it did not settle.
 
-    ``P Pᵀ X = W C C Wᵀ X`` is applied factor by factor: W C is never formed.
+    ``P Pᵀ X = W C C Wᵀ X`` is applied factor by factor: W C is never formed. Settled is when the energy of the last j components is,
+    for every j: the sum over all would hide the others behind one that dominates.
     """
-    W = W.float()
-    found = _largest_ritz(lambda X: W @ C.times(C.times(W.T @ X)), len(W), rank, min(W.shape), W, lambda theta: float(theta.sum()))
+    W = in_float64(W)
+    found = _largest_ritz(lambda X: W @ C.times(C.times(W.T @ X)), len(W), rank, W, lambda theta: theta.flip(0).cumsum(0))
     return None if found is None else _rotated(W, C, found[1])
 
 
@@ -53,14 +58,15 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     For m ≥ n on ``(Pᵀ P)⁻¹ = C⁻¹ (Wᵀ W)⁻¹ C⁻¹``, with Cholesky factors of C and WᵀW: both are far better conditioned than their
     product, which is never formed. For m < n on ``(P Pᵀ)⁻¹ = L⁻ᵀ L⁻¹``, L from the Gram matrix, or from ``Pᵀ = Q Lᵀ`` where
     squaring loses too much.
-    The check: the energy that the inverse promises, ``Σ 1/θ``, is the energy that ``W C`` shows.
+    Two checks: the energy that the inverse promises, ``Σ 1/θ``, has settled; and it is the energy that ``W C`` shows, so the solves
+    were right.
     """
     W = in_float64(W)
     solvers = _inverse_tall(W, C) if W.shape[0] >= W.shape[1] else _inverse_wide(W, C)
     if solvers is None:
         return None
     solve, lift = solvers
-    found = _largest_ritz(solve, min(W.shape), rank, min(W.shape), W, lambda theta: float((1 / theta).sum()))
+    found = _largest_ritz(solve, min(W.shape), rank, W, lambda theta: (1 / theta).sum(0, keepdim=True))
     if found is None:
         return None
     theta, vectors = found
@@ -69,32 +75,34 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
 
 
 def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the span of the vectors (m, r) as the singular vectors and values of ``W C`` in it, float64."""
-    U = torch.linalg.qr(in_float64(vectors)).Q
-    rotation, sigma, _ = torch.linalg.svd(in_float64(C.times(W.T @ U.to(W))).T, full_matrices=False)
+    """Return the span of the vectors (m, r) as the singular vectors and values of ``W C`` in it."""
+    U = torch.linalg.qr(vectors).Q
+    rotation, sigma, _ = torch.linalg.svd(C.times(W.T @ U).T, full_matrices=False)
     return U @ rotation, sigma
 
 
 def _largest_ritz(
-    apply: Callable[[Tensor], Tensor], size: int, rank: int, limit: int, like: Tensor, energy: Callable[[Tensor], float]
+    apply: Callable[[Tensor], Tensor], size: int, rank: int, like: Tensor, energies: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor] | None:
     """Return the r largest Ritz values (r,), float64, and what the positive operator makes of their vectors (size, r).
 
-    The Krylov space of a random block is widened until the energy of the values settles (Golub and Underwood 1977), with full
-    orthogonalisation. None if it has not settled when the space is as large as ``limit``, or is no longer finite.
+    The Krylov space of a random block is widened until the ``energies`` of the values settle (Golub and Underwood 1977), with full
+    orthogonalisation. None if they have not when the space is as large as it may be, or if it is no longer finite.
     """
+    limit = min(*like.shape)
     block = torch.linalg.qr(_random(size, min(limit, rank + 8), like)).Q
+    limit = min(limit, MAX_BLOCKS * block.shape[1])
     basis, images = block, apply(block)
     settled = _Settling()
     while bool(torch.isfinite(images).all()):
-        projected = (basis.T @ images).double()
+        projected = basis.T @ images
         theta, rotation = torch.linalg.eigh((projected + projected.T) / 2)
         theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank]
         if theta[-1] <= 0:
             return None
-        if settled.after(energy(theta)):
+        if settled.after(energies(theta)):
             # Applied once more, for nothing: what little a Ritz vector has of unwanted directions would be large in P.
-            return theta, images @ rotation.to(images)
+            return theta, images @ rotation
         if basis.shape[1] + block.shape[1] > limit:
             return None
         block = images[:, -block.shape[1] :]
@@ -105,19 +113,19 @@ def _largest_ritz(
 
 
 class _Settling:
-    """Tells when a monotone sequence of energies is within TOLERANCE of where it goes, if it goes on geometrically."""
+    """Tells when monotone sequences of energies are within TOLERANCE of where they go, if they go on geometrically."""
 
     def __init__(self) -> None:
-        self.energies: list[float] = []
+        self.energies: list[Tensor] = []
 
-    def after(self, energy: float) -> bool:
-        """Take the next energy and return whether the sequence has settled."""
-        self.energies.append(energy)
+    def after(self, energies: Tensor) -> bool:
+        """Take the next energies, all positive, and return whether every sequence has settled."""
+        self.energies = [*self.energies[-2:], energies]
         if len(self.energies) < 3:
             return False
-        before, last = (abs(b - a) for a, b in zip(self.energies[-3:], self.energies[-2:], strict=False))
-        ratio = min(last / before, 0.95) if before > 0 else 0.0
-        return last * ratio / (1 - ratio) <= TOLERANCE * energy and last <= 10 * TOLERANCE * energy
+        before, last = (self.energies[1] - self.energies[0]).abs(), (self.energies[2] - self.energies[1]).abs()
+        ratio = (last / before.clamp(min=torch.finfo(before.dtype).tiny)).clamp(max=0.95)
+        return bool((last * ratio / (1 - ratio) <= TOLERANCE * energies).all() and (last <= 10 * TOLERANCE * energies).all())
 
 
 def _inverse_tall(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:

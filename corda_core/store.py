@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode
-from corda_core.modules import base_digest, weight_digest
+from corda_core.modules import base_digest, unwrapped, weight_digest
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.symmetric import Symmetric
 
@@ -27,7 +27,7 @@ HEADER = "corda"
 
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    """Return a SHA-256 over all tensors of all batches: what the covariances were taken over."""
+    """Return a SHA-256 over the tensors of all batches: what the covariances were taken over."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(weight_digest({key: value for key, value in batch.items() if isinstance(value, Tensor)}).encode())
@@ -123,7 +123,7 @@ def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
 
 
 def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str]) -> Iterable[str]:
-    modules = dict(model.named_modules())
+    modules = dict(unwrapped(model).named_modules())
     missing = [name for name in names if name not in modules]
     if missing:
         raise ValueError(f"{path} was made for another model: this one has no layer {missing[0]}; collect again.")
@@ -132,14 +132,12 @@ def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str
 
 def _write(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     versions = {package: version(package) for package in ("corda-vlm", "torch")}
-    descriptor, fresh = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        metadata = {HEADER: json.dumps({"format": 1, "versions": versions, **header})}
+    metadata = {HEADER: json.dumps({"format": 1, "versions": versions, **header})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, fresh, metadata=metadata)
         os.replace(fresh, path)
-    finally:
-        Path(fresh).unlink(missing_ok=True)
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -42,6 +42,10 @@ class Symmetric:
         """Where the panels lie."""
         return self.panels[0].device
 
+    def to(self, device: torch.device) -> "Symmetric":
+        """Return S on another device, or itself."""
+        return Symmetric(tuple(panel.to(device) for panel in self.panels))
+
     def add_(self, other: "Symmetric") -> None:
         """Add another S of the same size in place."""
         for mine, panel in zip(self.panels, other.panels, strict=True):

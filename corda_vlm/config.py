@@ -58,7 +58,7 @@ class CordaConfig:
     normalize: str | None = None
     """None: mean over tokens; "sample-max": each sample scaled to maximum 1, as in the papers."""
 
-    max_memory: str | int | None = None
+    max_memory: str | float | None = None
     """What the covariances may take at once, in bytes or as "8GB": the samples are gone over as often as that needs."""
 
     num_samples: int = 256
@@ -112,8 +112,10 @@ class CordaConfig:
         Raises:
             ValueError: If it cannot be read as a size.
         """
-        if self.max_memory is None or isinstance(self.max_memory, int):
-            return self.max_memory
+        if self.max_memory is None:
+            return None
+        if not isinstance(self.max_memory, str):
+            return int(self.max_memory)
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", self.max_memory.strip(), flags=re.IGNORECASE)
         if match is None:
             raise ValueError(f'max_memory is {self.max_memory!r}; expected bytes or a size such as "8GB" or "500MB".')

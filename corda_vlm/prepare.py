@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -39,7 +40,7 @@ def prepare(
     solver: str = "auto",
     tokens: str | Mapping[str, float] = "all",
     normalize: str | None = None,
-    max_memory: str | int | None = None,
+    max_memory: str | float | None = None,
     num_samples: int = 256,
     batch_size: int = 8,
     seed: int = 0,
@@ -70,7 +71,7 @@ def prepare(
         tokens: See ``CordaConfig``.
         normalize: See ``CordaConfig``.
         max_memory: See ``CordaConfig``.
-        num_samples: See ``CordaConfig``. Ready batches are all used.
+        num_samples: See ``CordaConfig``. Ready batches are all used; under ``torch.distributed`` each process brings its own.
         batch_size: See ``CordaConfig``.
         seed: See ``CordaConfig``.
 
@@ -131,7 +132,7 @@ def plan_adapters(
 def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterator[dict[str, Covariance]]:
     """Yield the covariances of the context, in one part or in as many as the memory asks for."""
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
-    batches = _batches(model, images_texts, config, processor)
+    batches = _batches(model, images_texts, config, processor, trim_logits=not _is_output(model, names))
     return collect_in_passes(
         model,
         batches,
@@ -159,39 +160,43 @@ class _Batches:
         return map(self.inputs_of, _bar(self.source, "context"))
 
 
-def _batches(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterable[dict[str, Any]]:
+def _batches(
+    model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any, *, trim_logits: bool
+) -> Iterable[dict[str, Any]]:
     """Return this process's batches of context as inputs of the model; an iterator only if the source is one."""
     chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
+    inputs_of = partial(_model_inputs, model, trim_logits)
     if are_batches:
-        batches = _Batches(chosen, partial(_model_inputs, model))
+        batches = _Batches(chosen, inputs_of)
         return iter(batches) if isinstance(chosen, Iterator) else batches
     collate = Collator(processor or _own_processor(model))
-    groups = _share(list(chosen), config.batch_size)
-    return _Batches(groups, lambda group: _model_inputs(model, collate(group)))
+    # Samples are read when their batch comes: a dataset decodes its images only then.
+    groups = _share(len(chosen), config.batch_size)
+    return _Batches(groups, lambda group: inputs_of(collate([chosen[i] for i in group])))
 
 
-def _share(samples: list[Any], batch_size: int) -> list[list[Any]]:
-    """Return this process's samples in batches; under ``torch.distributed`` each process has as many batches as the others.
+def _share(num_samples: int, batch_size: int) -> list[range]:
+    """Return the places of this process's samples in batches; under ``torch.distributed`` each process has as many batches as the others.
 
     Raises:
         ValueError: If there are fewer samples than processes.
     """
-    if len(samples) < num_processes():
-        raise ValueError(f"There are {len(samples)} samples of context for {num_processes()} processes; give at least one for each.")
-    mine = samples[process_rank() :: num_processes()]
-    count = -(-len(samples) // (batch_size * num_processes()))
+    if num_samples < num_processes():
+        raise ValueError(f"There are {num_samples} samples of context for {num_processes()} processes; give at least one for each.")
+    mine = range(process_rank(), num_samples, num_processes())
+    count = min(-(-num_samples // (batch_size * num_processes())), num_samples // num_processes())
     bounds = [number * len(mine) // count for number in range(count + 1)]
-    return [mine[start:end] for start, end in pairwise(bounds) if end > start]
+    return [mine[start:end] for start, end in pairwise(bounds)]
 
 
-def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Iterable[Any], bool]:
+def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool]:
     """Return what to use as context, and whether it is ready batches (all of them) or samples (``count`` at most)."""
     if isinstance(images_texts, Sequence) or (hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")):
         items: Any = images_texts
         total = len(items)
         if total and not _is_batch(items[0]):
             order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
-            return [items[i] for i in order], False
+            return Subset(items, list(order)), False
         if total:
             return items, True
     iterator = iter(images_texts)
@@ -219,10 +224,17 @@ def _own_processor(model: nn.Module) -> Any:
         ) from error
 
 
-def _model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch on the model's device, asking for the logits of one position only where the model can do that."""
+def _is_output(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the output embedding is among the named layers."""
+    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    return any(model.get_submodule(name) is find_output() for name in names)
+
+
+def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    inputs["use_cache"] = False
+    if trim_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
     return inputs

@@ -61,6 +61,8 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     """
     known = parts_of(model)
     image_token = getattr(model.config, "image_token_id", None)
+    if weights["image"] != weights["text"] and image_token is None:
+        raise ValueError(f'tokens weighs images and text apart, but {type(model).__name__} reads no images; leave tokens at "all".')
 
     def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
         if not name.startswith(known["language"]):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from corda_core import select_linears
 from corda_eval.lab.base import load_lab
@@ -27,10 +27,9 @@ class Case:
 
 
 def smollm2() -> Case:
-    """SmolLM2-135M-Instruct in float32, all linears, 32 windows of 512 tokens of technical English."""
+    """SmolLM2-135M-Instruct in float32 without its output embedding, all linears, 32 windows of 512 tokens of technical English."""
     lab, processor = load_lab(torch.float32)
-    model = AutoModelForCausalLM.from_config(lab.config.text_config, dtype=torch.float32).eval()
-    model.model.load_state_dict(lab.model.language_model.state_dict())
+    model = lab.model.language_model
     windows = text_windows(held_out_text()[0], processor.tokenizer, 512, 32)
     return Case(model, select_linears(model), [{"input_ids": window[None]} for window in windows], batch_size=4, rank=32)
 

@@ -5,7 +5,7 @@
 Both sides run in fresh processes, in turns; the table gives medians and the median of the pairs' ratios PEFT / ours.
 Times: the plain forward pass over the samples; what collecting the covariances costs beyond it; the decomposition, with what puts
 the adapter on the model. PEFT gets its samples one by one, as it must. Memory: the peak of resident memory during the preparation,
-less what was resident before it (model loaded, one plain forward pass done).
+less what was resident before it (model loaded, one plain forward pass done); beside it the same for the plain forward pass.
 """
 
 import json
@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -63,12 +62,13 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
     batches = batched(case) if side == "ours" else case.samples
     with torch.no_grad():
         case.model(**batches[0])
+        before = _reset_peak()
         start = time.perf_counter()
         for batch in batches:
             case.model(**batch)
         forward = time.perf_counter() - start
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    forward_mb = (_status("VmHWM") - before) / 1e3
+    before = _reset_peak()
     start = time.perf_counter()
     collected, details = prepare(case, batches, mode)
     whole = time.perf_counter() - start
@@ -78,6 +78,7 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
         "decomposition": whole - collected,
         "whole": whole,
         "overhead": whole - forward,
+        "forward_mb": forward_mb,
         "extra_mb": (_status("VmHWM") - before) / 1e3,
         **details,
     }
@@ -93,6 +94,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("decomposition", "s"),
         ("overhead", "s"),
         ("whole", "s"),
+        ("forward_mb", "MB"),
         ("extra_mb", "MB"),
     ):
         ratio = median(theirs[key] / mine[key] for theirs, mine in zip(sides["peft"], sides["ours"], strict=True))
@@ -135,10 +137,16 @@ def _peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tupl
     return collected, {}
 
 
+def _reset_peak() -> float:
+    """Forget the peak of resident memory and return what is resident now, in kilobytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
 def _status(field: str) -> float:
     """Return one of this process's memory figures, in kilobytes."""
-    lines: Callable[[], list[str]] = Path("/proc/self/status").read_text().splitlines
-    return next(float(line.split()[1]) for line in lines() if line.startswith(f"{field}:"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,40 @@ def test_leaves_the_forward_pass_behind_the_last_wanted_layer() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_stays_to_the_end_where_the_first_batch_did_not_reach_all() -> None:
+    class Sometimes(Toy):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None, twice: bool = False) -> Tensor:
+            mixed = self.q(x)
+            if twice:
+                mixed = mixed + self.q(2 * x) + self.k(x)
+            return mixed
+
+    model, x = Sometimes(), torch.randn(1, 4, 6)
+    found = collect(model, [{"x": x}, {"x": x, "twice": True}], ("q", "k"))
+    assert (found["q"].num_tokens, found["k"].num_tokens) == (12, 4)
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_each_module_keeps_its_own_mode(budget: int | None) -> None:
+    model = Toy().train()
+    model.norm, model.k.training = nn.BatchNorm1d(6), False
+    forward = model.forward
+    model.forward = lambda x: forward(model.norm(x.transpose(1, 2)).transpose(1, 2))  # type: ignore[method-assign]
+    before = model.norm.running_mean.clone()
+    list(collect_in_passes(model, [{"x": torch.randn(2, 3, 6)}], NAMES, budget))
+    assert model.training
+    assert model.norm.training
+    assert not model.k.training
+    assert torch.equal(model.norm.running_mean, before)
+
+
+def test_autocast_does_not_reach_the_sums() -> None:
+    model, x = Toy(), torch.randn(4, 50, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = collect(model, [{"x": x}], ("q",))["q"].matrix
+    assert torch.equal(found, collect(model, [{"x": x}], ("q",))["q"].matrix)
+
+
 def test_two_models_at_once_do_not_disturb_each_other() -> None:
     """A model whose forward collects on another one meanwhile."""
     inner, batches = Toy(), [{"x": torch.randn(2, 3, 6)} for _ in range(2)]

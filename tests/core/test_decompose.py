@@ -122,9 +122,9 @@ def test_refuses_what_cannot_be_decomposed() -> None:
         decompose(weight, covariance, 7, "kpm")
     with pytest.raises(ValueError, match="qpm"):
         decompose(weight, covariance, 2, "qpm")
-    zero_row = weight.clone()
-    zero_row[0] = 0
-    decomposition = decompose(zero_row, covariance, 1, "kpm")
-    if decomposition.sigma[-1] == 0:
-        with pytest.raises(ValueError, match="balanced"):
-            factors(zero_row, decomposition, "paper")
+    with pytest.raises(ValueError, match="weight holds values that are not finite"):
+        decompose(weight * torch.inf, covariance, 2, "kpm")
+    deficient = weight.clone()
+    deficient[0] = deficient[1]
+    with pytest.raises(ValueError, match="balanced"):
+        factors(deficient, decompose(deficient, covariance, 1, "kpm"), "paper")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_core import Covariance, Decomposition, decompose, solvers, spectrum
+from corda_core import Covariance, Decomposition, Solver, decompose, solvers, spectrum
 
 SHAPES = {"square": (160, 160), "wide": (96, 200), "tall": (220, 110), "very wide": (40, 600), "very tall": (600, 40)}
 CPU = torch.device("cpu")
@@ -45,6 +45,8 @@ def test_partial_is_within_a_thousandth_of_exact(shape: str, rank: int, damping:
     for mode, low, high in (("kpm", 0.9999, 1.001), ("ipm", 0.999, 1.0001)):
         for solver in ("partial", "exact"):
             found = decompose(weight, covariance, rank, mode, damping=damping, solver=solver)
+            # Four times as many components as are wanted leave the iteration room; then it must do the work itself.
+            assert not found.fell_back or min(SHAPES[shape]) < 4 * rank + 32 or max(conditions) > 1e6
             assert low <= energy_ratio(found, P) <= high, (mode, solver, found.fell_back)
             torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-9)
             torch.testing.assert_close(found.sigma.norm(), (found.basis.T @ P).norm(), rtol=2e-3, atol=0)
@@ -65,6 +67,17 @@ def test_condition_number_of_a_billion(shape: str) -> None:
     assert singular[0] / singular[-1] > 0.9e9
     for solver in ("partial", "exact"):
         assert energy_ratio(decompose(weight, covariance, 8, "kpm", damping=0.0, solver=solver), P) <= 1.001
+
+
+def test_components_behind_a_massive_one_are_found() -> None:
+    """One σ₁ is 1e4 above the rest and has all but 1e-8 of the energy: the others must be right nonetheless."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.cat([torch.tensor([1e4]), torch.linspace(1.0, 0.2, 199)]).double()
+    weight = (orthogonal(200, generator) * sigma) @ orthogonal(200, generator)
+    covariance = Covariance.of(torch.eye(200, dtype=torch.float64), 2000)
+    found = decompose(weight, covariance, 9, "ipm", solver="partial")
+    assert not found.fell_back
+    torch.testing.assert_close(found.sigma, 1.01 * sigma[:9], rtol=2e-3, atol=0)
 
 
 def test_flat_spectrum_where_iterations_converge_slowly() -> None:
@@ -127,6 +140,9 @@ def test_spectrum_without_vectors(shape: str) -> None:
 def test_auto_iterates_only_where_it_pays() -> None:
     weight, covariance = case(300, 300, 1e2, 1e3)
     singular = torch.linalg.svdvals(product(weight, covariance, 0.01))
+    assert Solver.AUTO.iterates(300, 8)
+    assert not Solver.AUTO.iterates(300, 200)
+    assert not Solver.AUTO.iterates(100, 2)
     few, many = decompose(weight, covariance, 8, "kpm"), decompose(weight, covariance, 200, "kpm")
     torch.testing.assert_close(many.sigma, singular[100:], rtol=1e-6, atol=0)  # exact
     torch.testing.assert_close(few.sigma.norm(), singular[-8:].norm(), rtol=1e-3, atol=0)

@@ -1,5 +1,6 @@
 """The one call on a tiny LLaVA and a tiny Llama: identical outputs, every form of samples, clear refusals, the whole path."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import corda_vlm
+import corda_vlm.prepare
 from corda_core import lora_layers, weight_digest
 from corda_vlm.data import Collator
 
+prepare_module = sys.modules["corda_vlm.prepare"]  # the name in the package is the function
 ALL_PARTS = ("vision", "projector", "language")
 
 
@@ -131,6 +134,8 @@ def test_a_memory_budget_changes_nothing(processor: Any, samples: list[Any]) -> 
     expected = lora_layers(whole)
     for name, layer in lora_layers(frugal).items():
         assert torch.equal(layer.lora_A["default"].weight, expected[name].lora_A["default"].weight)
+    names = corda_vlm.select_layers(tiny_llava(), parts=ALL_PARTS)
+    assert sum(4 * tiny_llava().get_submodule(name).weight.shape[1] ** 2 for name in names) > 3 * 9000  # so several passes are needed
     batches = (Collator(processor)(samples[start : start + 3]) for start in (0, 3))
     with pytest.raises(ValueError, match=r"max_memory is 9000 bytes.*give a list or a DataLoader"):
         corda_vlm.prepare(tiny_llava(), batches, processor=processor, rank=4, max_memory="9KB")
@@ -152,10 +157,34 @@ def test_tokens_weigh_images_and_text(processor: Any, samples: list[Any]) -> Non
     assert torch.equal(matrices["vision", "image"], matrices["vision", "all"])
 
 
+def test_the_output_embedding_may_be_adapted(tokenizer: Any) -> None:
+    texts = [(None, "a red circle in this shape is blue")] * 5
+    found = corda_vlm.collect_context(tiny_llama(), texts, corda_vlm.CordaConfig(targets=["lm_head"]), tokenizer)
+    assert found["lm_head"].num_tokens == 5 * 8
+
+
+@pytest.mark.parametrize(("samples", "processes", "batch_size"), [(256, 3, 1), (256, 3, 8), (11, 2, 3), (7, 7, 4), (5, 1, 2)])
+def test_processes_have_equally_many_batches_and_all_samples(
+    samples: int, processes: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "num_processes", lambda: processes)
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(prepare_module, "process_rank", lambda rank=rank: rank)
+        shares.append(prepare_module._share(samples, batch_size))
+    assert len({len(share) for share in shares}) == 1
+    assert all(group for share in shares for group in share)
+    assert sorted(place for share in shares for group in share for place in group) == list(range(samples))
+    with pytest.raises(ValueError, match="at least one for each"):
+        prepare_module._share(processes - 1, batch_size)
+
+
 def test_mistakes_get_one_clear_sentence(processor: Any, samples: list[Any], tokenizer: Any) -> None:
     for empty in ([], iter([])):
         with pytest.raises(ValueError, match="images_texts is empty"):
             corda_vlm.prepare(tiny_llava(), empty, processor=processor)
+    with pytest.raises(ValueError, match='LlamaForCausalLM reads no images; leave tokens at "all"'):
+        corda_vlm.prepare(tiny_llama(), [(None, "a red circle")], processor=tokenizer, tokens="text")
     with pytest.raises(ValueError, match="'q_prj' matches no linear layer; closest: .*q_proj"):
         corda_vlm.prepare(tiny_llava(), samples, processor=processor, targets=["q_prj"])
     with pytest.raises(ValueError, match="No processor was found"):
