@@ -28,7 +28,7 @@ instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong
 class OffsetLora(LoraVariant):
     """LoRA that starts at zero change from factors that are not zero: ``W x + s (B A − B0 A0) x``, A0 and B0 frozen.
 
-    Computed as ``s ((B − B0) A x + B0 (A − A0) x)``.
+    Computed as ``s [B − B0, B0] [A; A − A0] x``: what ``export`` writes, so an exported adapter repeats these very operations.
 
     Note:
         The papers write ``(W − B0 A0) x + B A x``. The function is the same, but here the base weight is never written and
@@ -42,11 +42,8 @@ class OffsetLora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the base's result plus the change."""
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
-        A0, B0 = module.lora_A0[active_adapter], module.lora_B0[active_adapter]
-        x = module.lora_dropout[active_adapter](x)
-        # Differences of factors, not of products: exactly zero at the start whatever kernels torch picks, and no cancellation later.
-        change = F.linear(F.linear(x, A), B - B0) + F.linear(F.linear(x, A - A0), B0)
+        down, up = _offset_factors(module, active_adapter)
+        change = F.linear(F.linear(module.lora_dropout[active_adapter](x), down), up)
         return result + change * module.scaling[active_adapter]
 
     @staticmethod
@@ -122,11 +119,11 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
 
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
     """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
-    A, B = layer.lora_A[adapter_name].weight.detach().float(), layer.lora_B[adapter_name].weight.detach().float()
     if hasattr(layer, "lora_A0") and adapter_name in layer.lora_A0:
-        A0, B0 = layer.lora_A0[adapter_name].float(), layer.lora_B0[adapter_name].float()
-        A, B = torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
-    return A, B * layer.scaling[adapter_name]
+        A, B = _offset_factors(layer, adapter_name)
+    else:
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return A.detach().float(), B.detach().float() * layer.scaling[adapter_name]
 
 
 def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str = "default") -> Path:
@@ -203,6 +200,16 @@ def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, *, strict: boo
         base.data -= layer.get_delta_weight(adapter_name).to(base.dtype)
     else:
         layer.lora_variant[adapter_name] = OffsetLora()
+
+
+def _offset_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return ``[A; A − A0]`` (2r, n) and ``[B − B0, B0]`` (m, 2r).
+
+    Differences of factors, not of products: exactly zero at the start whatever kernels torch picks, and no cancellation later.
+    """
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A0, B0 = layer.lora_A0[adapter_name], layer.lora_B0[adapter_name]
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
 
 def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
