@@ -128,7 +128,7 @@ def _split(model: nn.Module, batches: Batches, names: Sequence[str], max_memory:
     parts: list[list[str]] = []
     room = 0
     for group in _readers_in_order(model, next(iter(batches), {}), names):
-        if sizes[group[0]] > room or not parts:
+        if sizes[group[0]] > room:
             parts.append([])
             room = max_memory
         parts[-1] += group
