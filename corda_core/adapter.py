@@ -1,7 +1,6 @@
 """Put an adapter plan on a model as a PEFT LoRA, and write the trained change as an ordinary LoRA for the untouched base."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_core.decompose import Mode
+from corda_core.files import replacing_in
 from corda_core.modules import base_digest
 from corda_core.plan import AdapterInit, AdapterPlan
 
@@ -150,12 +150,9 @@ def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str 
     config.fan_in_fan_out = model.peft_config[adapter_name].fan_in_fan_out
     config.inference_mode = True
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
-        save_file(tensors, Path(fresh) / "adapter_model.safetensors", metadata={"format": "pt"})
+    with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
+        save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(fresh)
-        for file in sorted(Path(fresh).iterdir(), reverse=True):  # weights first: the config names what is whole
-            os.replace(file, folder / file.name)
     return folder
 
 

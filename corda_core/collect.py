@@ -7,7 +7,6 @@ samples, and all get the mean over all of them.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -68,17 +67,19 @@ def collect(
         never under ``torch.distributed``, where a sharded model must run to its end.
     """
     bare = unwrapped(model)
-    home = torch.device(device) if device is not None else next(bare.parameters()).device
-    ledger = _Ledger(names, normalize, dtype, home, may_stop=not is_distributed())
+    sums = _Sums(names, dtype, torch.device(device) if device is not None else next(bare.parameters()).device)
+    may_stop = False
+    number = 0
     with _evaluating(bare):
-        for batch in batches:
-            ledger.start(partial(token_weights, batch=batch))
-            with _observed(bare, names, ledger.see), suppress(_AllSeen):
+        for number, batch in enumerate(batches, 1):
+            reading = _Reading(number, len(names), partial(token_weights, batch=batch), normalize, sums, may_stop)
+            with _observed(bare, names, reading.see), suppress(_AllSeen):
                 bare(**batch)
-            ledger.book()
-    if ledger.batch_number == 0:
+            reading.book()
+            may_stop = (number == 1 or may_stop) and reading.saw_each_layer_once and not is_distributed()
+    if number == 0:
         raise ValueError("There are no batches: the covariances need at least one sample.")
-    return ledger.results()
+    return sums.means()
 
 
 def collect_in_passes(
@@ -185,61 +186,22 @@ def _observed(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
             handle.remove()
 
 
-@dataclass
-class _Ledger:
-    """The moments so far, by the layers that read the same inputs, and the input being read now."""
+class _Sums:
+    """The moments so far, by the layers that read the same inputs."""
 
-    names: Sequence[str]
-    normalize: Normalize | None
-    dtype: torch.dtype
-    device: torch.device
-    may_stop: bool
-    """Whether the forward pass may be left once all layers have run."""
-    batch_number: int = 0
-    weights_of: Callable[[str], Tensor | None] = lambda name: None
-    seen: set[str] = field(default_factory=set)
-    """Layers that have run in this batch."""
-    moments: dict[tuple[str, ...], SecondMoment] = field(default_factory=dict)
-    current: Tensor | None = None
-    version: int = 0
-    readers: tuple[str, ...] = ()
-    gram: Symmetric | None = None
-    weight: float = 0.0
-    num_tokens: int = 0
+    def __init__(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+        self.names, self.dtype, self.device = names, dtype, device
+        self.moments: dict[tuple[str, ...], SecondMoment] = {}
 
-    def start(self, weights_of: Callable[[str], Tensor | None]) -> None:
-        """Begin a batch."""
-        if self.batch_number == 1 and len(self.seen) < len(self.names):
-            self.may_stop = False
-        self.batch_number += 1
-        self.weights_of = weights_of
-        self.seen.clear()
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Take one layer's input: count it once however many layers read the same tensor in a row."""
-        if name in self.seen and self.batch_number == 1:
-            self.may_stop = False
-        self.seen.add(name)
-        if x is self.current and x._version == self.version and name not in self.readers:
-            self.readers += (name,)
+    def add(self, readers: tuple[str, ...], gram: Symmetric, weight: float, num_tokens: int) -> None:
+        """Add one input."""
+        if readers in self.moments:
+            self.moments[readers].add_(gram, weight, num_tokens)
         else:
-            self.book()
-            # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
-            self._multiply(name, x)
-        if self.may_stop and self.batch_number > 1 and len(self.seen) == len(self.names):
-            raise _AllSeen
+            self.moments[readers] = SecondMoment(gram.to(self.device), weight, num_tokens)
 
-    def book(self) -> None:
-        """Add the current input to the moment of its readers."""
-        if self.gram is not None:
-            if self.readers in self.moments:
-                self.moments[self.readers].add_(self.gram, self.weight, self.num_tokens)
-            else:
-                self.moments[self.readers] = SecondMoment(self.gram.to(self.device), self.weight, self.num_tokens)
-        self.current = self.gram = None
-
-    def results(self) -> dict[str, Covariance]:
-        """Return the covariance of each layer, one object for layers with the same moments; the ledger is used up."""
+    def means(self) -> dict[str, Covariance]:
+        """Return the covariance of each layer, one object for layers with the same moments; the sums are used up."""
         self._add_other_processes()
         keys = {name: tuple(readers for readers in self.moments if name in readers) for name in self.names}
         unseen = [name for name, found in keys.items() if not found]
@@ -256,36 +218,6 @@ class _Ledger:
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
         return {name: shared[found] for name, found in keys.items()}
-
-    def _multiply(self, name: str, x: Tensor) -> None:
-        """Make ``x`` the current input, read by ``name``, and take its weighted Gram matrix."""
-        rows, self.weight, self.num_tokens = self._weighted(name, x.detach())
-        self.current, self.version, self.readers = x, x._version, (name,)
-        with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
-            self.gram = Symmetric.gram(rows)
-        if not torch.isfinite(self.gram.diagonal()).all():
-            raise ValueError(
-                f"{name}: batch {self.batch_number} feeds it values that are not finite, or whose squares are not; look at that sample "
-                "or run the model in float32."
-            )
-
-    def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
-        """Return rows √w x (tokens, n) in the ledger's precision, Σ w and the number of tokens that count."""
-        weights = self.weights_of(name)
-        if weights is not None and weights.shape != x.shape[:-1]:
-            raise ValueError(
-                f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
-                "give `token_weights` weights for this layer's own tokens, or None for all alike."
-            )
-        counts = None if weights is None or bool((weights > 0).all()) else weights > 0
-        if self.normalize == "sample-max":
-            x, samples = _scaled_by_sample(x.to(self.dtype), counts)
-        rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(self.dtype)
-        total = float(len(rows))
-        if weights is not None and bool((weights[weights > 0] != 1).any()):
-            kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
-            rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
-        return rows, float(samples) if self.normalize == "sample-max" else total, len(rows)
 
     def _add_other_processes(self) -> None:
         """Add the moments of all processes, so that each has the sums over all samples."""
@@ -304,6 +236,81 @@ class _Ledger:
             totals = torch.tensor([moment.weight, moment.num_tokens], dtype=torch.float64)
             sum_over_processes_(totals)
             moment.weight, moment.num_tokens = float(totals[0]), int(totals[1])
+
+
+class _Reading:
+    """One batch on its way through the model: which layers have run, and the input being read now."""
+
+    def __init__(
+        self,
+        number: int,
+        num_layers: int,
+        weights_of: Callable[[str], Tensor | None],
+        normalize: Normalize | None,
+        sums: _Sums,
+        may_stop: bool,
+    ) -> None:
+        self.number, self.num_layers, self.weights_of, self.normalize = number, num_layers, weights_of, normalize
+        self.sums, self.may_stop = sums, may_stop
+        self.seen: list[str] = []
+        self.current: Tensor | None = None
+        self.version = 0
+        self.readers: tuple[str, ...] = ()
+        self.gram: Symmetric | None = None
+        self.weight, self.num_tokens = 0.0, 0
+
+    @property
+    def saw_each_layer_once(self) -> bool:
+        """Whether each layer has run exactly once."""
+        return len(self.seen) == len(set(self.seen)) == self.num_layers
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Take one layer's input: count it once however many layers read the same tensor in a row."""
+        self.seen.append(name)
+        if x is self.current and x._version == self.version and name not in self.readers:
+            self.readers += (name,)
+        else:
+            self.book()
+            # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
+            self._multiply(name, x)
+        if self.may_stop and len(self.seen) == self.num_layers:
+            raise _AllSeen
+
+    def book(self) -> None:
+        """Add the current input to the moment of its readers."""
+        if self.gram is not None:
+            self.sums.add(self.readers, self.gram, self.weight, self.num_tokens)
+        self.current = self.gram = None
+
+    def _multiply(self, name: str, x: Tensor) -> None:
+        """Make ``x`` the current input, read by ``name``, and take its weighted Gram matrix."""
+        rows, self.weight, self.num_tokens = self._weighted(name, x.detach())
+        self.current, self.version, self.readers = x, x._version, (name,)
+        with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+            self.gram = Symmetric.gram(rows)
+        if not torch.isfinite(self.gram.diagonal()).all():
+            raise ValueError(
+                f"{name}: batch {self.number} feeds it values that are not finite, or whose squares are not; look at that sample "
+                "or run the model in float32."
+            )
+
+    def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
+        """Return rows √w x (tokens, n) in the ledger's precision, Σ w and the number of tokens that count."""
+        weights = self.weights_of(name)
+        if weights is not None and weights.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
+                "give `token_weights` weights for this layer's own tokens, or None for all alike."
+            )
+        counts = None if weights is None or bool((weights > 0).all()) else weights > 0
+        if self.normalize == "sample-max":
+            x, samples = _scaled_by_sample(x.to(self.sums.dtype), counts)
+        rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(self.sums.dtype)
+        total = float(len(rows))
+        if weights is not None and bool((weights[weights > 0] != 1).any()):
+            kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
+            rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
+        return rows, float(samples) if self.normalize == "sample-max" else total, len(rows)
 
 
 def _scaled_by_sample(x: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from corda_core.parallel import in_threads
+
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
 
@@ -117,7 +119,6 @@ def weight_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def base_digest(model: nn.Module, names: Iterable[str]) -> str:
     """Return the digest of the weights of the named layers, gathered one by one where they are sharded."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(weight_digest({name: weight_matrix(model, name)}).encode())
-    return digest.hexdigest()
+    weights = ({name: weight_matrix(model, name)} for name in sorted(names))
+    digests = in_threads(weight_digest, weights, min(8, torch.get_num_threads()))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -11,6 +11,7 @@ from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Solver, Split, decompose, factors
 from corda_core.distributed import gathered, num_processes, process_rank
 from corda_core.modules import base_digest, weight_matrix, weight_shape
+from corda_core.parallel import in_threads, num_workers
 from corda_core.progress import Progress, no_progress
 
 
@@ -120,27 +121,29 @@ def _inits(
     progress: Progress,
 ) -> Iterator[tuple[str, tuple[AdapterInit, bool]]]:
     """Yield each layer's starting point and whether its solver fell back; each process decomposes every P-th layer."""
-    mine: dict[str, tuple[AdapterInit, bool]] = {}
-    names = list(covariances)
-    turns = [names[start : start + num_processes()] for start in range(0, len(names), num_processes())]
-    for turn in progress(turns, "decompose"):
-        # Sharded weights are gathered by all at once, so all gather a whole turn before each decomposes its own layer.
-        own: list[tuple[str, Tensor]] = []
-        for place, name in enumerate(turn):
-            weight = weight_matrix(model, name)
-            own += [(name, weight)] if place == process_rank() else []
-        for name, weight in own:
-            try:
-                decomposition = decompose(weight, covariances[name], min(rank, *weight.shape), mode, damping=damping, solver=solver)
-                A0, B0 = factors(weight, decomposition, split)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            sigma, num_tokens = decomposition.sigma.cpu(), covariances[name].num_tokens
-            mine[name] = (AdapterInit(A0.cpu(), B0.cpu(), sigma, decomposition.components, num_tokens), decomposition.fell_back)
+
+    def init(item: tuple[str, Tensor]) -> tuple[str, tuple[AdapterInit, bool]]:
+        name, weight = item
+        try:
+            decomposition = decompose(weight, covariances[name], min(rank, *weight.shape), mode, damping=damping, solver=solver)
+            A0, B0 = factors(weight, decomposition, split)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        sigma, num_tokens = decomposition.sigma.cpu(), covariances[name].num_tokens
+        return name, (AdapterInit(A0.cpu(), B0.cpu(), sigma, decomposition.components, num_tokens), decomposition.fell_back)
+
+    def own() -> Iterator[tuple[str, Tensor]]:
+        for place, name in enumerate(progress(list(covariances), "decompose")):
+            weight = weight_matrix(model, name)  # a sharded one is gathered by all processes at once
+            if place % num_processes() == process_rank():
+                yield name, weight
+
+    workers = num_workers((weight_shape(model, name) for name in covariances), next(model.parameters()).device)
+    mine = dict(in_threads(init, own(), workers))
     everyone: dict[str, tuple[AdapterInit, bool]] = {}
     for theirs in gathered(mine):
         everyone |= theirs
-    return ((name, everyone[name]) for name in names)
+    return ((name, everyone[name]) for name in covariances)
 
 
 def _warn_of_clipping(sizes: Mapping[str, tuple[int, int]], rank: int) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from corda_core.covariance import DampedCovariance, in_float64
 from corda_core.symmetric import Symmetric
 
-TOLERANCE = 1e-3
-"""Relative context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
+TOLERANCE = 2e-3
+"""Relative squared context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
 been multiplied once more and is nearer."""
 MAX_BLOCKS = 12
 """Where the Krylov space ends: beyond that the exact solver is cheaper."""
@@ -48,7 +48,7 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] 
     for every j: the sum over all would hide the others behind one that dominates.
     """
     W = in_float64(W)
-    found = _largest_ritz(lambda X: W @ C.times(C.times(W.T @ X)), len(W), rank, W, lambda theta: theta.flip(0).cumsum(0))
+    found = _largest_ritz(lambda X: W @ C.times(C.times(_transposed_times(W, X))), len(W), rank, W, lambda theta: theta.flip(0).cumsum(0))
     return None if found is None else _rotated(W, C, found[1])
 
 
@@ -77,7 +77,7 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
 def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return the span of the vectors (m, r) as the singular vectors and values of ``W C`` in it."""
     U = torch.linalg.qr(vectors).Q
-    rotation, sigma, _ = torch.linalg.svd(C.times(W.T @ U).T, full_matrices=False)
+    rotation, sigma, _ = torch.linalg.svd(C.times(_transposed_times(W, U)).T, full_matrices=False)
     return U @ rotation, sigma
 
 
@@ -162,6 +162,11 @@ def _cholesky(matrix: Tensor, tolerance: float = 1e-7) -> Tensor | None:
 def _solve(lower: Tensor, X: Tensor) -> Tensor:
     """Return ``(L Lᵀ)⁻¹ X``."""
     return torch.linalg.solve_triangular(lower.T, torch.linalg.solve_triangular(lower, X, upper=False), upper=True)
+
+
+def _transposed_times(W: Tensor, X: Tensor) -> Tensor:
+    """Return ``Wᵀ X`` for few columns X: in this order up to ten times faster on CPUs than ``W.T @ X``."""
+    return (X.T @ W).T
 
 
 def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:

@@ -7,7 +7,6 @@ there when whole: a killed process leaves the old file or none.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode
+from corda_core.files import replacing_in
 from corda_core.modules import base_digest, unwrapped, weight_digest
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.symmetric import Symmetric
@@ -133,11 +133,8 @@ def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str
 def _write(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     versions = {package: version(package) for package in ("corda-vlm", "torch")}
     metadata = {HEADER: json.dumps({"format": 1, "versions": versions, **header})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        fresh = Path(folder) / path.name
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, fresh, metadata=metadata)
-        os.replace(fresh, path)
+    with replacing_in(path.parent) as fresh:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, fresh / path.name, metadata=metadata)
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

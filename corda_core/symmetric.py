@@ -77,8 +77,8 @@ class Symmetric:
         product = torch.zeros_like(X)
         for (start, end), panel in zip(_bounds(self.n), self.panels, strict=True):
             panel = panel.to(X)
-            product[:end] += panel @ X[start:end]
-            product[start:end] += panel[:start].T @ X[:start]
+            product[:end].addmm_(panel, X[start:end])
+            product[start:end].addmm_(panel[:start].T, X[:start])
         return product
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.files import write_whole
+from corda_core.files import write_whole
 
 BASE = "base"
 """Key of the untouched model among the methods."""

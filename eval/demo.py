@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from corda_core import AdapterPlan, Covariance, attach, change_factors, context_drift, export, lora_layers, spectrum, weight_matrix
+from corda_core.files import write_whole
 from corda_eval.assets import DATA_PACKAGES, package_folder
 from corda_eval.describe import describe_run
 from corda_eval.exports import REFERENCE, check_exports
@@ -37,7 +38,6 @@ from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters, select_layers
 from corda_vlm.data import Collator
-from corda_vlm.files import write_whole
 
 LABELS = {"lora": "LoRA", "kpm_start": "CorDA KPM, start", "kpm_strict": "CorDA KPM, strict"}
 TASKS: dict[str, dict[str, Any]] = {

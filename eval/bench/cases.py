@@ -1,6 +1,6 @@
 """Models and samples for the benchmarks: the same, bit for bit, in every process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from corda_core import select_linears
 from corda_eval.lab.base import load_lab
@@ -24,14 +24,19 @@ class Case:
     samples: list[dict[str, torch.Tensor]]
     batch_size: int
     rank: int
+    options: Mapping[str, Any]
+    """What ``corda_vlm.prepare`` adds to each batch."""
 
 
 def smollm2() -> Case:
-    """SmolLM2-135M-Instruct in float32 without its output embedding, all linears, 32 windows of 512 tokens of technical English."""
+    """SmolLM2-135M-Instruct in float32, all linears but the output layer, 32 windows of 512 tokens of technical English."""
     lab, processor = load_lab(torch.float32)
-    model = lab.model.language_model
+    with torch.device("meta"):
+        model = LlamaForCausalLM(lab.config.text_config).eval()
+    model.model, model.lm_head = lab.model.language_model, lab.lm_head
+    trimmed = {"use_cache": False, "logits_to_keep": torch.tensor([-1])}
     windows = text_windows(held_out_text()[0], processor.tokenizer, 512, 32)
-    return Case(model, select_linears(model), [{"input_ids": window[None]} for window in windows], batch_size=4, rank=32)
+    return Case(model, select_linears(model), [{"input_ids": window[None]} for window in windows], batch_size=2, rank=32, options=trimmed)
 
 
 def llama_block(width: int = 4096, hidden: int = 11008, tokens: int = 512) -> Case:
@@ -50,7 +55,7 @@ def llama_block(width: int = 4096, hidden: int = 11008, tokens: int = 512) -> Ca
         weight = model.get_submodule(name).weight.data
         weight.copy_(_heavy(weight.shape, generator) / weight.shape[1] ** 0.5)
     samples = [{"inputs_embeds": _heavy((1, tokens, width), generator)} for _ in range(8)]
-    return Case(model, select_linears(model), samples, batch_size=8, rank=128)
+    return Case(model, select_linears(model), samples, batch_size=8, rank=128, options={"use_cache": False})
 
 
 def clip_tower() -> Case:
@@ -71,7 +76,7 @@ def clip_tower() -> Case:
         top, left = draw.integers(0, photograph.shape[0] - 300), draw.integers(0, photograph.shape[1] - 300)
         crops.append(Image.fromarray(photograph[top : top + 300, left : left + 300]))
     pixels = CLIPImageProcessor()(crops, return_tensors="pt")["pixel_values"]
-    return Case(model, select_linears(model), [{"pixel_values": one[None]} for one in pixels], batch_size=8, rank=32)
+    return Case(model, select_linears(model), [{"pixel_values": one[None]} for one in pixels], batch_size=8, rank=32, options={})
 
 
 CASES: dict[str, Callable[[], Case]] = {"smollm2": smollm2, "llama_block": llama_block, "clip_tower": clip_tower}

@@ -107,9 +107,11 @@ def table(runs: list[dict[str, Any]]) -> str:
 def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
     """Prepare with corda_core; return the seconds that collecting took."""
     start = time.perf_counter()
+    batches = [{**batch, **case.options} for batch in batches]
     covariances = collect(case.model, batches, case.names)
     collected = time.perf_counter() - start
     made = plan(case.model, covariances, mode=mode, rank=case.rank)
+    del covariances
     attach(case.model, made)
     return collected, {"fallbacks": len(made.provenance["fallbacks"])}
 

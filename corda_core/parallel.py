@@ -1,0 +1,40 @@
+"""Several pieces of work at a time on one CPU: kernels on small matrices leave most cores idle."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def num_workers(shapes: Iterable[tuple[int, int]], device: torch.device) -> int:
+    """Return how many pieces of work on layers of these shapes (m, n) to do at a time.
+
+    1 on devices other than the CPU; and where a layer has min(m, n) > 2048: there kernels fill the cores, and copies the memory.
+    """
+    small = device.type == "cpu" and all(min(shape) <= 2048 for shape in shapes)
+    return min(8, torch.get_num_threads()) if small else 1
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield ``function(item)`` of all items, in order, done by ``workers`` threads that share the caller's cores.
+
+    No more than 2 × workers items are drawn ahead; with one worker all is
+    done in the caller's thread. The first error ends it.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    share = max(1, torch.get_num_threads() // workers)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        running: deque[Future[R]] = deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) == 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
