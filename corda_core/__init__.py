@@ -1,32 +1,42 @@
 """Context-oriented decomposition adapters (CorDA) for any model of linear layers: plain values, one direction.
 
 select_linears -> collect -> plan (decompose, factors) -> attach -> export
+CorDA++ chooses between several collections and gives each layer its rank: select_covariances, allocate_ranks.
 """
 
 from corda_core.adapter import attach, change_factors, export, lora_layers
+from corda_core.allocate import Candidate, allocate_ranks, assess, compactness, select_covariance
+from corda_core.candidates import Selection, select_covariances
 from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
 from corda_core.covariance import Covariance
 from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
-from corda_core.drift import context_drift
+from corda_core.drift import context_drift, output_energies
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
 from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
+from corda_core.whiten import Whitening, whitening
 
 __all__ = [
     "AdapterInit",
     "AdapterPlan",
+    "Candidate",
     "Covariance",
     "Decomposition",
     "Mode",
+    "Selection",
     "Solver",
     "Split",
     "TokenWeights",
+    "Whitening",
+    "allocate_ranks",
+    "assess",
     "attach",
     "attention_mask_of",
     "base_digest",
     "change_factors",
     "collect",
     "collect_in_passes",
+    "compactness",
     "context_drift",
     "data_digest",
     "decompose",
@@ -35,11 +45,15 @@ __all__ = [
     "load_covariances",
     "load_plan",
     "lora_layers",
+    "output_energies",
     "plan",
     "save_covariances",
     "save_plan",
+    "select_covariance",
+    "select_covariances",
     "select_linears",
     "spectrum",
     "weight_digest",
     "weight_matrix",
+    "whitening",
 ]

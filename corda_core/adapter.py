@@ -16,23 +16,25 @@ from corda_core.decompose import Mode
 from corda_core.files import replacing_in
 from corda_core.modules import base_digest
 from corda_core.plan import AdapterInit, AdapterPlan
+from corda_core.whiten import shortened
 
-Protect = Literal["start", "strict"]
+Protect = Literal["start", "strict", "whitened"]
 Residual = Literal["offset", "subtract"]
 
-NOT_PLAIN = "a CorDA offset adapter is no plain LoRA: write it with corda_core.export, and load what that wrote"
+NOT_PLAIN = "a CorDA adapter in training is no plain LoRA: write it with corda_core.export, and load what that wrote"
 """Stands in the saved config where PEFT expects a way to initialise: plain PEFT then refuses the folder with this sentence,
 instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong."""
 
 
-class OffsetLora(LoraVariant):
-    """LoRA that starts at zero change from factors that are not zero: ``W x + s (B A − B0 A0) x``, A0 and B0 frozen.
+class ContextLora(LoraVariant):
+    """LoRA whose factors are made from what trains and what is frozen, and whose change is zero at the start.
 
-    Computed as ``s [B − B0, B0] [A; A − A0] x``: what ``export`` writes, so an exported adapter repeats these very operations.
+    - ``protect="start"``: ``W x + s (B A − B0 A0) x``, computed as ``s [B − B0, B0] [A; A − A0] x``. The papers write
+      ``(W − B0 A0) x + B A x``: the same function, but here the base weight is never written and the start is bit-identical to the
+      base in any precision.
+    - ``protect="whitened"``: ``W x + s B (Ã P) x``.
 
-    Note:
-        The papers write ``(W − B0 A0) x + B A x``. The function is the same, but here the base weight is never written and
-        the start is bit-identical to the base in any precision.
+    What is computed is what ``export`` writes: an exported adapter repeats these very operations.
     """
 
     @staticmethod
@@ -42,7 +44,7 @@ class OffsetLora(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the base's result plus the change."""
-        down, up = _offset_factors(module, active_adapter)
+        down, up = _factors(module, active_adapter)
         change = F.linear(F.linear(module.lora_dropout[active_adapter](x), down), up)
         return result + change * module.scaling[active_adapter]
 
@@ -76,6 +78,8 @@ def attach(
     - ``protect="start"`` (as published): A and B train from A0 and B0; the change is ``s (B A − B0 A0)``, s = alpha / r.
     - ``protect="strict"``: A stays frozen at A0, whose rows carry the least context energy, and B trains from 0; the change
       is ``s B A0``, an ordinary LoRA with half the trainable parameters.
+    - ``protect="whitened"``: the change is ``s B Ã P``, P ∝ (C + λI)^(−1/2). Ã trains from ``A0 P⁻¹``, which is strict's start, and B
+      from 0; whatever they become, ``‖ΔW (C + λI)^(1/2)‖_F ≈ s √μ₀ ‖B Ã‖_F`` is small where the factors are.
 
     A0 and B0 are divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
 
@@ -83,7 +87,7 @@ def attach(
         model: The base that the plan was made from, or an equal copy.
         plan: As from ``corda_core.plan``.
         alpha: LoRA's alpha; None takes the rank, so s = 1.
-        protect: "start" or "strict"; "strict" needs a plan in KPM.
+        protect: "start", "strict" or "whitened"; the latter two need a plan in KPM, "whitened" one made with ``whiten=True``.
         residual: "offset" leaves the base weights alone. "subtract" writes ``W − s B0 A0`` into them, the papers' form:
             one product less per step, but equal to the base only up to rounding.
         adapter_name: PEFT's name for the adapter.
@@ -105,8 +109,8 @@ def attach(
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
     for name, layer in layers.items():
-        _fill(layer, plan.layers[name], adapter_name, strict=protect == "strict", subtract=residual == "subtract")
-    if protect == "start":
+        _fill(layer, plan.layers[name], adapter_name, protect, subtract=residual == "subtract")
+    if protect != "strict":
         peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
     return peft_model
 
@@ -119,10 +123,7 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
 
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
     """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
-    if hasattr(layer, "lora_A0") and adapter_name in layer.lora_A0:
-        A, B = _offset_factors(layer, adapter_name)
-    else:
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A, B = _factors(layer, adapter_name)
     return A.detach().float(), B.detach().float() * layer.scaling[adapter_name]
 
 
@@ -175,38 +176,50 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, *, strict: bool, subtract: bool) -> None:
+def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, subtract: bool) -> None:
     """Give one PEFT layer its starting point."""
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if strict:
+    if protect == "strict":
         weight_a.data.copy_(init.A0)
         weight_b.data.zero_()
         # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
         layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
         weight_a.requires_grad_(False)
         return
-    root = layer.scaling[adapter_name] ** 0.5
-    weight_a.data.copy_(init.A0 / root)
-    weight_b.data.copy_(init.B0 / root)
-    for key, value in (("lora_A0", weight_a), ("lora_B0", weight_b)):
+    if protect == "whitened":
+        assert init.whitening is not None, "_check_options sees to it"
+        weight_a.data.copy_(init.whitening.undo(init.A0))
+        weight_b.data.zero_()
+        frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
+    else:
+        root = layer.scaling[adapter_name] ** 0.5
+        weight_a.data.copy_(init.A0 / root)
+        weight_b.data.copy_(init.B0 / root)
+        frozen = {"lora_A0": weight_a.detach().clone(), "lora_B0": weight_b.detach().clone()}
+    for key, value in frozen.items():
         if not hasattr(layer, key):
             setattr(layer, key, BufferDict({}, persistent=True))
-        getattr(layer, key)[adapter_name] = value.detach().clone()
+        getattr(layer, key)[adapter_name] = value
     if subtract:
         base = layer.get_base_layer().weight
         base.data -= layer.get_delta_weight(adapter_name).to(base.dtype)
     else:
-        layer.lora_variant[adapter_name] = OffsetLora()
+        layer.lora_variant[adapter_name] = ContextLora()
 
 
-def _offset_factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return ``[A; A − A0]`` (2r, n) and ``[B − B0, B0]`` (m, 2r).
+def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return the factors of one layer's change, without its scaling: A' (r', n), B' (m, r').
 
-    Differences of factors, not of products: exactly zero at the start whatever kernels torch picks, and no cancellation later.
+    ``protect="start"``: ``[A; A − A0]`` and ``[B − B0, B0]``, r' = 2r. Differences of factors, not of products: exactly zero at the
+    start whatever kernels torch picks, and no cancellation later. "whitened": ``Ã P`` and B. Else A and B.
     """
     A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    A0, B0 = layer.lora_A0[adapter_name], layer.lora_B0[adapter_name]
-    return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    if adapter_name in getattr(layer, "lora_A0", {}):
+        A0, B0 = layer.lora_A0[adapter_name], layer.lora_B0[adapter_name]
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    if adapter_name in getattr(layer, "lora_Q", {}):
+        return shortened(A, layer.lora_Q[adapter_name], layer.lora_lengths[adapter_name]), B
+    return A, B
 
 
 def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
@@ -216,18 +229,20 @@ def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
 
 
 def _check_options(plan: AdapterPlan, protect: str, residual: str) -> None:
-    if protect not in ("start", "strict"):
-        raise ValueError(f'protect is {protect!r}; expected "start" or "strict".')
+    if protect not in ("start", "strict", "whitened"):
+        raise ValueError(f'protect is {protect!r}; expected "start", "strict" or "whitened".')
     if residual not in ("offset", "subtract"):
         raise ValueError(f'residual is {residual!r}; expected "offset" or "subtract".')
-    if protect == "strict" and plan.mode is not Mode.KPM:
+    if protect != "start" and plan.mode is not Mode.KPM:
         raise ValueError(
-            f'protect="strict" freezes the directions to keep, which mode="{plan.mode}" does not have; use mode="kpm" or protect="start".'
+            f'protect="{protect}" guards the directions to keep, which mode="{plan.mode}" does not have; use mode="kpm" or protect="start".'
         )
-    if protect == "strict" and residual == "subtract":
+    if protect != "start" and residual == "subtract":
         raise ValueError(
-            'residual="subtract" has nothing to subtract with protect="strict", which starts at B = 0; leave residual at "offset".'
+            f'residual="subtract" has nothing to subtract with protect="{protect}", which starts at B = 0; leave residual at "offset".'
         )
+    if protect == "whitened" and any(init.whitening is None for init in plan.layers.values()):
+        raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
 
 
 def _check_layers(found: dict[str, int], planned: dict[str, int]) -> None:

@@ -45,7 +45,7 @@ class Covariance:
             raise ValueError(
                 f"the covariance has trace {mean * self.packed.n:.3g}: its inputs are all zero or not finite; check the context samples."
             )
-        return DampedCovariance(self.packed, damping * mean)
+        return DampedCovariance(self.packed, mean, damping * mean)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,14 @@ class DampedCovariance:
     """``C + ridge · I`` as an operator: the sum is never stored."""
 
     packed: Symmetric
+    mean: float
+    """The mean of C's diagonal."""
     ridge: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute in float64: C's own device, except MPS, which has none."""
+        return torch.device("cpu") if self.packed.device.type == "mps" else self.packed.device
 
     def times(self, X: Tensor) -> Tensor:
         """Return ``(C + ridge · I) X`` (n, b), in the type and on the device of X."""

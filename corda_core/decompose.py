@@ -95,7 +95,7 @@ def decompose(
         Float64 on the weight's own device, whatever its speed there (consumer GPUs: 1/64 of float32): the smallest singular values
         of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU.
     """
-    C = _damped(weight, covariance, damping)
+    C = damped_for(weight, covariance, damping)
     k = min(weight.shape)
     if not 0 <= rank <= k:
         raise ValueError(f"rank {rank} is outside 0 … min(m, n) = {k}.")
@@ -119,7 +119,7 @@ def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -
     Note:
         Values below 1e-8 σ₁ are rounding errors.
     """
-    return solvers.spectrum(weight, _damped(weight, covariance, damping))
+    return solvers.spectrum(weight, damped_for(weight, covariance, damping))
 
 
 def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = Split.BALANCED) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
     return (rows / root[:, None]).float().contiguous(), (basis * root).float().contiguous()
 
 
-def _damped(weight: Tensor, covariance: Covariance, damping: float) -> DampedCovariance:
+def damped_for(weight: Tensor, covariance: Covariance, damping: float) -> DampedCovariance:
     """Return the damped C once it is known that it belongs to the weight and that the weight is finite."""
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds values that are not finite; look at the checkpoint.")

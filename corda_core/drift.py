@@ -8,7 +8,12 @@ from corda_core.adapter import change_factors, lora_layers
 from corda_core.covariance import Covariance
 
 
-def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
+def context_drift(
+    model: nn.Module,
+    covariances: Mapping[str, Covariance],
+    adapter_name: str = "default",
+    energies: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """Return ``‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` per layer: the root mean square of ``ΔW x`` over that of ``W x`` on the context.
 
     Computed from the factors, ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``. W is the weight the base layer holds now.
@@ -17,19 +22,28 @@ def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapt
         model: A model with a LoRA adapter, ours or PEFT's.
         covariances: Undamped C of the context, by full layer name.
         adapter_name: Which adapter.
+        energies: ``output_energies`` of the same, if known: they are most of the work.
 
     Raises:
         KeyError: If an adapted layer has no covariance.
     """
+    energies = output_energies(model, covariances, adapter_name) if energies is None else energies
     drift = {}
     for name, layer in lora_layers(model, adapter_name).items():
         A, B = change_factors(layer, adapter_name)
-        base = layer.get_base_layer().weight.detach().to(A)
-        weight = base.T if getattr(layer, "fan_in_fan_out", False) else base
-        C = covariances[name].packed
-        changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
-        drift[name] = (changed.clamp(min=0) / (C.times(weight.T.contiguous()) * weight.T).sum()).sqrt().item()
+        changed = _trace(B.T @ B, A @ covariances[name].packed.times(A.T.contiguous()))
+        drift[name] = float(changed.clamp(min=0).sqrt()) / energies[name]
     return drift
+
+
+def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
+    """Return ``‖W C^(1/2)‖_F`` of each adapted layer's base weight: the root mean square of ``W x`` on the context."""
+    energies = {}
+    for name, layer in lora_layers(model, adapter_name).items():
+        base = layer.get_base_layer().weight.detach().float()
+        weight = base.T if getattr(layer, "fan_in_fan_out", False) else base
+        energies[name] = float((covariances[name].packed.times(weight.T.contiguous()) * weight.T).sum().sqrt())
+    return energies
 
 
 def _trace(left: Tensor, right: Tensor) -> Tensor:

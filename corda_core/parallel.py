@@ -11,15 +11,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def num_workers(shapes: Iterable[tuple[int, int]], device: torch.device) -> int:
-    """Return how many pieces of work on layers of these shapes (m, n) to do at a time.
-
-    1 on devices other than the CPU; and where a layer has min(m, n) > 2048: there kernels fill the cores, and copies the memory.
-    """
-    small = device.type == "cpu" and all(min(shape) <= 2048 for shape in shapes)
-    return min(8, torch.get_num_threads()) if small else 1
-
-
 def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Yield ``function(item)`` of all items, in order, done by ``workers`` threads that share the caller's cores.
 

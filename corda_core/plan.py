@@ -1,18 +1,20 @@
 """The adapter as a value, before it touches any model: where it starts, layer by layer, and what it was made from."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from corda_core.allocate import Candidate
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Solver, Split, decompose, factors
-from corda_core.distributed import gathered, num_processes, process_rank
-from corda_core.modules import base_digest, weight_matrix, weight_shape
-from corda_core.parallel import in_threads, num_workers
+from corda_core.layerwise import over_layers
+from corda_core.modules import base_digest, weight_shape
 from corda_core.progress import Progress, no_progress
+from corda_core.whiten import Whitening, whitening
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class AdapterInit:
     num_tokens: int
     """How many tokens of context the covariance was taken over."""
 
+    whitening: Whitening | None = None
+    """The coordinates that A trains in, for ``protect="whitened"``."""
+
+    candidates: tuple[Candidate, ...] = ()
+    """How each candidate covariance did (CorDA++), or the one that there was, where ranks were allocated."""
+
+    chosen: int = 0
+    """Which of them was taken."""
+
     @property
     def rank(self) -> int:
         """The rank r of this layer's adapter."""
@@ -54,6 +65,11 @@ class AdapterPlan:
     provenance: Mapping[str, Any]
     """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``solver``, ``fallbacks``."""
 
+    @property
+    def num_parameters(self) -> int:
+        """Entries of A and B of all layers."""
+        return sum(init.A0.numel() + init.B0.numel() for init in self.layers.values())
+
 
 def plan(
     model: nn.Module,
@@ -61,12 +77,14 @@ def plan(
     *,
     mode: Mode | str,
     rank: int,
+    ranks: Mapping[str, int] | None = None,
     split: Split | str = Split.BALANCED,
     damping: float = 0.01,
     solver: Solver | str = Solver.AUTO,
+    whiten: bool = False,
     progress: Progress = no_progress,
 ) -> AdapterPlan:
-    """Return the adapter plan of constant rank for the layers that have a covariance.
+    """Return the adapter plan for the layers that have a covariance.
 
     Under ``torch.distributed`` the layers are shared out, and each process returns the whole plan.
 
@@ -76,17 +94,29 @@ def plan(
             decomposed and dropped before the next is asked for.
         mode: "kpm" keeps the context's knowledge, "ipm" previews the context's task.
         rank: r; clipped to min(m, n) where a layer is smaller, with one warning.
+        ranks: Each layer's own rank instead, as from ``allocate_ranks``; ``rank`` is then what ``attach`` relates alpha to.
         split: "balanced" or "paper".
         damping: λ of ``Covariance.damped``.
         solver: As in ``decompose``. Layers whose iteration failed its check are listed in ``provenance["fallbacks"]``.
+        whiten: Whether A shall train in whitened coordinates (``attach`` with ``protect="whitened"``).
         progress: Called with a part's layer names and a title, returns them to be gone over: a progress bar, for instance.
 
     Raises:
         ValueError: If the rank is below 1, or a layer cannot be decomposed (the text names it).
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1.")
+    if rank < 1 or min((ranks or {"": 1}).values()) < 1:
+        raise ValueError(f"rank is {rank} and ranks are {ranks}; expected at least 1 for each layer.")
     mode, split, solver = Mode(mode), Split(split), Solver(solver)
+
+    def start(part: Mapping[str, Covariance], name: str, weight: Tensor) -> tuple[AdapterInit, bool]:
+        covariance = part[name]
+        own_rank = min(rank if ranks is None else ranks[name], *weight.shape)
+        decomposition = decompose(weight, covariance, own_rank, mode, damping=damping, solver=solver)
+        A0, B0 = (factor.cpu() for factor in factors(weight, decomposition, split))
+        white = whitening(covariance, damping=damping).to("cpu") if whiten else None
+        init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white)
+        return init, decomposition.fell_back
+
     layers: dict[str, AdapterInit] = {}
     fallbacks: list[str] = []
     parts = [covariances] if isinstance(covariances, Mapping) else covariances
@@ -95,11 +125,12 @@ def plan(
         new = {name: weight_shape(model, name) for name in part}
         sizes |= new
         _warn_of_few_tokens(new, part)
-        for name, (init, fell_back) in _inits(model, part, mode, rank, split, damping, solver, progress):
+        for name, (init, fell_back) in over_layers(model, part, partial(start, part), progress, "decompose").items():
             layers[name] = init
             fallbacks += [name] if fell_back else []
         del part  # else it would stay while the next is collected
-    _warn_of_clipping(sizes, rank)
+    if ranks is None:
+        _warn_of_clipping(sizes, rank)
     provenance = {
         "base_digest": base_digest(model, layers),
         "damping": damping,
@@ -108,42 +139,6 @@ def plan(
         "fallbacks": fallbacks,
     }
     return AdapterPlan(layers, mode, rank, provenance)
-
-
-def _inits(
-    model: nn.Module,
-    covariances: Mapping[str, Covariance],
-    mode: Mode,
-    rank: int,
-    split: Split,
-    damping: float,
-    solver: Solver,
-    progress: Progress,
-) -> Iterator[tuple[str, tuple[AdapterInit, bool]]]:
-    """Yield each layer's starting point and whether its solver fell back; each process decomposes every P-th layer."""
-
-    def init(item: tuple[str, Tensor]) -> tuple[str, tuple[AdapterInit, bool]]:
-        name, weight = item
-        try:
-            decomposition = decompose(weight, covariances[name], min(rank, *weight.shape), mode, damping=damping, solver=solver)
-            A0, B0 = factors(weight, decomposition, split)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        sigma, num_tokens = decomposition.sigma.cpu(), covariances[name].num_tokens
-        return name, (AdapterInit(A0.cpu(), B0.cpu(), sigma, decomposition.components, num_tokens), decomposition.fell_back)
-
-    def own() -> Iterator[tuple[str, Tensor]]:
-        for place, name in enumerate(progress(list(covariances), "decompose")):
-            weight = weight_matrix(model, name)  # a sharded one is gathered by all processes at once
-            if place % num_processes() == process_rank():
-                yield name, weight
-
-    workers = num_workers((weight_shape(model, name) for name in covariances), next(model.parameters()).device)
-    mine = dict(in_threads(init, own(), workers))
-    everyone: dict[str, tuple[AdapterInit, bool]] = {}
-    for theirs in gathered(mine):
-        everyone |= theirs
-    return ((name, everyone[name]) for name in covariances)
 
 
 def _warn_of_clipping(sizes: Mapping[str, tuple[int, int]], rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Left singular vectors of ``P = W C``: all by an exact solver, or the r largest or smallest by iteration with a check.
+"""Singular vectors and values of ``P = W C``: all by an exact solver, or the r largest or smallest by iteration with a check.
 
 W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). All in float64: the smallest singular values of ``W C`` lie
 up to nine orders of magnitude below the largest, and one massive activation puts even the second largest three orders below the first.
@@ -15,14 +15,45 @@ from corda_core.symmetric import Symmetric
 TOLERANCE = 2e-3
 """Relative squared context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
 been multiplied once more and is nearer."""
+SMALL = 256
+"""Up to this size all eigenvalues are found as fast as a few."""
 MAX_BLOCKS = 12
 """Where the Krylov space ends: beyond that the exact solver is cheaper."""
 
 
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
-    """Return the singular values σ (k,) of ``W C``, descending, from the eigenvalues of its Gram matrix in float64."""
-    _, small = _product(in_float64(W), C)
-    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp(min=0).sqrt()
+    """Return the singular values σ (k,) of ``W C``, descending, from the eigenvalues of ``C WᵀW C`` or ``W C C Wᵀ`` in float64."""
+    W = in_float64(W)
+    if W.shape[0] > W.shape[1]:
+        product = C.times(C.times(Symmetric.gram(W).dense()).T.contiguous())
+    else:
+        product = Symmetric.gram(C.times(W.T.contiguous())).dense()
+    return torch.linalg.eigvalsh(product).flip(0).clamp(min=0).sqrt()
+
+
+def extremes(C: DampedCovariance) -> tuple[float, float]:
+    """Return the largest and the smallest eigenvalue of the damped C, to 1e-3 of each."""
+    n = C.packed.n
+    if n > SMALL:
+        found = [_largest_ritz(apply, n, 1, n, C.device, lambda theta: theta, tolerance=1e-5) for apply in (C.times, _inverse(C))]
+        if found[0] is not None and found[1] is not None:
+            return float(found[0][0]), 1 / float(found[1][0])
+    values = torch.linalg.eigvalsh(C.dense(torch.float64, C.device))
+    return float(values[-1]), float(values[0])
+
+
+def leading(C: DampedCovariance, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues (count,), descending, and eigenvectors (n, count) of the damped C, in float64."""
+    n = C.packed.n
+    if n > SMALL and 4 * count <= n:
+        found = _largest_ritz(C.times, n, count, n, C.device, lambda theta: theta.flip(0).cumsum(0))
+        if found is not None:
+            basis = torch.linalg.qr(found[1]).Q
+            projected = basis.T @ C.times(basis)
+            values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+            return values.flip(0), basis @ rotation.flip(1)
+    values, vectors = torch.linalg.eigh(C.dense(torch.float64, C.device))
+    return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
 def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor]:
@@ -48,7 +79,9 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] 
     for every j: the sum over all would hide the others behind one that dominates.
     """
     W = in_float64(W)
-    found = _largest_ritz(lambda X: W @ C.times(C.times(_transposed_times(W, X))), len(W), rank, W, lambda theta: theta.flip(0).cumsum(0))
+    found = _largest_ritz(
+        lambda X: W @ C.times(C.times(_transposed_times(W, X))), len(W), rank, min(W.shape), W.device, lambda theta: theta.flip(0).cumsum(0)
+    )
     return None if found is None else _rotated(W, C, found[1])
 
 
@@ -66,7 +99,7 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     if solvers is None:
         return None
     solve, lift = solvers
-    found = _largest_ritz(solve, min(W.shape), rank, W, lambda theta: (1 / theta).sum(0, keepdim=True))
+    found = _largest_ritz(solve, min(W.shape), rank, min(W.shape), W.device, lambda theta: (1 / theta).sum(0, keepdim=True))
     if found is None:
         return None
     theta, vectors = found
@@ -82,18 +115,24 @@ def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, T
 
 
 def _largest_ritz(
-    apply: Callable[[Tensor], Tensor], size: int, rank: int, like: Tensor, energies: Callable[[Tensor], Tensor]
+    apply: Callable[[Tensor], Tensor],
+    size: int,
+    rank: int,
+    limit: int,
+    device: torch.device,
+    energies: Callable[[Tensor], Tensor],
+    tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, Tensor] | None:
     """Return the r largest Ritz values (r,), float64, and what the positive operator makes of their vectors (size, r).
 
     The Krylov space of a random block is widened until the ``energies`` of the values settle (Golub and Underwood 1977), with full
-    orthogonalisation. None if they have not when the space is as large as it may be, or if it is no longer finite.
+    orthogonalisation. None if they have not when the space is as large as it may be (``limit``, the operator's rank, or MAX_BLOCKS), or
+    if it is no longer finite.
     """
-    limit = min(*like.shape)
-    block = torch.linalg.qr(_random(size, min(limit, rank + 8), like)).Q
+    block = torch.linalg.qr(_random(size, min(limit, rank + 8), device)).Q
     limit = min(limit, MAX_BLOCKS * block.shape[1])
     basis, images = block, apply(block)
-    settled = _Settling()
+    settled = _Settling(tolerance)
     while bool(torch.isfinite(images).all()):
         projected = basis.T @ images
         theta, rotation = torch.linalg.eigh((projected + projected.T) / 2)
@@ -113,9 +152,10 @@ def _largest_ritz(
 
 
 class _Settling:
-    """Tells when monotone sequences of energies are within TOLERANCE of where they go, if they go on geometrically."""
+    """Tells when monotone sequences of energies are within a tolerance of where they go, if they go on geometrically."""
 
-    def __init__(self) -> None:
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.energies: list[Tensor] = []
 
     def after(self, energies: Tensor) -> bool:
@@ -125,7 +165,7 @@ class _Settling:
             return False
         before, last = (self.energies[1] - self.energies[0]).abs(), (self.energies[2] - self.energies[1]).abs()
         ratio = (last / before.clamp(min=torch.finfo(before.dtype).tiny)).clamp(max=0.95)
-        return bool((last * ratio / (1 - ratio) <= TOLERANCE * energies).all() and (last <= 10 * TOLERANCE * energies).all())
+        return bool((last * ratio / (1 - ratio) <= self.tolerance * energies).all() and (last <= 10 * self.tolerance * energies).all())
 
 
 def _inverse_tall(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
@@ -152,6 +192,12 @@ def _inverse_wide(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Te
     return lambda X: _solve(lower, X), lambda X: X
 
 
+def _inverse(C: DampedCovariance) -> Callable[[Tensor], Tensor]:
+    """Return ``X -> (C + ridge · I)⁻¹ X``; what is not finite where C has no Cholesky factor."""
+    lower = torch.linalg.cholesky_ex(C.dense(torch.float64, C.device)).L
+    return lambda X: _solve(lower, X)
+
+
 def _cholesky(matrix: Tensor, tolerance: float = 1e-7) -> Tensor | None:
     """Return the lower factor L, or None where its diagonal spreads so far that float64 solves would be inaccurate."""
     lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -175,7 +221,7 @@ def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:
     return left, C.times(small.T.contiguous()).T
 
 
-def _random(rows: int, columns: int, like: Tensor) -> Tensor:
+def _random(rows: int, columns: int, device: torch.device) -> Tensor:
     """Return the same random start on each call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(like)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)

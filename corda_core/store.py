@@ -16,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from corda_core.allocate import Candidate
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode
 from corda_core.files import replacing_in
 from corda_core.modules import base_digest, unwrapped, weight_digest
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.symmetric import Symmetric
+from corda_core.whiten import Whitening
 
 HEADER = "corda"
 
@@ -92,19 +94,22 @@ def load_covariances(
 
 def save_plan(plan: AdapterPlan, path: str | os.PathLike[str]) -> None:
     """Write an adapter plan."""
-    tensors = {
-        f"{name}.{key}": value
-        for name, init in plan.layers.items()
-        for key, value in (("A0", init.A0), ("B0", init.B0), ("sigma", init.sigma))
-    }
-    header = {
-        "kind": "plan",
-        "mode": str(plan.mode),
-        "rank": plan.rank,
-        "provenance": dict(plan.provenance),
-        "layers": {name: [init.components.start, init.components.stop, init.num_tokens] for name, init in plan.layers.items()},
-    }
-    _write(tensors, header, Path(path))
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, init in plan.layers.items():
+        tensors |= {f"{name}.A0": init.A0, f"{name}.B0": init.B0, f"{name}.sigma": init.sigma}
+        tensors |= {f"{name}.spectrum.{place}": one.spectrum for place, one in enumerate(init.candidates)}
+        layers[name] = {
+            "components": [init.components.start, init.components.stop],
+            "num_tokens": init.num_tokens,
+            "log_pi": [one.log_pi for one in init.candidates],
+            "chosen": init.chosen,
+        }
+        if init.whitening is not None:
+            tensors |= {f"{name}.Q": init.whitening.vectors, f"{name}.lengths": init.whitening.lengths}
+            layers[name]["whitening"] = {"unit": init.whitening.unit, "error": init.whitening.error}
+    provenance = dict(plan.provenance)
+    _write(tensors, {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers}, Path(path))
 
 
 def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
@@ -115,11 +120,22 @@ def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
         ValueError: If the file is damaged or holds something else.
     """
     tensors, header = _read(Path(path), "plan")
-    layers = {
-        name: AdapterInit(tensors[f"{name}.A0"], tensors[f"{name}.B0"], tensors[f"{name}.sigma"], slice(start, stop), tokens)
-        for name, (start, stop, tokens) in header["layers"].items()
-    }
+    layers = {name: _init(name, about, tensors) for name, about in header["layers"].items()}
     return AdapterPlan(layers, Mode(header["mode"]), header["rank"], header["provenance"])
+
+
+def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterInit:
+    white = about.get("whitening")
+    return AdapterInit(
+        A0=tensors[f"{name}.A0"],
+        B0=tensors[f"{name}.B0"],
+        sigma=tensors[f"{name}.sigma"],
+        components=slice(*about["components"]),
+        num_tokens=about["num_tokens"],
+        whitening=Whitening(tensors[f"{name}.Q"], tensors[f"{name}.lengths"], **white) if white else None,
+        candidates=tuple(Candidate(log_pi, tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"])),
+        chosen=about["chosen"],
+    )
 
 
 def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str]) -> Iterable[str]:

@@ -84,5 +84,5 @@ class Symmetric:
 
 def _bounds(n: int) -> list[tuple[int, int]]:
     """Return first and last column (exclusive) of each panel: narrow enough to save work, wide enough to multiply fast."""
-    width = 96 if n <= 1024 else 256
+    width = 64 if n <= 768 else 128 if n <= 2048 else 256
     return [(start, min(start + width, n)) for start in range(0, n, width)]

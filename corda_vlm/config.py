@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -47,7 +47,22 @@ class CordaConfig:
     """"offset" leaves the base weights alone; "subtract" is the papers' form."""
 
     protect: str = "start"
-    """"start": A and B train (as published); "strict": A is frozen (KPM only)."""
+    """"start": A and B train (as published); "strict": A is frozen; "whitened": A trains where the context is short (both KPM only)."""
+
+    variant: str = "corda"
+    """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
+
+    candidates: int | None = None
+    """From how many disjoint draws of samples each layer takes the covariance that suits it best; None is one, or CorDA++'s five."""
+
+    budget: int | str | None = None
+    """Parameters of A and B to spread over the layers; "rank" for what ``rank`` everywhere takes; None gives each layer ``rank``."""
+
+    min_rank: int = 1
+    """What each layer gets at least where a budget is spread."""
+
+    max_rank: int | None = None
+    """What each layer gets at most where a budget is spread."""
 
     solver: str = "auto"
     """"exact", "partial" or "auto": see ``corda_core.decompose``."""
@@ -80,13 +95,19 @@ class CordaConfig:
             ("mode", self.mode, [str(one) for one in Mode]),
             ("split", self.split, [str(one) for one in Split]),
             ("residual", self.residual, ["offset", "subtract"]),
-            ("protect", self.protect, ["start", "strict"]),
+            ("protect", self.protect, ["start", "strict", "whitened"]),
+            ("variant", self.variant, ["corda", "corda++"]),
             ("solver", self.solver, [str(one) for one in Solver]),
             ("normalize", self.normalize, [None, "sample-max"]),
         ):
             if value not in known:
                 raise ValueError(f"{option} is {value!r}; expected one of {known}.")
-        for option, number in (("rank", self.rank), ("num_samples", self.num_samples), ("batch_size", self.batch_size)):
+        for option, number in (
+            ("rank", self.rank),
+            ("num_samples", self.num_samples),
+            ("batch_size", self.batch_size),
+            ("min_rank", self.min_rank),
+        ):
             if number < 1:
                 raise ValueError(f"{option} is {number}; expected at least 1.")
         if self.damping < 0 or (self.alpha is not None and self.alpha <= 0):
@@ -95,8 +116,28 @@ class CordaConfig:
             raise ValueError(f'tokens is {self.tokens!r}; expected "all", "image", "text", or weights >= 0 of both, not all zero.')
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f'max_memory is {self.max_memory!r}; expected a positive size such as "8GB".')
-        if self.protect == "strict" and (self.mode != "kpm" or self.residual != "offset"):
-            raise ValueError(f'protect="strict" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.')
+        if self.protect != "start" and (self.mode != "kpm" or self.residual != "offset"):
+            raise ValueError(
+                f'protect="{self.protect}" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.'
+            )
+        if self.num_candidates < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
+            raise ValueError(
+                f"candidates is {self.candidates}, min_rank {self.min_rank} and max_rank {self.max_rank}; expected at least one candidate "
+                "and min_rank <= max_rank."
+            )
+        if isinstance(self.budget, str) and self.budget != "rank":
+            raise ValueError(f'budget is {self.budget!r}; expected a number of parameters or "rank".')
+
+    @property
+    def num_candidates(self) -> int:
+        """From how many sets of samples each layer's covariance is chosen."""
+        return self.candidates if self.candidates is not None else 5 if self.variant == "corda++" else 1
+
+    def total_budget(self, sizes: Iterable[tuple[int, int]]) -> int | None:
+        """Return the parameters to spread over layers of these sizes (m, n); None if each layer gets ``rank``."""
+        if isinstance(self.budget, int) or (self.budget is None and self.variant == "corda"):
+            return self.budget
+        return sum((m + n) * min(self.rank, m, n) for m, n in sizes)
 
     @property
     def token_weights(self) -> Mapping[str, float]:

@@ -46,9 +46,9 @@ def panels(summary: Mapping[str, Any]) -> dict[str, Any]:
     layers = summary["decomposition"]["layers"] if summary.get("decomposition") else {}
     with matplotlib.rc_context(STYLE):
         return {
-            "scores": {task: _embed(_scores(summary, task)) for task in summary["tasks"]},
-            "losses": _embed(_losses(summary)) if any(m.get("losses") for m in summary["methods"].values()) else None,
-            "spectra": {name: _embed(_spectrum(layer)) for name, layer in layers.items()},
+            "scores": {task: embed(_scores(summary, task)) for task in summary["tasks"]},
+            "losses": embed(_losses(summary)) if any(m.get("losses") for m in summary["methods"].values()) else None,
+            "spectra": {name: embed(_spectrum(layer)) for name, layer in layers.items()},
         }
 
 
@@ -64,11 +64,13 @@ def _save(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _embed(figure: Figure) -> str:
+def embed(figure: Figure) -> str:
+    """``data:`` address of a figure."""
     return "data:image/svg+xml;base64," + base64.b64encode(_save(figure, "svg")).decode()
 
 
-def _panel(height: float, width: float = 4.2) -> tuple[Figure, Axes]:
+def panel(height: float, width: float = 4.2) -> tuple[Figure, Axes]:
+    """A figure of this size in inches and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -79,7 +81,7 @@ def _scores(summary: Mapping[str, Any], task: str) -> Figure:
     before = methods[BASE]["scores"].get(task)
     cells = {method: compare(summary, method, task) for method in methods}
     heights = [cell.score if cell.score is not None and isfinite(cell.score) else 0.0 for cell in cells.values()]
-    figure, axes = _panel(0.4 + 0.3 * len(cells))
+    figure, axes = panel(0.4 + 0.3 * len(cells))
     axes.barh(range(len(cells)), heights, color=[colors[method] for method in cells], height=0.66)
     if before is not None:
         axes.axvline(before, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -98,14 +100,14 @@ def _scores(summary: Mapping[str, Any], task: str) -> Figure:
 
 
 def _losses(summary: Mapping[str, Any]) -> Figure:
-    figure, axes = _panel(2.5)
+    figure, axes = panel(2.5)
     colors = method_colors(summary["methods"])
     for method, info in summary["methods"].items():
         if info.get("losses"):
             steps, losses = zip(*info["losses"], strict=True)
             axes.plot(steps, losses, color=colors[method], linewidth=0.8, alpha=0.3)
             axes.plot(steps, _running_mean(losses, len(losses) // 12), color=colors[method], linewidth=1.8, label=info["label"])
-    _log_scale(axes)
+    log_scale(axes)
     axes.set(xlabel="training step", ylabel="training loss")
     axes.legend(frameon=False)
     return figure
@@ -118,12 +120,12 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
 
 
 def _spectrum(layer: Mapping[str, Any]) -> Figure:
-    figure, axes = _panel(2.1, width=3.5)
+    figure, axes = panel(2.1, width=3.5)
     first, last = layer["chosen"]
     axes.axvspan(first, last, color=SHADE, linewidth=0)
     axes.plot(layer["without_context"], color=BASE_COLOR, linewidth=1.6, linestyle=(0, (4, 2)), label="without context")
     axes.plot(layer["with_context"], color=METHOD_COLORS["kpm_strict"], linewidth=1.8, label="with context")
-    _log_scale(axes)
+    log_scale(axes)
     axes.set_ylim(SPECTRUM_FLOOR, 2)
     axes.set_xlim(0, max(len(layer["with_context"]), last))
     axes.set(xlabel="component, largest first", ylabel="singular value")
@@ -131,7 +133,7 @@ def _spectrum(layer: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _log_scale(axes: Axes) -> None:
+def log_scale(axes: Axes) -> None:
     """A log axis with plain numbers: its usual labels are formulas, which `STYLE` does not parse."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

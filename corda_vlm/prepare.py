@@ -1,5 +1,6 @@
 """The one call: model and samples in, model with a CorDA adapter out, outputs unchanged."""
 
+import collections
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
-from corda_core import AdapterPlan, Covariance, attach, collect_in_passes, plan
+from corda_core import AdapterPlan, Candidate, Covariance, Selection, allocate_ranks, attach, collect_in_passes, plan, select_covariances
 from corda_core.distributed import num_processes, process_rank
+from corda_core.modules import weight_shape
 from corda_vlm.config import CordaConfig
 from corda_vlm.data import Collator
 from corda_vlm.towers import parts_of, select_layers, token_weights
@@ -37,6 +39,11 @@ def prepare(
     damping: float = 0.01,
     residual: str = "offset",
     protect: str = "start",
+    variant: str = "corda",
+    candidates: int | Sequence[Iterable[Any]] | None = None,
+    budget: int | str | None = None,
+    min_rank: int = 1,
+    max_rank: int | None = None,
     solver: str = "auto",
     tokens: str | Mapping[str, float] = "all",
     normalize: str | None = None,
@@ -67,6 +74,12 @@ def prepare(
         damping: See ``CordaConfig``.
         residual: See ``CordaConfig``.
         protect: See ``CordaConfig``.
+        variant: See ``CordaConfig``.
+        candidates: See ``CordaConfig``; or further contexts, each as ``images_texts``: several tasks to keep, say. Each layer takes
+            the one that suits it best.
+        budget: See ``CordaConfig``.
+        min_rank: See ``CordaConfig``.
+        max_rank: See ``CordaConfig``.
         solver: See ``CordaConfig``.
         tokens: See ``CordaConfig``.
         normalize: See ``CordaConfig``.
@@ -89,6 +102,11 @@ def prepare(
         damping=damping,
         residual=residual,
         protect=protect,
+        variant=variant,
+        candidates=candidates if isinstance(candidates, int | None) else len(candidates) + 1,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
         solver=solver,
         tokens=tokens,
         normalize=normalize,
@@ -97,8 +115,49 @@ def prepare(
         batch_size=batch_size,
         seed=seed,
     )
-    adapter_plan = plan_adapters(model, _covariances(model, images_texts, config, processor), config)
+    contexts = _draw_contexts(images_texts, config) if isinstance(candidates, int | None) else [images_texts, *candidates]
+    adapter_plan = plan_contexts(model, contexts, config, processor)
     return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
+
+
+def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any = None) -> AdapterPlan:
+    """Return the adapter plan for one context, or for the best of several in each layer; with a budget its ranks are allocated.
+
+    Args:
+        model: As in ``prepare``.
+        contexts: Each as ``images_texts`` in ``prepare``. With a budget and ``max_memory`` they are gone over twice.
+        config: All options but ``candidates``.
+        processor: As in ``prepare``.
+
+    Raises:
+        ValueError: If an option, a sample or a layer pattern is not right, or the budget is too small.
+    """
+
+    def selections() -> Iterator[Selection]:
+        return _selections(model, [_covariances(model, context, config, processor) for context in contexts], config.damping)
+
+    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    budget = config.total_budget(weight_shape(model, name) for name in names)
+    if len(contexts) == 1 and budget is None:
+        return plan_adapters(model, _covariances(model, contexts[0], config, processor), config)
+    found: list[Selection] = []
+
+    def chosen_parts() -> Iterator[Mapping[str, Covariance]]:
+        for selection in selections():
+            found.append(replace(selection, covariances={}))  # what is known of a layer stays, its covariance goes
+            yield selection.covariances
+
+    ranks, parts = None, chosen_parts()
+    if budget is not None:  # all layers must be known before one gets its rank; with a memory limit they are collected again after that
+        kept = list(parts) if config.max_bytes is None else None
+        collections.deque(parts, maxlen=0)
+        ranks = _ranks(model, {name: selection.best(name) for selection in found for name in selection.candidates}, budget, config)
+        parts = iter(kept) if kept is not None else (selection.covariances for selection in selections())
+    made = plan_adapters(model, parts, config, ranks)
+    candidates = {name: one for selection in found for name, one in selection.candidates.items()}
+    chosen = {name: place for selection in found for name, place in selection.chosen.items()}
+    layers = {name: replace(init, candidates=candidates[name], chosen=chosen[name]) for name, init in made.layers.items()}
+    return replace(made, layers=layers, provenance={**made.provenance, "budget": budget})
 
 
 def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:
@@ -114,17 +173,22 @@ def collect_context(model: nn.Module, images_texts: Iterable[Any], config: Corda
 
 
 def plan_adapters(
-    model: nn.Module, covariances: Mapping[str, Covariance] | Iterable[Mapping[str, Covariance]], config: CordaConfig
+    model: nn.Module,
+    covariances: Mapping[str, Covariance] | Iterable[Mapping[str, Covariance]],
+    config: CordaConfig,
+    ranks: Mapping[str, int] | None = None,
 ) -> AdapterPlan:
-    """Return the adapter plan of constant rank, showing progress."""
+    """Return the adapter plan, of constant rank or of these ranks, showing progress."""
     return plan(
         model,
         covariances,
         mode=config.mode,
         rank=config.rank,
+        ranks=ranks,
         split=config.split,
         damping=config.damping,
         solver=config.solver,
+        whiten=config.protect == "whitened",
         progress=_bar,
     )
 
@@ -140,6 +204,31 @@ def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaCon
         config.max_bytes,
         token_weights=token_weights(model, config.token_weights),
         normalize=config.normalize,  # type: ignore[arg-type]
+    )
+
+
+def _selections(model: nn.Module, passes: Sequence[Iterator[Mapping[str, Covariance]]], damping: float) -> Iterator[Selection]:
+    """Yield the choice among the contexts, part by part; of each context one part at a time is collected."""
+
+    def sets(first: list[Mapping[str, Covariance]]) -> Iterator[Mapping[str, Covariance]]:
+        yield first.pop()  # nobody else holds it: it goes when the next has won
+        for one in passes[1:]:
+            yield next(one)
+
+    while first := [part for part in islice(passes[0], 1)]:
+        yield select_covariances(model, sets(first), damping=damping, progress=_bar)
+
+
+def _ranks(model: nn.Module, candidates: Mapping[str, Candidate], budget: int, config: CordaConfig) -> dict[str, int]:
+    """Return each layer's share of the budget."""
+    return allocate_ranks(
+        {name: one.spectrum for name, one in candidates.items()},
+        {name: one.log_pi for name, one in candidates.items()},
+        {name: sum(weight_shape(model, name)) for name in candidates},
+        budget,
+        config.mode,
+        min_rank=config.min_rank,
+        max_rank=config.max_rank,
     )
 
 
@@ -206,6 +295,26 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool
     if _is_batch(first):
         return (chain([first], iterator) if iterator is images_texts else images_texts), True
     return [first, *islice(iterator, count - 1)], False
+
+
+def _draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[Iterable[Any]]:
+    """Return the context, or as many disjoint contexts drawn from it as there are candidates.
+
+    Raises:
+        ValueError: If there are fewer samples than candidates.
+    """
+    count = config.num_candidates
+    if count == 1:
+        return [images_texts]
+    wanted = count * config.num_samples
+    items: Any = images_texts
+    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+        items = list(islice(items, wanted))
+    if len(items) < count:
+        raise ValueError(f"images_texts has {len(items)} sample(s) for {count} candidates; give more samples, or set candidates=1.")
+    drawn = random.Random(config.seed).sample(range(len(items)), min(wanted, len(items) // count * count))
+    contexts: list[Any] = [Subset(items, sorted(drawn[number::count])) for number in range(count)]
+    return contexts
 
 
 def _is_batch(sample: Any) -> bool:

@@ -148,10 +148,9 @@ def _is_right(example: Mapping[str, Any], method: str) -> bool:
     return prediction == answer
 
 
-def _render(summary: Mapping[str, Any]) -> str:
+def page(template: str, **values: Any) -> str:
+    """Return a page of this folder's templates, filled."""
     import jinja2
-
-    from corda_vlm import plots
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -162,9 +161,16 @@ def _render(summary: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"score": format_score, "change": format_change, "count": format_count}
     environment.filters |= {"seconds": format_seconds, "percent": format_percent}
+    return environment.get_template(template).render(values)
+
+
+def _render(summary: Mapping[str, Any]) -> str:
+    from corda_vlm import plots
+
     summary = {**dict.fromkeys(OPTIONAL, {}), **summary}
     tasks = ordered_tasks(summary)
-    return environment.get_template("report.html.j2").render(
+    return page(
+        "report.html.j2",
         summary=summary,
         tasks=tasks,
         methods=summary["methods"],

@@ -2,14 +2,15 @@
 
 import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from corda_core import Covariance, context_drift, output_energies
 from corda_vlm.data import Collator, Item
 
 
@@ -22,6 +23,7 @@ def fine_tune(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[tuple[int, float]]:
     """Train what is trainable on the responses of the items, and return the loss (nats per response token) step by step.
 
@@ -36,6 +38,7 @@ def fine_tune(
         batch_size: Items a step.
         learning_rate: Peak rate.
         seed: Of the order of the items.
+        callbacks: The Trainer's, such as ``DriftLog``.
 
     Raises:
         ValueError: If an item has no response, or the loss is no longer finite at the end.
@@ -62,10 +65,40 @@ def fine_tune(
         )
         trainer = Trainer(model, arguments, train_dataset=items, data_collator=Collator(processor, with_labels=True, trim_logits=trims))
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossBar)
+        for callback in (*callbacks, _LossBar()):
+            trainer.add_callback(callback)
         trainer.train()
     model.eval()
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class DriftLog(TrainerCallback):
+    """Logs the adapter's context drift while it trains: forgetting comes into sight without a benchmark.
+
+    ``context_drift`` in the Trainer's logs is the mean over the layers of ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``: by what part the outputs on
+    the context have changed.
+    """
+
+    def __init__(self, covariances: Mapping[str, Covariance], every: int = 10) -> None:
+        """Take the covariances, as from ``corda_vlm.collect_context``, and how many steps lie between two measurements."""
+        self.covariances, self.every = covariances, every
+        self.energies: dict[str, float] = {}
+        self.history: list[tuple[int, float]] = []
+        """(step, drift) so far."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the drift to what is logged."""
+        if logs is None or "loss" not in logs or state.global_step % self.every:
+            return
+        model = kwargs["model"]
+        self.energies = self.energies or output_energies(model, self.covariances)
+        with torch.no_grad():
+            drifts = context_drift(model, self.covariances, energies=self.energies).values()
+        logs["context_drift"] = sum(drifts) / len(drifts)
+        state.log_history[-1]["context_drift"] = logs["context_drift"]
+        self.history.append((state.global_step, logs["context_drift"]))
 
 
 class _LossBar(ProgressCallback):
@@ -76,7 +109,8 @@ class _LossBar(ProgressCallback):
     ) -> None:
         """Show the last loss."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=logs["loss"])
+            drift = {"drift": f"{logs['context_drift']:.2%}"} if "context_drift" in logs else {}
+            self.training_bar.set_postfix(loss=logs["loss"], **drift)
 
 
 def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:

@@ -1,6 +1,7 @@
 """The adapter on PEFT: identical start, what trains, export, merge, refusals."""
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def planned(model: nn.Module, mode: str = "kpm", rank: int = RANK) -> AdapterPlan:
-    return plan(model, collect(model, [{"input_ids": torch.randint(2, 20, (8, 16))}], select_linears(model)), mode=mode, rank=rank)
+    covariances = collect(model, [{"input_ids": torch.randint(2, 20, (8, 16))}], select_linears(model))
+    return plan(model, covariances, mode=mode, rank=rank, whiten=mode == "kpm")
 
 
 def trained(model: PeftModel, steps: int = 5) -> PeftModel:
@@ -48,7 +50,9 @@ def trained(model: PeftModel, steps: int = 5) -> PeftModel:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("mode", "protect", "alpha"), [("kpm", "start", None), ("ipm", "start", 24), ("kpm", "strict", None)])
+@pytest.mark.parametrize(
+    ("mode", "protect", "alpha"), [("kpm", "start", None), ("ipm", "start", 24), ("kpm", "strict", None), ("kpm", "whitened", None)]
+)
 def test_start_is_bit_identical_and_the_base_untouched(family: str, dtype: torch.dtype, mode: str, protect: str, alpha: int | None) -> None:
     model = FAMILIES[family]().to(dtype)
     expected, digest = logits(model), base_digest(model, select_linears(model))
@@ -106,6 +110,30 @@ def test_strict_trains_b_only_even_after_switching_adapters() -> None:
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(i.B0.numel() for i in made.layers.values())
 
 
+def test_whitened_starts_where_strict_does_and_trains_in_short_coordinates() -> None:
+    """W x + s B Ã P x, against dense float64 matrices; and what it changes on the context is s √μ₀ ‖B Ã‖."""
+    model = tiny_llama()
+    names = select_linears(model)
+    covariances = collect(model, [{"input_ids": torch.randint(2, 20, (16, 32))}], names)
+    made = plan(model, covariances, mode="kpm", rank=RANK, whiten=True)
+    adapted = attach(model, made, protect="whitened", alpha=2 * RANK)
+    for name, layer in lora_layers(adapted).items():
+        torch.testing.assert_close(change_factors(layer)[0], made.layers[name].A0, rtol=1e-3, atol=1e-4)
+    trained(adapted)
+    for name, layer in lora_layers(adapted).items():
+        A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        assert not torch.allclose(change_factors(layer)[0], made.layers[name].A0, atol=1e-3)
+        white = made.layers[name].whitening
+        assert white is not None
+        change = 2 * B.double() @ (A @ white.apply(torch.eye(layer.in_features))).double()
+        x = torch.randn(5, layer.in_features)
+        expected = x.double() @ (layer.get_base_layer().weight.double() + change).T
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-5)
+        damped = covariances[name].damped(0.01).dense(torch.float64, torch.device("cpu"))
+        drift = float((change @ torch.linalg.cholesky(damped)).norm())
+        assert drift == pytest.approx(2 * white.unit * float((B @ A).norm()), rel=0.11)
+
+
 def test_start_trains_a_and_b_in_every_layer() -> None:
     model = tiny_llama()
     adapted = attach(model, planned(model))
@@ -142,7 +170,10 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("protect", "residual", "alpha"), [("start", "offset", None), ("strict", "offset", 9), ("start", "subtract", 3)])
+@pytest.mark.parametrize(
+    ("protect", "residual", "alpha"),
+    [("start", "offset", None), ("strict", "offset", 9), ("start", "subtract", 3), ("whitened", "offset", None)],
+)
 def test_export_is_an_ordinary_lora_in_a_new_process(family: str, protect: str, residual: str, alpha: int | None, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     adapted = trained(attach(model, planned(model, rank=20), protect=protect, residual=residual, alpha=alpha))
@@ -154,11 +185,11 @@ def test_export_is_an_ordinary_lora_in_a_new_process(family: str, protect: str, 
     assert float(done.stdout.splitlines()[-1]) < 1e-5
     assert {file.name for file in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "reference.safetensors"}
     ranks = {len(value) for key, value in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in key}
-    assert max(ranks) == (20 if protect == "strict" else 40)
+    assert max(ranks) == (40 if protect == "start" else 20)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("protect", "safe"), [("start", True), ("start", False), ("strict", True)])
+@pytest.mark.parametrize(("protect", "safe"), [("start", True), ("start", False), ("strict", True), ("whitened", True)])
 def test_merge_and_unmerge(family: str, protect: str, safe: bool) -> None:
     model = FAMILIES[family]()
     adapted = trained(attach(model, planned(model), protect=protect))
@@ -172,9 +203,10 @@ def test_merge_and_unmerge(family: str, protect: str, safe: bool) -> None:
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
 
 
-def test_raw_save_of_the_offset_form_is_refused_by_plain_peft_not_misread(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protect", ["start", "whitened"])
+def test_raw_save_of_what_is_no_plain_lora_is_refused_by_peft_not_misread(protect: str, tmp_path: Path) -> None:
     model = tiny_llama()
-    attach(model, planned(model)).save_pretrained(tmp_path)
+    attach(model, planned(model), protect=protect).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="corda_core.export"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
@@ -202,8 +234,13 @@ def test_refusals() -> None:
         attach(model, ipm, protect="strict")
     with pytest.raises(ValueError, match="nothing to subtract"):
         attach(model, made, protect="strict", residual="subtract")
-    with pytest.raises(ValueError, match="protect is 'whitened'"):
-        attach(model, made, protect="whitened")
+    with pytest.raises(ValueError, match="whitened.*kpm"):
+        attach(model, ipm, protect="whitened")
+    bare = {name: dataclasses.replace(init, whitening=None) for name, init in made.layers.items()}
+    with pytest.raises(ValueError, match="whiten=True"):
+        attach(model, dataclasses.replace(made, layers=bare), protect="whitened")
+    with pytest.raises(ValueError, match="protect is 'hard'"):
+        attach(model, made, protect="hard")
     with pytest.raises(ValueError, match="residual is 'none'"):
         attach(model, made, residual="none")
     with torch.no_grad():

@@ -28,7 +28,7 @@ def logits(model: nn.Module, processor: Any, items: list[Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [None, ALL_PARTS])
-@pytest.mark.parametrize("protect", ["start", "strict"])
+@pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_llava_is_bit_identical_and_its_base_untouched(dtype: Any, parts: Any, protect: str, processor: Any, samples: list[Any]) -> None:
     model = tiny_llava().to(dtype)
@@ -52,6 +52,21 @@ def test_the_whole_path(processor: Any, samples: list[Any], tmp_path: Path) -> N
     corda_vlm.export(adapted, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded, processor, samples), logits(adapted, processor, samples), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
+def test_drift_is_logged_while_training(protect: str, processor: Any, samples: list[Any]) -> None:
+    from corda_core import context_drift
+
+    config = corda_vlm.CordaConfig(rank=4, protect=protect)
+    covariances = corda_vlm.collect_context(tiny_llava(), samples * 4, config, processor)
+    adapted = corda_vlm.prepare(tiny_llava(), samples * 4, processor=processor, rank=4, protect=protect)
+    log = corda_vlm.DriftLog(covariances, every=4)
+    corda_vlm.fine_tune(adapted, samples, processor, steps=12, batch_size=6, learning_rate=1e-2, seed=0, callbacks=[log])
+    assert [step for step, _ in log.history] == [4, 8, 12]
+    drifts = context_drift(adapted, covariances).values()
+    assert log.history[-1][1] == pytest.approx(sum(drifts) / len(drifts), rel=1e-4)
+    assert 0 < log.history[0][1] < 1
 
 
 def test_dead_vision_blocks_are_left_out(llava: Any) -> None:
@@ -139,6 +154,69 @@ def test_a_memory_budget_changes_nothing(processor: Any, samples: list[Any]) -> 
     batches = (Collator(processor)(samples[start : start + 3]) for start in (0, 3))
     with pytest.raises(ValueError, match=r"max_memory is 9000 bytes.*give a list or a DataLoader"):
         corda_vlm.prepare(tiny_llava(), batches, processor=processor, rank=4, max_memory="9KB")
+
+
+@pytest.mark.parametrize("parts", [None, ALL_PARTS])
+@pytest.mark.parametrize(("mode", "protect"), [("kpm", "start"), ("kpm", "strict"), ("kpm", "whitened"), ("ipm", "start")])
+def test_corda_plus_plus(parts: Any, mode: str, protect: str, processor: Any, samples: list[Any]) -> None:
+    many = [samples[place % len(samples)] for place in range(60)]
+    model = tiny_llava()
+    expected = logits(model, processor, samples)
+    names = corda_vlm.select_layers(model, parts=parts)
+    cost = sum((m + n) * min(4, m, n) for m, n in (model.get_submodule(name).weight.shape for name in names))
+    adapted = corda_vlm.prepare(model, many, mode, processor=processor, rank=4, parts=parts, protect=protect, variant="corda++")
+    assert torch.equal(logits(adapted, processor, samples), expected)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(adapted).items()}
+    spent = sum(
+        r * sum(layer.get_base_layer().weight.shape) for r, layer in zip(ranks.values(), lora_layers(adapted).values(), strict=True)
+    )
+    largest = max(sum(layer.get_base_layer().weight.shape) for layer in lora_layers(adapted).values())
+    assert cost - largest < spent <= cost
+    assert len(set(ranks.values())) > 1
+    assert {name: layer.scaling["default"] for name, layer in lora_layers(adapted).items()} == dict.fromkeys(ranks, 1.0)
+
+
+def test_candidates_and_budget_apart(tokenizer: Any) -> None:
+    words = ["what", "color", "is", "the", "shape", "in", "this", "?", "red", "blue", "green", "circle", "a", "one", "two"]
+    texts = [(None, " ".join(words[(place * step) % len(words)] for step in range(1, 9 + place // 15))) for place in range(60)]
+    config = corda_vlm.CordaConfig(rank=4, candidates=3, num_samples=20)
+    contexts = prepare_module._draw_contexts(texts, config)
+    drawn = [set(context.indices) for context in contexts]
+    assert [len(one) for one in drawn] == [20, 20, 20]
+    assert not (drawn[0] & drawn[1])
+    assert not (drawn[0] & drawn[2])
+    assert not (drawn[1] & drawn[2])
+    model = tiny_llama()
+    made = corda_vlm.plan_contexts(model, contexts, config, tokenizer)
+    assert {init.rank for init in made.layers.values()} == {4}
+    assert {len(init.candidates) for init in made.layers.values()} == {3}
+    assert {init.chosen for init in made.layers.values()} <= {0, 1, 2}
+    spread = corda_vlm.plan_contexts(model, [texts], corda_vlm.CordaConfig(budget=5000, min_rank=2, max_rank=9), tokenizer)
+    assert {len(init.candidates) for init in spread.layers.values()} == {1}
+    assert min(init.rank for init in spread.layers.values()) >= 2
+    assert max(init.rank for init in spread.layers.values()) <= 9
+    assert spread.num_parameters <= spread.provenance["budget"] == 5000
+    within = corda_vlm.plan_contexts(
+        model, [texts], corda_vlm.CordaConfig(budget=5000, min_rank=2, max_rank=9, max_memory="9KB"), tokenizer
+    )
+    assert {name: init.rank for name, init in within.layers.items()} == {name: init.rank for name, init in spread.layers.items()}
+    several = corda_vlm.prepare(tiny_llama(), texts, processor=tokenizer, rank=4, candidates=[texts[:30], texts[30:]])
+    assert {layer.r["default"] for layer in lora_layers(several).values()} == {4}
+
+
+def test_mistakes_with_candidates_and_budgets(tokenizer: Any) -> None:
+    texts = [(None, "what color is the shape in this ? red blue green circle")] * 12
+    for options, words in (
+        ({"budget": 100}, "budget of 100 parameters is below"),
+        ({"budget": "all"}, "budget is 'all'"),
+        ({"candidates": 0}, "candidates is 0"),
+        ({"candidates": 13}, r"12 sample\(s\) for 13 candidates"),
+        ({"candidates": 12}, "candidate 0 saw .* tokens for 32 inputs"),
+        ({"variant": "corda+"}, "variant is 'corda\\+'"),
+        ({"budget": "rank", "min_rank": 5, "max_rank": 4}, "min_rank <= max_rank"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            corda_vlm.prepare(tiny_llama(), texts, processor=tokenizer, rank=4, **options)
 
 
 def test_tokens_weigh_images_and_text(processor: Any, samples: list[Any]) -> None:

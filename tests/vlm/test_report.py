@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from corda_vlm import files, report
+from corda_core import files
+from corda_vlm import report
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

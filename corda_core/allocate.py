@@ -1,0 +1,213 @@
+"""CorDA++ (arXiv 2506.13187): which covariance suits a layer, and how a budget of parameters is spread over the layers.
+
+Pure functions on matrices and spectra. Throughout: C (n, n) damped and scaled to a mean diagonal of 1 before damping
+(its mean and ``Covariance.damped``), W (m, n), k = min(m, n), σ₁ ≥ … ≥ σ_k the singular values of ``W C``.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corda_core import solvers
+from corda_core.covariance import Covariance
+from corda_core.decompose import Mode, damped_for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How well one covariance suits one layer."""
+
+    log_pi: float
+    """``log π(C)``, the compactness: lower is more compact."""
+
+    spectrum: Tensor
+    """σ (k,) of ``W C``, descending, float64."""
+
+    @property
+    def score(self) -> float:
+        """``log π(C) · Σ_j σ_j / σ_1``: the candidate with the lowest is chosen (CorDA++, covariance selection)."""
+        return self.log_pi * float(self.spectrum.sum() / self.spectrum[0])
+
+
+def compactness(covariance: Covariance, m: int, *, damping: float = 0.01) -> float:
+    """Return ``π(C) = √(m · σ_max(C)) / σ_min(C)`` of a layer with m outputs; lower is more compact.
+
+    It bounds what dropping the r-th smallest component of ``W C`` changes in the outputs: ``‖ΔY‖₁ ≤ π(C) · σ₋ᵣ`` (CorDA++).
+    C is scaled to a mean diagonal of 1 and then damped, as ``π(a C) = π(C) / √a``: only so are layers and candidates comparable.
+
+    Args:
+        covariance: C.
+        m: The number of the layer's outputs.
+        damping: λ of ``Covariance.damped``.
+
+    Raises:
+        ValueError: If C is zero or not finite, or damping is not positive, where C may be singular; or if ``log π <= 0``, where the
+            scores of CorDA++ have no meaning.
+    """
+    return _compactness(isotropy(covariance, damping), m)
+
+
+def isotropy(covariance: Covariance, damping: float) -> float:
+    """Return ``√σ_max(C) / σ_min(C)`` of the scaled and damped C: what of π the number of outputs does not change.
+
+    Raises:
+        ValueError: If C is zero or not finite, or damping is not positive.
+    """
+    if damping <= 0:
+        raise ValueError(f"damping is {damping}; compactness needs it positive, as the covariance may be singular without.")
+    C = covariance.damped(damping)
+    largest, smallest = solvers.extremes(C)
+    return math.sqrt(largest / C.mean) / (smallest / C.mean)
+
+
+def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, isotropy_of_C: float | None = None) -> Candidate:
+    """Return how well a covariance suits a layer, from eigenvalues without vectors.
+
+    Args:
+        weight: W (m, n), any floating type.
+        covariance: C (n, n).
+        damping: λ of ``Covariance.damped``.
+        isotropy_of_C: ``isotropy`` of this C, where it is known from another layer with the same inputs.
+
+    Raises:
+        ValueError: As ``compactness``; if the shapes do not fit, or the weight is zero.
+    """
+    C = damped_for(weight, covariance, damping)
+    log_pi = math.log(_compactness(isotropy_of_C or isotropy(covariance, damping), weight.shape[0]))
+    spectrum = solvers.spectrum(weight, C)
+    if spectrum[0] == 0:
+        raise ValueError("its weight is all zero, so no covariance suits it better than another; leave the layer out.")
+    return Candidate(log_pi, spectrum.cpu())
+
+
+def _compactness(isotropy_of_C: float, m: int) -> float:
+    pi = math.sqrt(m) * isotropy_of_C
+    if pi <= 1:
+        raise ValueError(
+            f"its compactness π is {pi:.3g}, and CorDA++ needs log π > 0: with {m} output(s) and inputs this uniform there is nothing to "
+            "choose; leave the layer out."
+        )
+    return pi
+
+
+def select_covariance(
+    weight: Tensor, candidates: Iterable[Covariance], *, damping: float = 0.01
+) -> tuple[int, Covariance, list[Candidate]]:
+    """Return the place of the covariance with the lowest score, itself, and how all of them did.
+
+    Candidates are gone over once and in any order; of two with the same score the first is chosen.
+
+    Args:
+        weight: W (m, n), any floating type.
+        candidates: Covariances of the same layer over different samples; a generator keeps only the best so far in memory.
+        damping: λ of ``Covariance.damped``.
+
+    Raises:
+        ValueError: As ``assess``; or if there is no candidate.
+    """
+    best: Covariance | None = None
+    place, assessed = 0, list[Candidate]()
+    for number, covariance in enumerate(candidates):
+        assessed.append(assess(weight, covariance, damping=damping))
+        if best is None or assessed[number].score < assessed[place].score:
+            best, place = covariance, number
+    if best is None:
+        raise ValueError("There are no candidates; give at least one covariance.")
+    return place, best, assessed
+
+
+def allocate_ranks(
+    spectra: Mapping[str, Tensor],
+    log_pi: Mapping[str, float],
+    costs: Mapping[str, int],
+    budget: int,
+    mode: Mode | str,
+    *,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> dict[str, int]:
+    """Return each layer's rank, so that all together cost at most the budget (CorDA++, rank allocation).
+
+    f components of each layer, its smallest, count as filtered, at first one. The layer with the lowest
+    ``s = log π · σ₋f / Σ_{j ≤ k−f} σ_j`` gets one more, again and again. In KPM the filtered ones are trained, until one more would
+    pass the budget; in IPM the others are, as soon as they are within it. So layers with many components that the context does not
+    miss get more rank in KPM and less in IPM. Of equal scores the layer that comes first is taken.
+
+    Args:
+        spectra: σ (k,) of ``W C``, descending, by layer.
+        log_pi: ``log π(C)``, by layer.
+        costs: Parameters of one component, m + n, by layer.
+        budget: Parameters for all layers together.
+        mode: "kpm" or "ipm".
+        min_rank: What each layer gets at least, where it has as many components; at least 1.
+        max_rank: What each layer gets at most; None is no limit.
+
+    Raises:
+        ValueError: If the layers of the arguments differ, a ``log π`` is not positive, limits contradict each other, or the budget
+            is below ``min_rank`` in every layer.
+
+    Note:
+        The paper has neither limit. Without ``max_rank`` a layer with σ = 0 in its tail gets all of that in KPM, as it costs nothing
+        to change.
+    """
+    mode = Mode(mode)
+    _check(spectra, log_pi, costs, min_rank, max_rank)
+    sizes = {name: len(sigma) for name, sigma in spectra.items()}
+    lowest = {name: min(min_rank, k) for name, k in sizes.items()}
+    highest = {name: min(max_rank or k, k) for name, k in sizes.items()}
+    least = sum(costs[name] * rank for name, rank in lowest.items())
+    if least > budget:
+        raise ValueError(
+            f"The budget of {budget} parameters is below {least}, which rank {min_rank} in each of the {len(sizes)} layers takes; "
+            "raise the budget or adapt fewer layers."
+        )
+    scores = {name: _scores(sigma, log_pi[name]) for name, sigma in spectra.items()}
+    filtered = dict(lowest) if mode is Mode.KPM else {name: sizes[name] - highest[name] for name in sizes}
+    if mode is Mode.IPM:  # the paper begins with one filtered component
+        filtered = {name: min(max(f, 1), sizes[name] - lowest[name]) for name, f in filtered.items()}
+    ends = highest if mode is Mode.KPM else {name: sizes[name] - lowest[name] for name in sizes}
+    ranks = {name: f if mode is Mode.KPM else sizes[name] - f for name, f in filtered.items()}
+    spent = sum(costs[name] * rank for name, rank in ranks.items())
+    heap = [(scores[name][f], place, name) for place, (name, f) in enumerate(filtered.items()) if f < ends[name]]
+    heapq.heapify(heap)
+    step = 1 if mode is Mode.KPM else -1
+    while heap and (mode is Mode.KPM or spent > budget):
+        _, place, name = heapq.heappop(heap)
+        if mode is Mode.KPM and spent + costs[name] > budget:
+            break
+        ranks[name] += step
+        spent += step * costs[name]
+        filtered[name] += 1
+        if filtered[name] < ends[name]:
+            heapq.heappush(heap, (scores[name][filtered[name]], place, name))
+    return ranks
+
+
+def _scores(sigma: Tensor, log_pi: float) -> list[float]:
+    """Return s for f = 0 … k − 1 filtered components; s is 0 for f = 0, where nothing is filtered, and wherever σ₋f is 0."""
+    sigma = sigma.double()
+    smallest = torch.cat([sigma.new_zeros(1), sigma.flip(0)])[: len(sigma)]
+    kept = sigma.cumsum(0).flip(0)
+    return torch.where(smallest > 0, log_pi * smallest / kept, 0.0).tolist()
+
+
+def _check(
+    spectra: Mapping[str, Tensor], log_pi: Mapping[str, float], costs: Mapping[str, int], min_rank: int, max_rank: int | None
+) -> None:
+    if not spectra:
+        raise ValueError("There are no layers to spread a budget over.")
+    for what, other in (("log_pi", log_pi), ("costs", costs)):
+        if other.keys() != spectra.keys():
+            name = min(spectra.keys() ^ other.keys())
+            raise ValueError(f"spectra and {what} are of different layers: {name} is in only one of them.")
+    if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
+        raise ValueError(f"min_rank is {min_rank} and max_rank {max_rank}; expected 1 <= min_rank <= max_rank.")
+    bad = [name for name, value in log_pi.items() if not value > 0]
+    if bad:
+        raise ValueError(
+            f"{bad[0]}: log π is {log_pi[bad[0]]:.3g}, and CorDA++ needs it positive; scale its covariance to a mean diagonal of 1."
+        )

@@ -1,0 +1,159 @@
+"""What a layer's smallest components are worth: perplexity after dropping r of them everywhere (after CorDA, figure 2).
+
+    python -m corda_eval.bench.truncation --output eval/results/truncation.png
+
+SmolLM2-135M-Instruct, all linear layers but the output layer. In each, ``W`` becomes ``W − U_S U_Sᵀ W``, U_S the last r left singular
+vectors of ``W M``, with
+    plain SVD    M = I
+    ASVD         M = diag(√E[x²])^½, activation-aware scaling (arXiv 2312.05821, α = 0.5)
+    CorDA        M = C, over one set of 32 × 512 tokens of context
+    CorDA++      M = C, in each layer the most suitable of five such sets
+Context: Python's reference manual. Perplexity: topics of it that the context does not hold; and the source code of Python's own
+library, another domain.
+
+Note: ASVD scales by the mean of |x|; here it is the root of the mean square, which the covariance already holds.
+"""
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from corda_core import Covariance, collect, decompose, select_covariances, weight_matrix
+from corda_core.layerwise import over_layers
+from corda_eval.bench.cases import smollm2_model
+from corda_eval.text.perplexity import held_out_text, perplexity, text_windows
+
+DROPPED = (0, 8, 16, 32, 64, 128)
+LENGTH, WINDOWS, SETS = 512, 32, 5
+CODE = (
+    "argparse.py",
+    "ast.py",
+    "dataclasses.py",
+    "inspect.py",
+    "logging/__init__.py",
+    "pathlib.py",
+    "typing.py",
+    "zipfile.py",
+    "tarfile.py",
+)
+
+
+def truncation(
+    output: Annotated[Path, typer.Option(help="The plot; the figures go beside it as JSON.")] = Path("truncation.png"),
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens that each perplexity is taken over.")] = 8,
+) -> None:
+    """Measure, write the figures, draw them and print the table."""
+    figures = measure(windows)
+    output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    draw(figures, output)
+    print(table(figures))
+
+
+def measure(windows: int) -> dict[str, Any]:
+    """Return the perplexities by domain, method and number of dropped components."""
+    model, names, tokenizer = smollm2_model()
+    context, held_out = held_out_text()
+    texts = {
+        "manual": text_windows(held_out, tokenizer, LENGTH, windows),
+        "code": text_windows(library_code(), tokenizer, LENGTH, windows),
+    }
+    drawn = text_windows(context, tokenizer, LENGTH, WINDOWS * SETS)
+    sets = [[{"input_ids": window[None]} for window in drawn[number::SETS]] for number in range(SETS)]
+    first = collect(model, tqdm(sets[0], desc="context", disable=None), names)
+    others = (collect(model, tqdm(one, desc="candidate", disable=None), names) for one in sets[1:])
+    selection = select_covariances(model, chain([first], others))
+    methods: dict[str, tuple[dict[str, Covariance], float]] = {
+        "plain SVD": ({name: Covariance.of(torch.eye(one.packed.n), one.num_tokens) for name, one in first.items()}, 0.0),
+        "ASVD": ({name: Covariance.of(one.packed.diagonal().pow(0.25).diag(), one.num_tokens) for name, one in first.items()}, 0.0),
+        "CorDA": (first, 0.01),
+        "CorDA++": (dict(selection.covariances), 0.01),
+    }
+    found: dict[str, dict[str, list[float]]] = {domain: {} for domain in texts}
+    with torch.no_grad():
+        base = {domain: perplexity(model, text) for domain, text in texts.items()}
+        for method, (covariances, damping) in methods.items():
+            bases = over_layers(model, names, _smallest(covariances, damping), _bar, method)
+            for domain in texts:
+                found[domain][method] = [base[domain]]
+            for count in tqdm(DROPPED[1:], desc=f"{method}, perplexity", disable=None):
+                with _without(model, bases, count):
+                    for domain, text in texts.items():
+                        found[domain][method].append(perplexity(model, text))
+    chosen = list(selection.chosen.values())
+    return {"dropped": DROPPED, "perplexity": found, "windows": windows, "chosen": [chosen.count(number) for number in range(SETS)]}
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the perplexities as Markdown tables."""
+    lines = []
+    for domain, methods in figures["perplexity"].items():
+        lines += [f"| {domain} | " + " | ".join(map(str, figures["dropped"])) + " |", "|---" * (1 + len(figures["dropped"])) + "|"]
+        lines += [f"| {method} | " + " | ".join(f"{value:,.1f}" for value in values) + " |" for method, values in methods.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Draw one plot a domain."""
+    # Imported here: it belongs to the extra `demo`.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(figures["perplexity"]), figsize=(10, 4), layout="constrained", sharey=True)
+    for axes, (domain, methods) in zip(panels, figures["perplexity"].items(), strict=True):
+        for method, values in methods.items():
+            axes.plot(range(len(values)), values, "o-", label=method)
+        axes.set_xticks(range(len(figures["dropped"])), [str(count) for count in figures["dropped"]])
+        axes.set(yscale="log", xlabel="components dropped in every layer", title=f"Perplexity on {domain}")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def library_code() -> str:
+    """Return the source of some modules that come with every Python."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [folder / name for name in CODE]
+    return "\n\n".join(file.read_text() for file in files if file.exists())
+
+
+def _smallest(covariances: dict[str, Covariance], damping: float) -> Callable[[str, Tensor], Tensor]:
+    """Return what gives a layer's last left singular vectors (m, 128), in descending order, in float32."""
+
+    def smallest(name: str, weight: Tensor) -> Tensor:
+        return decompose(weight, covariances[name], max(DROPPED), "kpm", damping=damping, solver="exact").basis.float()
+
+    return smallest
+
+
+@contextmanager
+def _without(model: nn.Module, bases: dict[str, Tensor], count: int) -> Iterator[None]:
+    """Drop the last ``count`` components of every layer; afterwards the weights are what they were, bit for bit."""
+    weights = {name: weight_matrix(model, name) for name in bases}  # they share memory with the layers
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        for name, basis in bases.items():
+            last = basis[:, -count:]
+            weights[name] -= last @ (last.T @ weights[name])
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+
+
+def _bar(steps: Any, title: str) -> Any:
+    return tqdm(steps, desc=title, disable=None)
+
+
+if __name__ == "__main__":
+    typer.run(truncation)

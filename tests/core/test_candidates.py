@@ -1,0 +1,88 @@
+"""Choosing covariances for all layers of a model."""
+
+import gc
+import math
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+
+from corda_core import Covariance, collect, plan, select_covariances, select_linears
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+def some_set(model: nn.Module, seed: int, tokens: int = 160) -> dict[str, Covariance]:
+    ids = torch.randint(2, 20, (tokens // 8, 8), generator=torch.Generator().manual_seed(seed))
+    return collect(model, [{"input_ids": ids}], select_linears(model))
+
+
+def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) -> None:
+    sets = [some_set(model, seed) for seed in range(4)]
+    found = select_covariances(model, sets)
+    places = set()
+    for name in select_linears(model):
+        W = model.get_submodule(name).weight.detach().double()
+        scores = []
+        for one in sets:
+            C = one[name].matrix.double()
+            C = C / C.diagonal().mean() + 0.01 * torch.eye(len(C))
+            values, sigma = torch.linalg.eigvalsh(C), torch.linalg.svdvals(W @ C)
+            scores.append(math.log(math.sqrt(len(W) * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
+        assert [one.score for one in found.candidates[name]] == pytest.approx(scores, rel=1e-4)
+        assert found.chosen[name] == scores.index(min(scores))
+        assert found.covariances[name] is sets[found.chosen[name]][name]
+        assert found.best(name) is found.candidates[name][found.chosen[name]]
+        places.add(found.chosen[name])
+    assert len(places) > 1
+
+
+def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> None:
+    alive: list[weakref.ref[Covariance]] = []
+    most = 0
+
+    def sets() -> Iterator[dict[str, Covariance]]:
+        nonlocal most
+        for seed in range(5):
+            made = some_set(model, seed)
+            alive.extend(weakref.ref(one) for one in {id(one): one for one in made.values()}.values())
+            gc.collect()
+            most = max(most, sum(one() is not None for one in alive))
+            yield made
+            del made
+
+    found = select_covariances(model, sets())
+    layers = len(found.covariances)
+    distinct = len({id(one) for one in some_set(model, 0).values()})
+    assert most <= layers + distinct  # at worst a chosen one for every layer, and the next set
+    del found
+    gc.collect()
+    assert not any(one() for one in alive)
+
+
+def test_a_plan_of_given_ranks(model: nn.Module) -> None:
+    covariances = some_set(model, 0)
+    ranks = {name: 1 + place % 5 for place, name in enumerate(covariances)}
+    made = plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
+    assert {name: init.rank for name, init in made.layers.items()} == ranks
+    assert made.rank == 4
+    assert made.num_parameters == sum(r * sum(model.get_submodule(name).weight.shape) for name, r in ranks.items())
+    with pytest.raises(ValueError, match="at least 1 for each layer"):
+        plan(model, covariances, mode="kpm", rank=4, ranks={**ranks, next(iter(ranks)): 0})
+
+
+def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
+    one, other = some_set(model, 0), some_set(model, 1)
+    other.pop("model.layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"Candidate 1 has other layers than candidate 0: model\.layers\.1\.mlp\.up_proj"):
+        select_covariances(model, [one, other])
+    with pytest.raises(ValueError, match="no candidates"):
+        select_covariances(model, [])
+    with pytest.raises(ValueError, match="candidate 1 saw 16 tokens for 32 inputs"):
+        select_covariances(model, [one, some_set(model, 1, tokens=16)])

@@ -1,0 +1,49 @@
+"""Work on every layer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import Tensor
+
+from corda_core import select_linears
+from corda_core.layerwise import _num_workers, over_layers
+from corda_core.progress import no_progress
+
+
+def test_every_layer_once_in_order_with_progress() -> None:
+    model = tiny_llama()
+    names = select_linears(model)
+    watched: list[tuple[str, list[str]]] = []
+
+    def progress(steps: Iterable[Any], title: str) -> Iterable[Any]:
+        watched.append((title, list(steps)))
+        return steps
+
+    shapes = over_layers(model, names, lambda name, weight: (name, weight.shape), progress, "look")
+    assert list(shapes) == list(names)
+    assert all(shapes[name] == (name, model.get_submodule(name).weight.shape) for name in names)
+    assert watched == [("look", list(names))]
+
+
+def test_errors_name_the_layer() -> None:
+    def fail(name: str, weight: Tensor) -> None:
+        if "up_proj" in name:
+            raise ValueError("it is odd.")
+
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj: it is odd\."):
+        over_layers(model, select_linears(model), fail, no_progress, "")
+
+
+def test_layers_are_taken_at_a_time_only_where_they_are_small_and_on_the_cpu() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert _num_workers([(64, 4096)], torch.device("cpu")) == 4
+        assert _num_workers([(64, 4096), (4096, 4096)], torch.device("cpu")) == 1
+        assert _num_workers([(64, 64)], torch.device("meta")) == 1
+    finally:
+        torch.set_num_threads(threads)
