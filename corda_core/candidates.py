@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from corda_core.allocate import Candidate, assess, isotropy
 from corda_core.covariance import Covariance
-from corda_core.layerwise import over_layers
+from corda_core.layerwise import num_workers, over_layers
+from corda_core.parallel import in_threads
 from corda_core.progress import Progress, no_progress
 
 
@@ -57,7 +58,7 @@ def select_covariances(
                 f"Candidate {number} has other layers than candidate 0: {odd} is in only one; collect both with the same names."
             )
         _check_tokens(number, covariances)
-        isotropies = {id(one): isotropy(one, damping) for one in {id(one): one for one in covariances.values()}.values()}
+        isotropies = _isotropies(covariances, damping)
         found = over_layers(model, covariances, partial(_assess, covariances, isotropies, damping), progress, f"candidate {number + 1}")
         for name, candidate in found.items():
             if number == 0 or candidate.score < assessed[name][chosen[name]].score:
@@ -72,6 +73,13 @@ def select_covariances(
 def _assess(covariances: Mapping[str, Covariance], isotropies: Mapping[int, float], damping: float, name: str, weight: Tensor) -> Candidate:
     covariance = covariances[name]
     return assess(weight, covariance, damping=damping, isotropy_of_C=isotropies[id(covariance)])
+
+
+def _isotropies(covariances: Mapping[str, Covariance], damping: float) -> dict[int, float]:
+    """Return ``isotropy`` of each distinct covariance, by its id."""
+    distinct = {id(one): one for one in covariances.values()}
+    workers = num_workers(((one.packed.n, one.packed.n) for one in distinct.values()), next(iter(distinct.values())).packed.device)
+    return dict(zip(distinct, in_threads(partial(isotropy, damping=damping), distinct.values(), workers), strict=True))
 
 
 def _check_tokens(number: int, covariances: Mapping[str, Covariance]) -> None:

@@ -36,7 +36,7 @@ def over_layers(
             if place % num_processes() == process_rank():
                 yield name, weight
 
-    workers = _num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device)
+    workers = num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device)
     mine = dict(in_threads(named, own(), workers))
     everyone: dict[str, R] = {}
     for theirs in gathered(mine):
@@ -44,7 +44,7 @@ def over_layers(
     return {name: everyone[name] for name in names}
 
 
-def _num_workers(shapes: Iterable[tuple[int, int]], device: torch.device) -> int:
+def num_workers(shapes: Iterable[tuple[int, int]], device: torch.device) -> int:
     """Return how many layers of these shapes (m, n) to take at a time.
 
     One on devices other than the CPU, and where a layer has min(m, n) > 2048: there kernels fill the cores, and copies the memory.

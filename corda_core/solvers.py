@@ -73,16 +73,44 @@ def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor
 
 
 def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration; None if it did not settle.
+    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration; None if it did not settle or failed its check.
 
-    ``P Pᵀ X = W C C Wᵀ X`` is applied factor by factor: W C is never formed. Settled is when the energy of the last j components is,
-    for every j: the sum over all would hide the others behind one that dominates.
+    P and Pᵀ are applied in turns, factor by factor, with orthogonalisation after each (Golub and Kahan): W C is never formed, and
+    rounding errors stay small beside σ₁, not σ₁². So W of lower precision is iterated in float32 first. Settled is when the energy of the
+    last j components is, for every j: the sum over all would hide the others behind one that dominates. The same energies, computed
+    once more in float64, are the check.
     """
-    W = in_float64(W)
-    found = _largest_ritz(
-        lambda X: W @ C.times(C.times(_transposed_times(W, X))), len(W), rank, min(W.shape), W.device, lambda theta: theta.flip(0).cumsum(0)
-    )
-    return None if found is None else _rotated(W, C, found[1])
+    for precise in (W.float(), in_float64(W)) if W.dtype != torch.float64 else (W,):
+        found = _largest_settled(precise, C, rank)
+        if found is not None:
+            U, sigma = _rotated(in_float64(W), C, in_float64(found[1]))
+            shown, promised = sigma.square().flip(0).cumsum(0), found[0].flip(0).cumsum(0)
+            if bool(((shown - promised).abs() <= TOLERANCE * promised).all()):
+                return U, sigma
+    return None
+
+
+def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Return ``σ²`` (r,) of the r largest components and vectors (m, r) that span them; None if they did not settle."""
+    block = torch.linalg.qr(_random(len(W), min(*W.shape, rank + 8), W.device).to(W)).Q
+    limit = min(*W.shape, MAX_BLOCKS * block.shape[1])
+    basis, halves = block, C.times(_transposed_times(W, block))
+    settled = _Settling(TOLERANCE)
+    while bool(torch.isfinite(halves).all()):
+        theta, rotation = torch.linalg.eigh(in_float64(halves).T @ in_float64(halves))
+        theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank].to(W)
+        if theta[-1] <= 0:
+            return None
+        if settled.after(theta.flip(0).cumsum(0)):
+            return theta, basis @ rotation
+        if basis.shape[1] + block.shape[1] > limit:
+            return None
+        block = W @ C.times(torch.linalg.qr(halves[:, -block.shape[1] :]).Q)
+        for _ in range(2):  # twice is enough
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis = torch.cat([basis, block], dim=1)
+        halves = torch.cat([halves, C.times(_transposed_times(W, block))], dim=1)
+    return None
 
 
 def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
@@ -222,6 +250,7 @@ def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:
 
 
 def _random(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the same random start on each call."""
+    """Return the same random start on each call, in float64, or float32 on MPS."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)
+    drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return (drawn.float() if device.type == "mps" else drawn).to(device)

@@ -127,11 +127,11 @@ def library_code() -> str:
     return "\n\n".join(file.read_text() for file in files if file.exists())
 
 
-def _smallest(covariances: dict[str, Covariance], damping: float) -> Callable[[str, Tensor], Tensor]:
-    """Return what gives a layer's last left singular vectors (m, 128), in descending order, in float32."""
+def _smallest(covariances: dict[str, Covariance], damping: float, most: int = max(DROPPED)) -> Callable[[str, Tensor], Tensor]:
+    """Return what gives a layer's last left singular vectors (m, most), in descending order, in float32."""
 
     def smallest(name: str, weight: Tensor) -> Tensor:
-        return decompose(weight, covariances[name], max(DROPPED), "kpm", damping=damping, solver="exact").basis.float()
+        return decompose(weight, covariances[name], most, "kpm", damping=damping, solver="exact").basis.float()
 
     return smallest
 

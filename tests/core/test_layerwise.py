@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from torch import Tensor
 
 from corda_core import select_linears
-from corda_core.layerwise import _num_workers, over_layers
+from corda_core.layerwise import num_workers, over_layers
 from corda_core.progress import no_progress
 
 
@@ -42,8 +42,8 @@ def test_layers_are_taken_at_a_time_only_where_they_are_small_and_on_the_cpu() -
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert _num_workers([(64, 4096)], torch.device("cpu")) == 4
-        assert _num_workers([(64, 4096), (4096, 4096)], torch.device("cpu")) == 1
-        assert _num_workers([(64, 64)], torch.device("meta")) == 1
+        assert num_workers([(64, 4096)], torch.device("cpu")) == 4
+        assert num_workers([(64, 4096), (4096, 4096)], torch.device("cpu")) == 1
+        assert num_workers([(64, 64)], torch.device("meta")) == 1
     finally:
         torch.set_num_threads(threads)
