@@ -61,6 +61,8 @@ def isotropy(covariance: Covariance, damping: float) -> float:
         raise ValueError(f"damping is {damping}; compactness needs it positive, as the covariance may be singular without.")
     C = covariance.damped(damping)
     largest, smallest = solvers.extremes(C)
+    if smallest <= 0:
+        raise ValueError(f"the damped covariance has the eigenvalue {smallest:.3g}, where all should be positive; raise the damping.")
     return math.sqrt(largest / C.mean) / (smallest / C.mean)
 
 

@@ -58,7 +58,10 @@ def select_covariances(
                 f"Candidate {number} has other layers than candidate 0: {odd} is in only one; collect both with the same names."
             )
         _check_tokens(number, covariances)
-        isotropies = _isotropies(covariances, damping)
+        try:
+            isotropies = _isotropies(covariances, damping)
+        except ValueError as error:
+            raise ValueError(f"Candidate {number}: {error}") from error
         found = over_layers(model, covariances, partial(_assess, covariances, isotropies, damping), progress, f"candidate {number + 1}")
         for name, candidate in found.items():
             if number == 0 or candidate.score < assessed[name][chosen[name]].score:
@@ -87,5 +90,5 @@ def _check_tokens(number: int, covariances: Mapping[str, Covariance]) -> None:
         if one.num_tokens < one.packed.n:
             raise ValueError(
                 f"{name}: candidate {number} saw {one.num_tokens} tokens for {one.packed.n} inputs, so that its compactness is only that "
-                "of the damping; give each candidate more samples, or fewer candidates."
+                "of the damping; give more samples, or fewer candidates."
             )

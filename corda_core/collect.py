@@ -110,12 +110,18 @@ def collect_in_passes(
     Raises:
         ValueError: As ``collect``; or if several passes are needed and the batches can be gone over only once.
     """
-    for part in _split(model, batches, names, max_memory, dtype):
+    for part in split_layers(model, batches, names, max_memory, dtype):
         yield collect(model, batches, part, token_weights=token_weights, normalize=normalize, dtype=dtype, device=device)
 
 
-def _split(model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None, dtype: torch.dtype) -> list[list[str]]:
-    """Return the names in execution order, in parts that fit the budget; one batch is run to see who shares inputs."""
+def split_layers(
+    model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None, dtype: torch.dtype = torch.float32
+) -> list[list[str]]:
+    """Return the names in parts whose sums fit the budget, in execution order; one batch is run to see who shares inputs.
+
+    Raises:
+        ValueError: If several passes may be needed and the batches can be gone over only once.
+    """
     if max_memory is None:
         return [list(names)]
     sizes = {name: Symmetric.num_bytes(weight_shape(model, name)[1], dtype) for name in names}
@@ -273,7 +279,7 @@ class _Reading:
             self.book()
             # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
             self._multiply(name, x)
-        if self.may_stop and len(self.seen) == self.num_layers:
+        if self.may_stop and len(set(self.seen)) == self.num_layers:
             raise _AllSeen
 
     def book(self) -> None:

@@ -106,4 +106,9 @@ def mean_of(moments: list[SecondMoment]) -> Covariance:
 
 def in_float64(tensor: Tensor) -> Tensor:
     """Return the tensor in float64, on its own device where that knows float64 (MPS does not: then on the CPU)."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+    return off_mps(tensor).double()
+
+
+def off_mps(tensor: Tensor) -> Tensor:
+    """Return the tensor where float64 exists: itself, but from MPS a copy on the CPU."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor

@@ -93,7 +93,8 @@ def decompose(
 
     Note:
         Float64 on the weight's own device, whatever its speed there (consumer GPUs: 1/64 of float32): the smallest singular values
-        of ``W C`` lie up to 1e9 below the largest. On MPS, which has no float64, on the CPU.
+        of ``W C`` lie up to 1e9 below the largest; only the iteration for the largest ones is in float32. On MPS, which has no
+        float64, on the CPU.
     """
     C = damped_for(weight, covariance, damping)
     k = min(weight.shape)
@@ -117,7 +118,7 @@ def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -
         ValueError: If the shapes do not fit, or C is zero or not finite.
 
     Note:
-        Values below 1e-8 σ₁ are rounding errors.
+        Values that are rounding errors, below about 1e-13 σ₁, are returned as 0.
     """
     return solvers.spectrum(weight, damped_for(weight, covariance, damping))
 

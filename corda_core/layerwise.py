@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from corda_core.distributed import gathered, num_processes, process_rank
 from corda_core.modules import weight_matrix, weight_shape
@@ -36,7 +37,8 @@ def over_layers(
             if place % num_processes() == process_rank():
                 yield name, weight
 
-    workers = num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device)
+    plain = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    workers = num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device) if plain else 1
     mine = dict(in_threads(named, own(), workers))
     everyone: dict[str, R] = {}
     for theirs in gathered(mine):

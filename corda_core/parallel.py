@@ -20,12 +20,15 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> 
     if workers == 1:
         yield from map(function, items)
         return
-    share = max(1, torch.get_num_threads() // workers)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-        running: deque[Future[R]] = deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) == 2 * workers:
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),)) as pool:
+            running: deque[Future[R]] = deque()
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) == 2 * workers:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    finally:
+        torch.set_num_threads(cores)  # what a worker sets for itself, torch also gives to threads that start later

@@ -60,10 +60,11 @@ class AdapterPlan:
 
     mode: Mode
     rank: int
-    """The rank asked for; a layer with fewer outputs or inputs has less."""
+    """The rank asked for, which alpha is related to; a layer may have less, or its own where ranks were allocated."""
 
     provenance: Mapping[str, Any]
-    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``solver``, ``fallbacks``."""
+    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``solver``, ``fallbacks``; ``budget`` where
+    ``corda_vlm`` spread one."""
 
     @property
     def num_parameters(self) -> int:

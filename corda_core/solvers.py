@@ -1,7 +1,7 @@
 """Singular vectors and values of ``P = W C``: all by an exact solver, or the r largest or smallest by iteration with a check.
 
-W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). All in float64: the smallest singular values of ``W C`` lie
-up to nine orders of magnitude below the largest, and one massive activation puts even the second largest three orders below the first.
+W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). Results are in float64: the smallest singular values of ``W C``
+lie up to nine orders of magnitude below the largest, and one massive activation puts even the second largest three orders below.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corda_core.covariance import DampedCovariance, in_float64
+from corda_core.covariance import DampedCovariance, in_float64, off_mps
 from corda_core.symmetric import Symmetric
 
 TOLERANCE = 2e-3
@@ -22,20 +22,33 @@ MAX_BLOCKS = 12
 
 
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
-    """Return the singular values σ (k,) of ``W C``, descending, from the eigenvalues of ``C WᵀW C`` or ``W C C Wᵀ`` in float64."""
+    """Return the singular values σ (k,) of ``W C``, descending, in float64.
+
+    From the eigenvalues of ``C WᵀW C`` or ``W C C Wᵀ``; where squaring loses the smallest, from the singular value decomposition. What
+    is a rounding error there too is 0.
+    """
     W = in_float64(W)
     if W.shape[0] > W.shape[1]:
         product = C.times(C.times(Symmetric.gram(W).dense()).T.contiguous())
     else:
         product = Symmetric.gram(C.times(W.T.contiguous())).dense()
-    return torch.linalg.eigvalsh(product).flip(0).clamp(min=0).sqrt()
+    squares = torch.linalg.eigvalsh(product).flip(0)
+    noise = torch.finfo(squares.dtype).eps * len(squares) * squares[0]
+    if float(squares[-1]) > noise:
+        return squares.sqrt()
+    # Squaring lost the smallest.
+    _, small = _product(W, C)
+    sigma = torch.linalg.svdvals(small)
+    return torch.where(sigma > torch.finfo(sigma.dtype).eps * max(small.shape) * sigma[0], sigma, 0.0)
 
 
 def extremes(C: DampedCovariance) -> tuple[float, float]:
     """Return the largest and the smallest eigenvalue of the damped C, to 1e-3 of each."""
     n = C.packed.n
-    if n > SMALL:
-        found = [_largest_ritz(apply, n, 1, n, C.device, lambda theta: theta, tolerance=1e-5) for apply in (C.times, _inverse(C))]
+    lower = _cholesky(C.dense(torch.float64, C.device)) if n > SMALL else None
+    if lower is not None:
+        operators = (C.times, lambda X: _solve(lower, X))
+        found = [_largest_ritz(apply, n, 1, n, C.device, lambda theta: theta, tolerance=1e-5) for apply in operators]
         if found[0] is not None and found[1] is not None:
             return float(found[0][0]), 1 / float(found[1][0])
     values = torch.linalg.eigvalsh(C.dense(torch.float64, C.device))
@@ -80,10 +93,11 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] 
     last j components is, for every j: the sum over all would hide the others behind one that dominates. The same energies, computed
     once more in float64, are the check.
     """
-    for precise in (W.float(), in_float64(W)) if W.dtype != torch.float64 else (W,):
-        found = _largest_settled(precise, C, rank)
+    W = off_mps(W)
+    for dtype in (torch.float32, torch.float64) if W.dtype != torch.float64 else (torch.float64,):
+        found = _largest_settled(W.to(dtype), C, rank)
         if found is not None:
-            U, sigma = _rotated(in_float64(W), C, in_float64(found[1]))
+            U, sigma = _rotated(W.double(), C, found[1].double())
             shown, promised = sigma.square().flip(0).cumsum(0), found[0].flip(0).cumsum(0)
             if bool(((shown - promised).abs() <= TOLERANCE * promised).all()):
                 return U, sigma
@@ -97,7 +111,7 @@ def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor,
     basis, halves = block, C.times(_transposed_times(W, block))
     settled = _Settling(TOLERANCE)
     while bool(torch.isfinite(halves).all()):
-        theta, rotation = torch.linalg.eigh(in_float64(halves).T @ in_float64(halves))
+        theta, rotation = torch.linalg.eigh(halves.double().T @ halves.double())
         theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank].to(W)
         if theta[-1] <= 0:
             return None
@@ -220,12 +234,6 @@ def _inverse_wide(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Te
     return lambda X: _solve(lower, X), lambda X: X
 
 
-def _inverse(C: DampedCovariance) -> Callable[[Tensor], Tensor]:
-    """Return ``X -> (C + ridge · I)⁻¹ X``; what is not finite where C has no Cholesky factor."""
-    lower = torch.linalg.cholesky_ex(C.dense(torch.float64, C.device)).L
-    return lambda X: _solve(lower, X)
-
-
 def _cholesky(matrix: Tensor, tolerance: float = 1e-7) -> Tensor | None:
     """Return the lower factor L, or None where its diagonal spreads so far that float64 solves would be inaccurate."""
     lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -250,7 +258,6 @@ def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:
 
 
 def _random(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the same random start on each call, in float64, or float32 on MPS."""
+    """Return the same random start on each call."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return (drawn.float() if device.type == "mps" else drawn).to(device)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)

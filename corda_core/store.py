@@ -26,6 +26,7 @@ from corda_core.symmetric import Symmetric
 from corda_core.whiten import Whitening
 
 HEADER = "corda"
+FORMAT = 2
 
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
@@ -148,7 +149,7 @@ def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str
 
 def _write(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     versions = {package: version(package) for package in ("corda-vlm", "torch")}
-    metadata = {HEADER: json.dumps({"format": 1, "versions": versions, **header})}
+    metadata = {HEADER: json.dumps({"format": FORMAT, "versions": versions, **header})}
     with replacing_in(path.parent) as fresh:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, fresh / path.name, metadata=metadata)
 
@@ -163,8 +164,8 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); make it again.") from error
-    if header.get("kind") != kind or header.get("format") != 1:
+    if header.get("kind") != kind or header.get("format") != FORMAT:
         raise ValueError(
-            f"{path} holds {header.get('kind', 'something else')!r} of format {header.get('format')}; expected {kind!r} of format 1."
+            f"{path} holds {header.get('kind', 'something else')!r} of format {header.get('format')}; expected {kind!r} of format {FORMAT}."
         )
     return tensors, header

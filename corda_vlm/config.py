@@ -125,8 +125,24 @@ class CordaConfig:
                 f"candidates is {self.candidates}, min_rank {self.min_rank} and max_rank {self.max_rank}; expected at least one candidate "
                 "and min_rank <= max_rank."
             )
-        if isinstance(self.budget, str) and self.budget != "rank":
-            raise ValueError(f'budget is {self.budget!r}; expected a number of parameters or "rank".')
+        if self.budget not in (None, "rank") and not (isinstance(self.budget, int) and self.budget >= 1):
+            raise ValueError(f'budget is {self.budget!r}; expected a whole number of parameters or "rank".')
+        if self.damping == 0 and (self.assesses or self.protect == "whitened"):
+            raise ValueError('damping is 0; candidates, budget and protect="whitened" need it positive: a covariance may be singular.')
+        if not self.spreads and (self.min_rank, self.max_rank) != (1, None):
+            raise ValueError(
+                f'min_rank is {self.min_rank} and max_rank {self.max_rank}, but there is no budget to spread; set budget="rank".'
+            )
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a budget is spread over the layers."""
+        return self.budget is not None or self.variant == "corda++"
+
+    @property
+    def assesses(self) -> bool:
+        """Whether covariances are assessed: to choose among them, or to spread a budget."""
+        return self.spreads or self.num_candidates > 1
 
     @property
     def num_candidates(self) -> int:
@@ -134,10 +150,22 @@ class CordaConfig:
         return self.candidates if self.candidates is not None else 5 if self.variant == "corda++" else 1
 
     def total_budget(self, sizes: Iterable[tuple[int, int]]) -> int | None:
-        """Return the parameters to spread over layers of these sizes (m, n); None if each layer gets ``rank``."""
-        if isinstance(self.budget, int) or (self.budget is None and self.variant == "corda"):
-            return self.budget
-        return sum((m + n) * min(self.rank, m, n) for m, n in sizes)
+        """Return the parameters to spread over layers of these sizes (m, n); None if each layer gets ``rank``.
+
+        Raises:
+            ValueError: If the budget is below ``min_rank`` in every layer.
+        """
+        if not self.spreads:
+            return None
+        sizes = list(sizes)
+        budget = self.budget if isinstance(self.budget, int) else sum((m + n) * min(self.rank, m, n) for m, n in sizes)
+        least = sum((m + n) * min(self.min_rank, m, n) for m, n in sizes)
+        if least > budget:
+            raise ValueError(
+                f"The budget of {budget} parameters is below {least}, which rank {self.min_rank} in each of the {len(sizes)} layers takes; "
+                "raise the budget or adapt fewer layers."
+            )
+        return budget
 
     @property
     def token_weights(self) -> Mapping[str, float]:

@@ -38,7 +38,8 @@ def write_plan_report(plan: AdapterPlan, path: Path) -> None:
     if most_candidates > 1:
         maps["candidate chosen"] = lambda init: init.chosen
     names = list(assessed)
-    shown = [names[place * (len(names) - 1) // max(1, SHOWN_SPECTRA - 1)] for place in range(min(SHOWN_SPECTRA, len(names)))]
+    count = min(SHOWN_SPECTRA, len(names))
+    shown = [names[place * (len(names) - 1) // max(1, count - 1)] for place in range(count)]
     heat = {
         part: {title: plan_plots.heat_map(_grid(layers, value)) for title, value in maps.items()} for part, layers in _by_part(plan).items()
     }

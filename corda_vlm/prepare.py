@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, pairwise
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,19 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
-from corda_core import AdapterPlan, Candidate, Covariance, Selection, allocate_ranks, attach, collect_in_passes, plan, select_covariances
+from corda_core import (
+    AdapterPlan,
+    Candidate,
+    Covariance,
+    Selection,
+    allocate_ranks,
+    attach,
+    collect,
+    collect_in_passes,
+    plan,
+    select_covariances,
+)
+from corda_core.collect import split_layers
 from corda_core.distributed import num_processes, process_rank
 from corda_core.modules import weight_shape
 from corda_vlm.config import CordaConfig
@@ -84,7 +97,8 @@ def prepare(
         tokens: See ``CordaConfig``.
         normalize: See ``CordaConfig``.
         max_memory: See ``CordaConfig``.
-        num_samples: See ``CordaConfig``. Ready batches are all used; under ``torch.distributed`` each process brings its own.
+        num_samples: See ``CordaConfig``. Ready batches are all used, or ``num_samples`` of them for each candidate; under
+            ``torch.distributed`` each process brings its own.
         batch_size: See ``CordaConfig``.
         seed: See ``CordaConfig``.
 
@@ -132,27 +146,26 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right, or the budget is too small.
     """
-
-    def selections() -> Iterator[Selection]:
-        return _selections(model, [_covariances(model, context, config, processor) for context in contexts], config.damping)
-
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     if len(contexts) == 1 and budget is None:
         return plan_adapters(model, _covariances(model, contexts[0], config, processor), config)
+    again = budget is not None and config.max_bytes is not None
+    if again and any(iter(context) is context for context in contexts):
+        raise ValueError("budget with max_memory goes over the context twice, but it can be gone over only once; give a list.")
     found: list[Selection] = []
 
-    def chosen_parts() -> Iterator[Mapping[str, Covariance]]:
-        for selection in selections():
-            found.append(replace(selection, covariances={}))  # what is known of a layer stays, its covariance goes
-            yield selection.covariances
+    def covariances_of(selection: Selection) -> Mapping[str, Covariance]:
+        found.append(replace(selection, covariances={}))  # what is known of a layer stays, its covariance goes
+        return selection.covariances
 
-    ranks, parts = None, chosen_parts()
+    ranks = None
+    parts: Iterator[Mapping[str, Covariance]] = map(covariances_of, _selections(model, contexts, names, config, processor))
     if budget is not None:  # all layers must be known before one gets its rank; with a memory limit they are collected again after that
-        kept = list(parts) if config.max_bytes is None else None
+        kept = None if again else list(parts)
         collections.deque(parts, maxlen=0)
         ranks = _ranks(model, {name: selection.best(name) for selection in found for name in selection.candidates}, budget, config)
-        parts = iter(kept) if kept is not None else (selection.covariances for selection in selections())
+        parts = map(attrgetter("covariances"), _selections(model, contexts, names, config, processor)) if kept is None else iter(kept)
     made = plan_adapters(model, parts, config, ranks)
     candidates = {name: one for selection in found for name, one in selection.candidates.items()}
     chosen = {name: place for selection in found for name, place in selection.chosen.items()}
@@ -207,16 +220,19 @@ def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaCon
     )
 
 
-def _selections(model: nn.Module, passes: Sequence[Iterator[Mapping[str, Covariance]]], damping: float) -> Iterator[Selection]:
-    """Yield the choice among the contexts, part by part; of each context one part at a time is collected."""
-
-    def sets(first: list[Mapping[str, Covariance]]) -> Iterator[Mapping[str, Covariance]]:
-        yield first.pop()  # nobody else holds it: it goes when the next has won
-        for one in passes[1:]:
-            yield next(one)
-
-    while first := [part for part in islice(passes[0], 1)]:
-        yield select_covariances(model, sets(first), damping=damping, progress=_bar)
+def _selections(
+    model: nn.Module, contexts: Sequence[Iterable[Any]], names: Sequence[str], config: CordaConfig, processor: Any
+) -> Iterator[Selection]:
+    """Yield the choice among the contexts, part by part: the best so far and the next share the memory limit."""
+    trim_logits = not _is_output(model, names)
+    batches = [_batches(model, context, config, processor, trim_logits=trim_logits) for context in contexts]
+    limit = None if config.max_bytes is None else config.max_bytes // min(2, len(contexts))
+    for part in split_layers(model, batches[0], names, limit):
+        sets = (
+            collect(model, one, part, token_weights=token_weights(model, config.token_weights), normalize=config.normalize)  # type: ignore[arg-type]
+            for one in batches
+        )
+        yield select_covariances(model, sets, damping=config.damping, progress=_bar)
 
 
 def _ranks(model: nn.Module, candidates: Mapping[str, Candidate], budget: int, config: CordaConfig) -> dict[str, int]:

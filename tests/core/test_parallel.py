@@ -31,6 +31,11 @@ def test_workers_share_the_cores() -> None:
         found = set(in_threads(lambda _: (torch.get_num_threads(), threading.current_thread() is threading.main_thread()), range(8), 2))
         assert found == {(2, False)}
         assert torch.get_num_threads() == 4
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [4]
     finally:
         torch.set_num_threads(threads)
 

@@ -146,3 +146,29 @@ def test_auto_iterates_only_where_it_pays() -> None:
     few, many = decompose(weight, covariance, 8, "kpm"), decompose(weight, covariance, 200, "kpm")
     torch.testing.assert_close(many.sigma, singular[100:], rtol=1e-6, atol=0)  # exact
     torch.testing.assert_close(few.sigma.norm(), singular[-8:].norm(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["wide", "tall"])
+def test_spectrum_of_an_ill_conditioned_product_has_its_smallest_values(shape: str) -> None:
+    """Squared, they would be rounding errors or 0, and rank allocation lives on them."""
+    weight, covariance = case(*SHAPES[shape], 1e5, 1e6)
+    found = spectrum(weight, covariance, damping=1e-7)
+    expected = torch.linalg.svdvals(product(weight, covariance, 1e-7))
+    assert float(expected[-1] / expected[0]) < 1e-7
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-14 * float(expected[0]))
+
+
+def test_massive_direction_is_beyond_float32_and_done_in_float64() -> None:
+    """σ₂ is 1e-6 σ₁: float32 alone would lose the others in its rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 300, generator=generator)
+    rows = torch.randn(900, 300, generator=generator)
+    rows[:, 7] *= 3000
+    covariance = Covariance.of(rows.T @ rows / 900, 900)
+    found = decompose(weight, covariance, 16, "ipm", damping=0.0, solver="partial")
+    P = product(weight, covariance, 0.0)
+    exact = torch.linalg.svdvals(P)
+    assert float(exact[1] / exact[0]) < 1e-5
+    reached = (found.basis.T @ P).square().sum(1).flip(0).cumsum(0)
+    assert not found.fell_back
+    torch.testing.assert_close(reached, exact[:16].square().flip(0).cumsum(0), rtol=4e-3, atol=0)

@@ -1,6 +1,9 @@
 """The one call on a tiny LLaVA and a tiny Llama: identical outputs, every form of samples, clear refusals, the whole path."""
 
+import dataclasses
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,10 +207,48 @@ def test_candidates_and_budget_apart(tokenizer: Any) -> None:
     assert {layer.r["default"] for layer in lora_layers(several).values()} == {4}
 
 
+def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) -> None:
+    """The same choice in several parts, though the contexts begin with different kinds of samples; and the limit holds for the sums."""
+    texts = [{"text": "what color is the shape in this ?"}, {"text": "red blue green circle a one two"}] * 6
+    contexts = [texts + samples * 4, samples * 4 + texts]
+    config = corda_vlm.CordaConfig(rank=4, parts=ALL_PARTS, budget="rank", batch_size=4)
+    free = corda_vlm.plan_contexts(tiny_llava(), contexts, config, processor)
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    made = prepare_module.collect
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(one().packed.num_bytes(one().packed.n, torch.float32) for one in alive if one() is not None))
+        found = made(*args, **kwargs)
+        alive.extend(weakref.ref(one) for one in {id(one): one for one in found.values()}.values())
+        return found
+
+    limit = 30_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "collect", watched)
+        within = corda_vlm.plan_contexts(tiny_llava(), contexts, dataclasses.replace(config, max_memory=limit), processor)
+    assert len(alive) > 2 * len({id(one) for one in alive if one() is not None})
+    assert most <= limit
+    for name, init in free.layers.items():
+        assert (within.layers[name].rank, within.layers[name].chosen) == (init.rank, init.chosen)
+
+
+def test_a_context_that_is_gone_over_twice_must_be_a_list(tokenizer: Any) -> None:
+    texts = [(None, "what color is the shape in this ? red blue green circle")] * 12
+    with pytest.raises(ValueError, match="can be gone over only once"):
+        corda_vlm.prepare(tiny_llama(), iter(texts), processor=tokenizer, rank=4, budget="rank", max_memory="9KB")
+
+
 def test_mistakes_with_candidates_and_budgets(tokenizer: Any) -> None:
     texts = [(None, "what color is the shape in this ? red blue green circle")] * 12
     for options, words in (
         ({"budget": 100}, "budget of 100 parameters is below"),
+        ({"budget": 5e6}, "budget is 5000000.0"),
+        ({"budget": "rank", "damping": 0}, "damping is 0"),
+        ({"protect": "whitened", "damping": 0}, "damping is 0"),
+        ({"max_rank": 4}, "no budget to spread"),
         ({"budget": "all"}, "budget is 'all'"),
         ({"candidates": 0}, "candidates is 0"),
         ({"candidates": 13}, r"12 sample\(s\) for 13 candidates"),
