@@ -36,7 +36,7 @@ def write_plan_report(plan: AdapterPlan, path: Path) -> None:
     if assessed:
         maps["compactness log π (lower is more compact)"] = lambda init: init.candidates[init.chosen].log_pi
     if most_candidates > 1:
-        maps["candidate chosen"] = lambda init: init.chosen
+        maps["candidate chosen"] = lambda init: init.chosen + 1
     names = list(assessed)
     count = min(SHOWN_SPECTRA, len(names))
     shown = [names[place * (len(names) - 1) // max(1, count - 1)] for place in range(count)]
