@@ -6,7 +6,7 @@ Pure functions on matrices and spectra. Throughout: C (n, n) damped and scaled t
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,14 +159,9 @@ def allocate_ranks(
     mode = Mode(mode)
     _check(spectra, log_pi, costs, min_rank, max_rank)
     sizes = {name: len(sigma) for name, sigma in spectra.items()}
+    check_budget(budget, [(costs[name], k) for name, k in sizes.items()], min_rank)
     lowest = {name: min(min_rank, k) for name, k in sizes.items()}
     highest = {name: min(max_rank or k, k) for name, k in sizes.items()}
-    least = sum(costs[name] * rank for name, rank in lowest.items())
-    if least > budget:
-        raise ValueError(
-            f"The budget of {budget} parameters is below {least}, which rank {min_rank} in each of the {len(sizes)} layers takes; "
-            "raise the budget or adapt fewer layers."
-        )
     scores = {name: _scores(sigma, log_pi[name]) for name, sigma in spectra.items()}
     filtered = dict(lowest) if mode is Mode.KPM else {name: sizes[name] - highest[name] for name in sizes}
     if mode is Mode.IPM:  # the paper begins with one filtered component
@@ -187,6 +182,25 @@ def allocate_ranks(
         if filtered[name] < ends[name]:
             heapq.heappush(heap, (scores[name][filtered[name]], place, name))
     return ranks
+
+
+def check_budget(budget: int, layers: Sequence[tuple[int, int]], min_rank: int) -> None:
+    """Refuse a budget that does not reach: known from shapes, so before any sample is run.
+
+    Args:
+        budget: Parameters for all layers together.
+        layers: Parameters of one component and number of components, of each layer.
+        min_rank: What each layer gets at least.
+
+    Raises:
+        ValueError: If the budget is below ``min_rank`` in every layer.
+    """
+    least = sum(cost * min(min_rank, k) for cost, k in layers)
+    if least > budget:
+        raise ValueError(
+            f"The budget of {budget} parameters is below {least}, which rank {min_rank} in each of the {len(layers)} layers takes; "
+            "raise the budget or adapt fewer layers."
+        )
 
 
 def _scores(sigma: Tensor, log_pi: float) -> list[float]:

@@ -301,7 +301,7 @@ class _Reading:
             )
 
     def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
-        """Return rows √w x (tokens, n) in the ledger's precision, Σ w and the number of tokens that count."""
+        """Return rows √w x (tokens, n) in the sums' precision, Σ w and the number of tokens that count."""
         weights = self.weights_of(name)
         if weights is not None and weights.shape != x.shape[:-1]:
             raise ValueError(

@@ -14,8 +14,7 @@ R = TypeVar("R")
 def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Yield ``function(item)`` of all items, in order, done by ``workers`` threads that share the caller's cores.
 
-    No more than 2 × workers items are drawn ahead; with one worker all is
-    done in the caller's thread. The first error ends it.
+    No more than 2 × workers items are drawn ahead; with one worker all is done in the caller's thread. The first error ends it.
     """
     if workers == 1:
         yield from map(function, items)

@@ -38,8 +38,7 @@ def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
         return squares.sqrt()
     # Squaring lost the smallest.
     _, small = _product(W, C)
-    sigma = torch.linalg.svdvals(small)
-    return torch.where(sigma > torch.finfo(sigma.dtype).eps * max(small.shape) * sigma[0], sigma, 0.0)
+    return _without_noise(torch.linalg.svdvals(small), small)
 
 
 def extremes(C: DampedCovariance) -> tuple[float, float]:
@@ -80,7 +79,7 @@ def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor
     sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     if (sigma[chosen] < 1e-6 * sigma[0]).any():
         U, sigma, _ = torch.linalg.svd(small, full_matrices=False)
-        sigma = sigma * (sigma > torch.finfo(sigma.dtype).eps * max(small.shape) * sigma[0])
+        sigma = _without_noise(sigma, small)
     U, sigma = U[:, chosen], sigma[chosen]
     return (U if left is None else left @ U), sigma
 
@@ -119,9 +118,7 @@ def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor,
             return theta, basis @ rotation
         if basis.shape[1] + block.shape[1] > limit:
             return None
-        block = W @ C.times(torch.linalg.qr(halves[:, -block.shape[1] :]).Q)
-        for _ in range(2):  # twice is enough
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        block = _orthogonal_to(basis, W @ C.times(torch.linalg.qr(halves[:, -block.shape[1] :]).Q))
         basis = torch.cat([basis, block], dim=1)
         halves = torch.cat([halves, C.times(_transposed_times(W, block))], dim=1)
     return None
@@ -186,11 +183,16 @@ def _largest_ritz(
             return theta, images @ rotation
         if basis.shape[1] + block.shape[1] > limit:
             return None
-        block = images[:, -block.shape[1] :]
-        for _ in range(2):  # twice is enough
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        block = _orthogonal_to(basis, images[:, -block.shape[1] :])
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, apply(block)], dim=1)
     return None
+
+
+def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """Return orthonormal columns that span the block's part outside the basis."""
+    for _ in range(2):  # twice is enough
+        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+    return block
 
 
 class _Settling:
@@ -255,6 +257,11 @@ def _product(W: Tensor, C: DampedCovariance) -> tuple[Tensor | None, Tensor]:
     """Return ``(Q, R C)`` with ``W = Q R`` for a tall W, else ``(None, W C)``: Q times left singular vectors are those of W C."""
     left, small = torch.linalg.qr(W) if W.shape[0] > W.shape[1] else (None, W)
     return left, C.times(small.T.contiguous()).T
+
+
+def _without_noise(sigma: Tensor, matrix: Tensor) -> Tensor:
+    """Return the matrix's singular values, descending, with 0 for those that are rounding errors."""
+    return sigma * (sigma > torch.finfo(sigma.dtype).eps * max(matrix.shape) * sigma[0])
 
 
 def _random(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from corda_core import Mode, Solver, Split
+from corda_core.allocate import check_budget
 
 T = TypeVar("T")
 
@@ -159,12 +160,7 @@ class CordaConfig:
             return None
         sizes = list(sizes)
         budget = self.budget if isinstance(self.budget, int) else sum((m + n) * min(self.rank, m, n) for m, n in sizes)
-        least = sum((m + n) * min(self.min_rank, m, n) for m, n in sizes)
-        if least > budget:
-            raise ValueError(
-                f"The budget of {budget} parameters is below {least}, which rank {self.min_rank} in each of the {len(sizes)} layers takes; "
-                "raise the budget or adapt fewer layers."
-            )
+        check_budget(budget, [(m + n, min(m, n)) for m, n in sizes], self.min_rank)
         return budget
 
     @property

@@ -149,7 +149,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     if len(contexts) == 1 and budget is None:
-        return plan_adapters(model, _covariances(model, contexts[0], config, processor), config)
+        return plan_adapters(model, _covariances(model, contexts[0], names, config, processor), config)
     again = budget is not None and config.max_bytes is not None
     if again and any(iter(context) is context for context in contexts):
         raise ValueError("budget with max_memory goes over the context twice, but it can be gone over only once; give a list.")
@@ -179,8 +179,9 @@ def collect_context(model: nn.Module, images_texts: Iterable[Any], config: Corda
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right.
     """
+    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     whole: dict[str, Covariance] = {}
-    for part in _covariances(model, images_texts, replace(config, max_memory=None), processor):
+    for part in _covariances(model, images_texts, names, replace(config, max_memory=None), processor):
         whole |= part
     return whole
 
@@ -206,13 +207,13 @@ def plan_adapters(
     )
 
 
-def _covariances(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any) -> Iterator[dict[str, Covariance]]:
+def _covariances(
+    model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any
+) -> Iterator[dict[str, Covariance]]:
     """Yield the covariances of the context, in one part or in as many as the memory asks for."""
-    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
-    batches = _batches(model, images_texts, config, processor, trim_logits=not _is_output(model, names))
     return collect_in_passes(
         model,
-        batches,
+        _batches(model, images_texts, names, config, processor),
         names,
         config.max_bytes,
         token_weights=token_weights(model, config.token_weights),
@@ -224,12 +225,12 @@ def _selections(
     model: nn.Module, contexts: Sequence[Iterable[Any]], names: Sequence[str], config: CordaConfig, processor: Any
 ) -> Iterator[Selection]:
     """Yield the choice among the contexts, part by part: the best so far and the next share the memory limit."""
-    trim_logits = not _is_output(model, names)
-    batches = [_batches(model, context, config, processor, trim_logits=trim_logits) for context in contexts]
+    batches = [_batches(model, context, names, config, processor) for context in contexts]
+    weights = token_weights(model, config.token_weights)
     limit = None if config.max_bytes is None else config.max_bytes // min(2, len(contexts))
     for part in split_layers(model, batches[0], names, limit):
         sets = (
-            collect(model, one, part, token_weights=token_weights(model, config.token_weights), normalize=config.normalize)  # type: ignore[arg-type]
+            collect(model, one, part, token_weights=weights, normalize=config.normalize)  # type: ignore[arg-type]
             for one in batches
         )
         yield select_covariances(model, sets, damping=config.damping, progress=_bar)
@@ -266,11 +267,11 @@ class _Batches:
 
 
 def _batches(
-    model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any, *, trim_logits: bool
+    model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any
 ) -> Iterable[dict[str, Any]]:
     """Return this process's batches of context as inputs of the model; an iterator only if the source is one."""
     chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
-    inputs_of = partial(_model_inputs, model, trim_logits)
+    inputs_of = partial(_model_inputs, model, not _is_output(model, names))
     if are_batches:
         batches = _Batches(chosen, inputs_of)
         return iter(batches) if isinstance(chosen, Iterator) else batches
