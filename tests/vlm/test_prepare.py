@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import corda_vlm
 import corda_vlm.prepare
 from corda_core import lora_layers, weight_digest
+from corda_vlm import context
 from corda_vlm.data import Collator
 
 prepare_module = sys.modules["corda_vlm.prepare"]  # the name in the package is the function
@@ -183,7 +184,7 @@ def test_candidates_and_budget_apart(tokenizer: Any) -> None:
     words = ["what", "color", "is", "the", "shape", "in", "this", "?", "red", "blue", "green", "circle", "a", "one", "two"]
     texts = [(None, " ".join(words[(place * step) % len(words)] for step in range(1, 9 + place // 15))) for place in range(60)]
     config = corda_vlm.CordaConfig(rank=4, candidates=3, num_samples=20)
-    contexts = prepare_module._draw_contexts(texts, config)
+    contexts = context.draw_contexts(texts, config)
     drawn = [set(context.indices) for context in contexts]
     assert [len(one) for one in drawn] == [20, 20, 20]
     assert not (drawn[0] & drawn[1])
@@ -286,16 +287,16 @@ def test_the_output_embedding_may_be_adapted(tokenizer: Any) -> None:
 def test_processes_have_equally_many_batches_and_all_samples(
     samples: int, processes: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "num_processes", lambda: processes)
+    monkeypatch.setattr(context, "num_processes", lambda: processes)
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(prepare_module, "process_rank", lambda rank=rank: rank)
-        shares.append(prepare_module._share(samples, batch_size))
+        monkeypatch.setattr(context, "process_rank", lambda rank=rank: rank)
+        shares.append(context.share_out(samples, batch_size))
     assert len({len(share) for share in shares}) == 1
     assert all(group for share in shares for group in share)
     assert sorted(place for share in shares for group in share for place in group) == list(range(samples))
     with pytest.raises(ValueError, match="at least one for each"):
-        prepare_module._share(processes - 1, batch_size)
+        context.share_out(processes - 1, batch_size)
 
 
 def test_mistakes_get_one_clear_sentence(processor: Any, samples: list[Any], tokenizer: Any) -> None:

@@ -1,0 +1,137 @@
+"""From samples to batches of model inputs: what is drawn, what each process reads, and what the model is called with."""
+
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, AutoTokenizer
+
+from corda_core.distributed import num_processes, process_rank
+from corda_vlm.config import CordaConfig
+from corda_vlm.data import Collator
+from corda_vlm.towers import parts_of
+
+
+def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
+    """Show progress with the time left on a terminal, in the first process only."""
+    return tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Inputs of the model, made anew each time they are gone over, with a progress bar."""
+
+    source: Iterable[Any]
+    inputs_of: Callable[[Any], dict[str, Any]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Go over the batches."""
+        return map(self.inputs_of, progress_bar(self.source, "context"))
+
+
+def context_batches(
+    model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any
+) -> Iterable[dict[str, Any]]:
+    """Return this process's batches of context as inputs of the model; an iterator only if the source is one."""
+    chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
+    inputs_of = partial(_model_inputs, model, not _is_output(model, names))
+    if are_batches:
+        batches = _Batches(chosen, inputs_of)
+        return iter(batches) if isinstance(chosen, Iterator) else batches
+    collate = Collator(processor or _own_processor(model))
+    # Samples are read when their batch comes: a dataset decodes its images only then.
+    groups = share_out(len(chosen), config.batch_size)
+    return _Batches(groups, lambda group: inputs_of(collate([chosen[i] for i in group])))
+
+
+def share_out(num_samples: int, batch_size: int) -> list[range]:
+    """Return the places of this process's samples in batches; under ``torch.distributed`` each process has as many batches as the others.
+
+    Raises:
+        ValueError: If there are fewer samples than processes.
+    """
+    if num_samples < num_processes():
+        raise ValueError(f"There are {num_samples} samples of context for {num_processes()} processes; give at least one for each.")
+    mine = range(process_rank(), num_samples, num_processes())
+    count = min(-(-num_samples // (batch_size * num_processes())), num_samples // num_processes())
+    bounds = [number * len(mine) // count for number in range(count + 1)]
+    return [mine[start:end] for start, end in pairwise(bounds)]
+
+
+def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool]:
+    """Return what to use as context, and whether it is ready batches (all of them) or samples (``count`` at most)."""
+    if isinstance(images_texts, Sequence) or (hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")):
+        items: Any = images_texts
+        total = len(items)
+        if total and not _is_batch(items[0]):
+            order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
+            return Subset(items, list(order)), False
+        if total:
+            return items, True
+    iterator = iter(images_texts)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("images_texts is empty: there is no context to collect; give samples of what the model is to keep (or to learn).")
+    if _is_batch(first):
+        return (chain([first], iterator) if iterator is images_texts else images_texts), True
+    return [first, *islice(iterator, count - 1)], False
+
+
+def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[Iterable[Any]]:
+    """Return the context, or as many disjoint contexts drawn from it as there are candidates.
+
+    Raises:
+        ValueError: If there are fewer samples than candidates.
+    """
+    count = config.num_candidates
+    if count == 1:
+        return [images_texts]
+    wanted = count * config.num_samples
+    items: Any = images_texts
+    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+        items = list(islice(items, wanted))
+    if len(items) < count:
+        raise ValueError(f"images_texts has {len(items)} sample(s) for {count} candidates; give more samples, or set candidates=1.")
+    drawn = random.Random(config.seed).sample(range(len(items)), min(wanted, len(items) // count * count))
+    contexts: list[Any] = [Subset(items, sorted(drawn[number::count])) for number in range(count)]
+    return contexts
+
+
+def _is_batch(sample: Any) -> bool:
+    return isinstance(sample, Mapping) and isinstance(sample.get("input_ids"), Tensor)
+
+
+def _own_processor(model: nn.Module) -> Any:
+    """Return the processor beside the model's own files; never from the network."""
+    path = getattr(model.config, "_name_or_path", "")
+    reader = AutoProcessor if "vision" in parts_of(model) else AutoTokenizer
+    try:
+        return reader.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No processor was found beside the model ({path or 'no path known'}); pass processor= (or a tokenizer)."
+        ) from error
+
+
+def _is_output(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the output embedding is among the named layers."""
+    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    return any(model.get_submodule(name) is find_output() for name in names)
+
+
+def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+    inputs["use_cache"] = False
+    if trim_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
+    return inputs
