@@ -6,7 +6,7 @@ CorDA++ chooses between several collections and gives each layer its rank: selec
 
 from corda_core.adapter import attach, change_factors, export, lora_layers
 from corda_core.allocate import Candidate, allocate_ranks, assess, compactness, select_covariance
-from corda_core.candidates import Selection, select_covariances
+from corda_core.candidates import Selection, resolved, select_covariances
 from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
 from corda_core.covariance import Covariance
 from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
@@ -47,6 +47,7 @@ __all__ = [
     "lora_layers",
     "output_energies",
     "plan",
+    "resolved",
     "save_covariances",
     "save_plan",
     "select_covariance",

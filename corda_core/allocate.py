@@ -25,7 +25,7 @@ class Candidate:
     """``log π(C)``, the compactness: lower is more compact."""
 
     spectrum: Tensor
-    """σ (k,) of ``W C``, descending, float64."""
+    """σ (k,) of ``W C``, descending, float64: each to about 1e-6 σ₁, enough for the score, or in full (``candidates.resolved``)."""
 
     @property
     def score(self) -> float:
@@ -80,7 +80,7 @@ def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, iso
     """
     C = damped_for(weight, covariance, damping)
     log_pi = math.log(_compactness(isotropy_of_C or isotropy(covariance, damping), weight.shape[0]))
-    spectrum = solvers.spectrum(weight, C)
+    spectrum = solvers.rough_spectrum(weight, C)
     if spectrum[0] == 0:
         raise ValueError("its weight is all zero, so no covariance suits it better than another; leave the layer out.")
     return Candidate(log_pi, spectrum.cpu())

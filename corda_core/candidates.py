@@ -1,13 +1,14 @@
 """Covariances of the same layers over different samples: keep for each layer the one that suits it (CorDA++)."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from corda_core.allocate import Candidate, assess, isotropy
 from corda_core.covariance import Covariance
+from corda_core.decompose import spectrum
 from corda_core.layerwise import num_workers, over_layers
 from corda_core.parallel import in_threads
 from corda_core.progress import Progress, no_progress
@@ -71,6 +72,27 @@ def select_covariances(
     if not kept:
         raise ValueError("There are no candidates; give at least one set of covariances.")
     return Selection(kept, chosen, assessed)
+
+
+def resolved(model: nn.Module, selection: Selection, *, damping: float = 0.01, progress: Progress = no_progress) -> Selection:
+    """Return the selection with the chosen candidates' spectra in full (``spectrum``), as ``allocate_ranks`` needs them.
+
+    Args:
+        model: The base model; only read.
+        selection: With its covariances.
+        damping: λ of ``Covariance.damped``.
+        progress: As in ``plan``.
+    """
+
+    def in_full(name: str, weight: Tensor) -> Tensor:
+        return spectrum(weight, selection.covariances[name], damping=damping).cpu()
+
+    spectra = over_layers(model, selection.covariances, in_full, progress, "spectra")
+    candidates = dict[str, tuple[Candidate, ...]]()
+    for name, ones in selection.candidates.items():
+        best = replace(selection.best(name), spectrum=spectra[name])
+        candidates[name] = tuple(best if place == selection.chosen[name] else one for place, one in enumerate(ones))
+    return replace(selection, candidates=candidates)
 
 
 def _assess(covariances: Mapping[str, Covariance], isotropies: Mapping[int, float], damping: float, name: str, weight: Tensor) -> Candidate:

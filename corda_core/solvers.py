@@ -24,32 +24,48 @@ MAX_BLOCKS = 12
 def spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
     """Return the singular values σ (k,) of ``W C``, descending, in float64.
 
-    From the eigenvalues of ``C WᵀW C`` or ``W C C Wᵀ``; where squaring loses the smallest, from the singular value decomposition. What
-    is a rounding error there too is 0.
+    From the eigenvalues of the Gram matrix, or, where squaring loses the smallest, from the singular value decomposition. What is a
+    rounding error there too is 0.
     """
     W = in_float64(W)
-    if W.shape[0] > W.shape[1]:
-        product = C.times(C.times(Symmetric.gram(W).dense()).T.contiguous())
-    else:
-        product = Symmetric.gram(C.times(W.T.contiguous())).dense()
-    squares = torch.linalg.eigvalsh(product).flip(0)
+    squares = _squares(W, C)
     noise = torch.finfo(squares.dtype).eps * len(squares) * squares[0]
     if float(squares[-1]) > noise:
         return squares.sqrt()
-    # Squaring lost the smallest.
     _, small = _product(W, C)
     return _without_noise(torch.linalg.svdvals(small), small)
 
 
+def rough_spectrum(W: Tensor, C: DampedCovariance) -> Tensor:
+    """Return the singular values σ (k,) of ``W C``, each to about 1e-6 σ₁, descending, in float64; W C in the precision of W."""
+    W = off_mps(W)
+    return _squares(W if W.dtype == torch.float64 else W.float(), C).clamp(min=0).sqrt()
+
+
+def _squares(W: Tensor, C: DampedCovariance) -> Tensor:
+    """Return σ² (k,) of ``W C``, descending, in float64."""
+    transposed = C.times(W.T.contiguous()).double()
+    rows = transposed if W.shape[0] <= W.shape[1] else transposed.T
+    return torch.linalg.eigvalsh(Symmetric.gram(rows).dense()).flip(0)
+
+
 def extremes(C: DampedCovariance) -> tuple[float, float]:
-    """Return the largest and the smallest eigenvalue of the damped C, to 1e-3 of each."""
+    """Return the largest and the smallest eigenvalue of the damped C, to about 1e-2 of themselves.
+
+    The smallest by iteration with the inverse from a factor in float32: the vector it leads to is good enough that its Rayleigh
+    quotient, in float64, has hardly any of the factor's rounding errors. Narrow blocks: only one value is wanted.
+    """
     n = C.packed.n
-    lower = _cholesky(C.dense(torch.float64, C.device)) if n > SMALL else None
+    lower = _cholesky(C.dense(torch.float32, C.device), tolerance=1e-3) if n > SMALL else None
     if lower is not None:
-        operators = (C.times, lambda X: _solve(lower, X))
-        found = [_largest_ritz(apply, n, 1, n, C.device, lambda theta: theta, tolerance=1e-5) for apply in operators]
-        if found[0] is not None and found[1] is not None:
-            return float(found[0][0]), 1 / float(found[1][0])
+        start = _start(n, 4, C.device)
+        top = _largest_ritz(C.times, start, 1, lambda theta: theta, tolerance=1e-3)
+        bottom = _largest_ritz(lambda X: _solve(lower, X.float()).double(), start, 1, lambda theta: theta, tolerance=1e-3)
+        if top is not None and bottom is not None:
+            inverse, vector = bottom
+            smallest = float((vector * C.times(vector)).sum() / vector.square().sum())
+            if abs(smallest * float(inverse[0]) - 1) <= 0.01:
+                return float(top[0][0]), smallest
     values = torch.linalg.eigvalsh(C.dense(torch.float64, C.device))
     return float(values[-1]), float(values[0])
 
@@ -58,7 +74,8 @@ def leading(C: DampedCovariance, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (count,), descending, and eigenvectors (n, count) of the damped C, in float64."""
     n = C.packed.n
     if n > SMALL and 4 * count <= n:
-        found = _largest_ritz(C.times, n, count, n, C.device, lambda theta: theta.flip(0).cumsum(0))
+        block = _start(n, count + 8, C.device)
+        found = _largest_ritz(C.times, block, count, lambda theta: theta.flip(0).cumsum(0))
         if found is not None:
             basis = torch.linalg.qr(found[1]).Q
             projected = basis.T @ C.times(basis)
@@ -105,7 +122,7 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] 
 
 def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
     """Return ``σ²`` (r,) of the r largest components and vectors (m, r) that span them; None if they did not settle."""
-    block = torch.linalg.qr(_random(len(W), min(*W.shape, rank + 8), W.device).to(W)).Q
+    block = _start(len(W), min(W.shape[1], rank + 8), W.device).to(W)
     limit = min(*W.shape, MAX_BLOCKS * block.shape[1])
     basis, halves = block, C.times(_transposed_times(W, block))
     settled = _Settling(TOLERANCE)
@@ -138,7 +155,8 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     if solvers is None:
         return None
     solve, lift = solvers
-    found = _largest_ritz(solve, min(W.shape), rank, min(W.shape), W.device, lambda theta: (1 / theta).sum(0, keepdim=True))
+    block = _start(min(W.shape), rank + 8, W.device)
+    found = _largest_ritz(solve, block, rank, lambda theta: (1 / theta).sum(0, keepdim=True))
     if found is None:
         return None
     theta, vectors = found
@@ -155,21 +173,17 @@ def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, T
 
 def _largest_ritz(
     apply: Callable[[Tensor], Tensor],
-    size: int,
+    block: Tensor,
     rank: int,
-    limit: int,
-    device: torch.device,
     energies: Callable[[Tensor], Tensor],
     tolerance: float = TOLERANCE,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return the r largest Ritz values (r,), float64, and what the positive operator makes of their vectors (size, r).
+    """Return the r largest Ritz values (r,), float64, and what the positive operator makes of their vectors (n, r).
 
-    The Krylov space of a random block is widened until the ``energies`` of the values settle (Golub and Underwood 1977), with full
-    orthogonalisation. None if they have not when the space is as large as it may be (``limit``, the operator's rank, or MAX_BLOCKS), or
-    if it is no longer finite.
+    The Krylov space of a random block (n, ≥ r) is widened until the ``energies`` of the values settle (Golub and Underwood 1977), with
+    full orthogonalisation. None if they have not when it has MAX_BLOCKS blocks (and 100 columns), or if it is no longer finite.
     """
-    block = torch.linalg.qr(_random(size, min(limit, rank + 8), device)).Q
-    limit = min(limit, MAX_BLOCKS * block.shape[1])
+    limit = min(len(block), max(MAX_BLOCKS * block.shape[1], 100))
     basis, images = block, apply(block)
     settled = _Settling(tolerance)
     while bool(torch.isfinite(images).all()):
@@ -264,7 +278,7 @@ def _without_noise(sigma: Tensor, matrix: Tensor) -> Tensor:
     return sigma * (sigma > torch.finfo(sigma.dtype).eps * max(matrix.shape) * sigma[0])
 
 
-def _random(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the same random start on each call."""
+def _start(n: int, columns: int, device: torch.device) -> Tensor:
+    """Return the same random orthonormal columns (n, at most n) on each call, in float64."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(device)
+    return torch.linalg.qr(torch.randn(n, min(n, columns), generator=generator, dtype=torch.float64).to(device)).Q

@@ -19,6 +19,7 @@ from corda_core import (
     collect,
     collect_in_passes,
     plan,
+    resolved,
     select_covariances,
 )
 from corda_core.collect import split_layers
@@ -147,6 +148,8 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     found: list[Selection] = []
 
     def covariances_of(selection: Selection) -> Mapping[str, Covariance]:
+        if budget is not None:
+            selection = resolved(model, selection, damping=config.damping, progress=progress_bar)
         found.append(replace(selection, covariances={}))  # what is known of a layer stays, its covariance goes
         return selection.covariances
 

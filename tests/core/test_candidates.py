@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from corda_core import Covariance, collect, plan, select_covariances, select_linears
+from corda_core import Covariance, collect, plan, resolved, select_covariances, select_linears, spectrum, weight_matrix
 
 
 @pytest.fixture
@@ -41,6 +41,16 @@ def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) 
         assert found.best(name) is found.candidates[name][found.chosen[name]]
         places.add(found.chosen[name])
     assert len(places) > 1
+
+
+def test_only_the_chosen_spectra_are_resolved(model: nn.Module) -> None:
+    found = select_covariances(model, [some_set(model, seed) for seed in range(3)])
+    full = resolved(model, found)
+    assert full.chosen == found.chosen
+    for name, place in found.chosen.items():
+        for number, (before, after) in enumerate(zip(found.candidates[name], full.candidates[name], strict=True)):
+            assert (after is before) == (number != place)
+        torch.testing.assert_close(full.best(name).spectrum, spectrum(weight_matrix(model, name), found.covariances[name]), rtol=0, atol=0)
 
 
 def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> None:

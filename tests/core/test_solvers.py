@@ -137,6 +137,30 @@ def test_spectrum_without_vectors(shape: str) -> None:
     torch.testing.assert_close(spectrum(weight, covariance), torch.linalg.svdvals(product(weight, covariance, 0.01)), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rough_spectrum_is_good_enough_to_choose_by(shape: str, dtype: torch.dtype) -> None:
+    weight, covariance = case(*SHAPES[shape], 1e4, 1e5)
+    weight, C = weight.to(dtype), covariance.damped(0.01)
+    expected = torch.linalg.svdvals(product(weight, covariance, 0.01))
+    found = solvers.rough_spectrum(weight, C)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * float(expected[0]))
+    torch.testing.assert_close(found.sum(), expected.sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rank", [20, 390, 400])
+@pytest.mark.parametrize("damping", [1e-8, 1e-4, 0.01, 1.0])
+def test_extreme_eigenvalues_without_the_others(rank: int, damping: float) -> None:
+    """With a cluster at the lower end (C of low rank) or none, and conditions that float32 can and cannot invert."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * rank, rank, generator=generator) @ torch.randn(rank, 400, generator=generator)
+    C = Covariance.of(rows.T @ rows, 2 * rank).damped(damping)
+    values = torch.linalg.eigvalsh(C.dense(torch.float64, CPU))
+    largest, smallest = solvers.extremes(C)
+    assert largest == pytest.approx(float(values[-1]), rel=1e-2)
+    assert smallest == pytest.approx(float(values[0]), rel=1e-2)
+
+
 def test_auto_iterates_only_where_it_pays() -> None:
     weight, covariance = case(300, 300, 1e2, 1e3)
     singular = torch.linalg.svdvals(product(weight, covariance, 0.01))
