@@ -70,7 +70,7 @@ def collect(
     sums = _Sums(names, dtype, torch.device(device) if device is not None else next(bare.parameters()).device)
     may_stop = False
     number = 0
-    with _evaluating(bare):
+    with evaluating(bare):
         for number, batch in enumerate(batches, 1):
             reading = _Reading(number, len(names), partial(token_weights, batch=batch), normalize, sums, may_stop)
             with _observed(bare, names, reading.see), suppress(_AllSeen):
@@ -157,7 +157,7 @@ def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequenc
         last = x
 
     bare = unwrapped(model)
-    with _evaluating(bare), _observed(bare, names, see):
+    with evaluating(bare), _observed(bare, names, see):
         bare(**batch)
     return groups + [[name] for name in names if name not in seen]
 
@@ -167,7 +167,7 @@ class _AllSeen(Exception):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

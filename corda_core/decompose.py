@@ -65,6 +65,9 @@ class Decomposition:
     sigma: Tensor
     """σ_S (r,), descending, float64."""
 
+    rows: Tensor
+    """``U_Sᵀ W`` (r, n), float64."""
+
     components: slice
     """Which of the k components, in descending order, these are."""
 
@@ -103,7 +106,7 @@ def decompose(
     chosen = Mode(mode).components(k, rank)
     if rank == 0:
         empty = in_float64(weight[:, :0])
-        return Decomposition(empty, empty[0], chosen, fell_back=False)
+        return Decomposition(empty, empty[0], empty.T @ in_float64(weight), chosen, fell_back=False)
     iterate = Solver(solver).iterates(k, rank)
     found = (solvers.smallest if Mode(mode) is Mode.KPM else solvers.largest)(weight, C, rank) if iterate else None
     if found is not None:
@@ -123,7 +126,7 @@ def spectrum(weight: Tensor, covariance: Covariance, *, damping: float = 0.01) -
     return solvers.spectrum(weight, damped_for(weight, covariance, damping))
 
 
-def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = Split.BALANCED) -> tuple[Tensor, Tensor]:
+def factors(decomposition: Decomposition, split: Split | str = Split.BALANCED) -> tuple[Tensor, Tensor]:
     """Return A0 (r, n) and B0 (m, r) in float32 with ``B0 A0 = U_S U_Sᵀ W``.
 
     Raises:
@@ -133,8 +136,7 @@ def factors(weight: Tensor, decomposition: Decomposition, split: Split | str = S
         A component in which W itself is zero has ``U_Sᵀ W = 0``: its row of A is zero and its column of B gets the mean
         scale of the others, so that A can still learn.
     """
-    basis = decomposition.basis
-    rows = basis.T @ in_float64(weight)
+    basis, rows = decomposition.basis, decomposition.rows
     if Split(split) is Split.PAPER:
         scale = decomposition.sigma
         if (scale <= 0).any():

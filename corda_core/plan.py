@@ -113,7 +113,7 @@ def plan(
         covariance = part[name]
         own_rank = min(rank if ranks is None else ranks[name], *weight.shape)
         decomposition = decompose(weight, covariance, own_rank, mode, damping=damping, solver=solver)
-        A0, B0 = (factor.cpu() for factor in factors(weight, decomposition, split))
+        A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
         init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white)
         return init, decomposition.fell_back

@@ -4,7 +4,8 @@ W (m, n) of any floating type, C (n, n) symmetric positive, k = min(m, n). Resul
 lie up to nine orders of magnitude below the largest, and one massive activation puts even the second largest three orders below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from corda_core.symmetric import Symmetric
 TOLERANCE = 2e-3
 """Relative squared context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has
 been multiplied once more and is nearer."""
+HIDDEN_TOLERANCE = 2e-2
+"""The same for the smaller half of the largest components, which a few that dominate would hide."""
 SMALL = 256
 """Up to this size all eigenvalues are found as fast as a few."""
 MAX_BLOCKS = 12
@@ -85,38 +88,50 @@ def leading(C: DampedCovariance, count: int) -> tuple[Tensor, Tensor]:
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
-def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> tuple[Tensor, Tensor]:
-    """Return the chosen U_S (m, r) and σ_S (r,), from the eigenvectors of the Gram matrix in float64.
+class Components(NamedTuple):
+    """Some components of ``W C``, all in float64."""
+
+    basis: Tensor
+    """U_S (m, r), orthonormal columns."""
+    sigma: Tensor
+    """σ_S (r,), descending."""
+    rows: Tensor
+    """``U_Sᵀ W`` (r, n)."""
+
+
+def exact(W: Tensor, C: DampedCovariance, chosen: slice) -> Components:
+    """Return the chosen components, from the eigenvectors of the Gram matrix in float64.
 
     Where a chosen σ is too small for the Gram matrix, which squares it, the singular value decomposition is taken instead; values
     that are rounding errors there too are returned as 0.
     """
-    left, small = _product(in_float64(W), C)
+    W = in_float64(W)
+    left, small = _product(W, C)
     eigenvalues, vectors = torch.linalg.eigh(small @ small.T)
     sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     if (sigma[chosen] < 1e-6 * sigma[0]).any():
         U, sigma, _ = torch.linalg.svd(small, full_matrices=False)
         sigma = _without_noise(sigma, small)
-    U, sigma = U[:, chosen], sigma[chosen]
-    return (U if left is None else left @ U), sigma
+    basis = U[:, chosen] if left is None else left @ U[:, chosen]
+    return Components(basis, sigma[chosen], _transposed_times(W, basis).T)
 
 
-def largest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r largest U_S (m, r) and σ_S (r,) by block Krylov iteration; None if it did not settle or failed its check.
+def largest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
+    """Return the r largest components by block Krylov iteration; None if it did not settle or failed its check.
 
     P and Pᵀ are applied in turns, factor by factor, with orthogonalisation after each (Golub and Kahan): W C is never formed, and
-    rounding errors stay small beside σ₁, not σ₁². So W of lower precision is iterated in float32 first. Settled is when the energy of the
-    last j components is, for every j: the sum over all would hide the others behind one that dominates. The same energies, computed
-    once more in float64, are the check.
+    rounding errors stay small beside σ₁, not σ₁². So W of lower precision is iterated in float32 first. Settled is when the energy of all
+    is, and that of the last j for every j ≥ r/2, which one that dominates would hide. What is returned has at least these energies in
+    float64: that is the check.
     """
     W = off_mps(W)
     for dtype in (torch.float32, torch.float64) if W.dtype != torch.float64 else (torch.float64,):
         found = _largest_settled(W.to(dtype), C, rank)
         if found is not None:
-            U, sigma = _rotated(W.double(), C, found[1].double())
-            shown, promised = sigma.square().flip(0).cumsum(0), found[0].flip(0).cumsum(0)
-            if bool(((shown - promised).abs() <= TOLERANCE * promised).all()):
-                return U, sigma
+            components = _rotated(W.double(), C, found[1].double())
+            shown, promised = components.sigma.square().flip(0).cumsum(0), found[0].flip(0).cumsum(0)
+            if bool((shown >= (1 - TOLERANCE) * promised).all()):
+                return components
     return None
 
 
@@ -125,14 +140,14 @@ def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor,
     block = _start(len(W), min(W.shape[1], rank + 8), W.device).to(W)
     limit = min(*W.shape, MAX_BLOCKS * block.shape[1])
     basis, halves = block, C.times(_transposed_times(W, block))
-    settled = _Settling(TOLERANCE)
+    settled = _Settling([HIDDEN_TOLERANCE] * (rank - rank // 2 - 1) + [TOLERANCE / 2])
     while bool(torch.isfinite(halves).all()):
         theta, rotation = torch.linalg.eigh(halves.double().T @ halves.double())
         theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank].to(W)
         if theta[-1] <= 0:
             return None
-        if settled.after(theta.flip(0).cumsum(0)):
-            return theta, basis @ rotation
+        if settled.after(theta.flip(0).cumsum(0)[rank // 2 :]):
+            return theta, W @ C.times(torch.linalg.qr(halves @ rotation).Q)
         if basis.shape[1] + block.shape[1] > limit:
             return None
         block = _orthogonal_to(basis, W @ C.times(torch.linalg.qr(halves[:, -block.shape[1] :]).Q))
@@ -141,8 +156,8 @@ def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor,
     return None
 
 
-def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Return the r smallest U_S (m, r) and σ_S (r,) by inverse block Krylov iteration; None if it did not settle or failed its check.
+def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
+    """Return the r smallest components by inverse block Krylov iteration; None if it did not settle or failed its check.
 
     For m ≥ n on ``(Pᵀ P)⁻¹ = C⁻¹ (Wᵀ W)⁻¹ C⁻¹``, with Cholesky factors of C and WᵀW: both are far better conditioned than their
     product, which is never formed. For m < n on ``(P Pᵀ)⁻¹ = L⁻ᵀ L⁻¹``, L from the Gram matrix, or from ``Pᵀ = Q Lᵀ`` where
@@ -160,15 +175,16 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor, Tensor]
     if found is None:
         return None
     theta, vectors = found
-    U, sigma = _rotated(W, C, lift(vectors))
-    return (U, sigma) if float(sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
+    components = _rotated(W, C, lift(vectors))
+    return components if float(components.sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
 
 
-def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the span of the vectors (m, r) as the singular vectors and values of ``W C`` in it."""
+def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> Components:
+    """Return the span of the vectors (m, r) as the components of ``W C`` in it."""
     U = torch.linalg.qr(vectors).Q
-    rotation, sigma, _ = torch.linalg.svd(C.times(_transposed_times(W, U)).T, full_matrices=False)
-    return U @ rotation, sigma
+    columns = _transposed_times(W, U)
+    rotation, sigma, _ = torch.linalg.svd(C.times(columns).T, full_matrices=False)
+    return Components(U @ rotation, sigma, (columns @ rotation).T)
 
 
 def _largest_ritz(
@@ -185,7 +201,7 @@ def _largest_ritz(
     """
     limit = min(len(block), max(MAX_BLOCKS * block.shape[1], 100))
     basis, images = block, apply(block)
-    settled = _Settling(tolerance)
+    settled = _Settling([tolerance])
     while bool(torch.isfinite(images).all()):
         projected = basis.T @ images
         theta, rotation = torch.linalg.eigh((projected + projected.T) / 2)
@@ -210,10 +226,10 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
 
 
 class _Settling:
-    """Tells when monotone sequences of energies are within a tolerance of where they go, if they go on geometrically."""
+    """Tells when monotone sequences of energies are all within their tolerances of where they go, if they go on geometrically."""
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
+    def __init__(self, tolerances: Sequence[float]) -> None:
+        self.tolerances = torch.tensor(tolerances, dtype=torch.float64)
         self.energies: list[Tensor] = []
 
     def after(self, energies: Tensor) -> bool:
@@ -223,7 +239,8 @@ class _Settling:
             return False
         before, last = (self.energies[1] - self.energies[0]).abs(), (self.energies[2] - self.energies[1]).abs()
         ratio = (last / before.clamp(min=torch.finfo(before.dtype).tiny)).clamp(max=0.95)
-        return bool((last * ratio / (1 - ratio) <= self.tolerance * energies).all() and (last <= 10 * self.tolerance * energies).all())
+        room = self.tolerances.to(energies.device) * energies
+        return bool((last * ratio / (1 - ratio) <= room).all() and (last <= 10 * room).all())
 
 
 def _inverse_tall(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:

@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct, all linear layers but the output layer. In each, ``W`` be
 vectors of ``W M``, with
     plain SVD    M = I
     ASVD         M = diag(√E[x²])^½, activation-aware scaling (arXiv 2312.05821, α = 0.5)
-    CorDA        M = C, over one set of 32 × 512 tokens of context
+    CorDA        M = C, over one set of 24 × 512 tokens of context
     CorDA++      M = C, in each layer the most suitable of five such sets
 Context: Python's reference manual. Perplexity: topics of it that the context does not hold; and the source code of Python's own
 library, another domain.
@@ -33,7 +33,8 @@ from corda_eval.bench.cases import smollm2_model
 from corda_eval.text.perplexity import held_out_text, perplexity, text_windows
 
 DROPPED = (0, 8, 16, 32, 64, 128)
-LENGTH, WINDOWS, SETS = 512, 32, 5
+LENGTH, WINDOWS, SETS = 512, 24, 5
+TITLES = {"manual": "other topics of the same manual", "code": "source code"}
 CODE = (
     "argparse.py",
     "ast.py",
@@ -112,10 +113,10 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, len(figures["perplexity"]), figsize=(10, 4), layout="constrained", sharey=True)
     for axes, (domain, methods) in zip(panels, figures["perplexity"].items(), strict=True):
-        for method, values in methods.items():
-            axes.plot(range(len(values)), values, "o-", label=method)
+        for (method, values), style in zip(methods.items(), ("o-", "o-", "o-", "s--"), strict=True):  # the last two nearly coincide
+            axes.plot(range(len(values)), values, style, label=method, fillstyle="none" if style[0] == "s" else "full", markersize=7)
         axes.set_xticks(range(len(figures["dropped"])), [str(count) for count in figures["dropped"]])
-        axes.set(yscale="log", xlabel="components dropped in every layer", title=f"Perplexity on {domain}")
+        axes.set(yscale="log", xlabel="components dropped in every layer", title=f"Perplexity on {TITLES[domain]}")
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -35,7 +35,7 @@ def papers_product(weight: Tensor, covariance: Covariance, rank: int, mode: str,
 @pytest.mark.parametrize("split", ["balanced", "paper"])
 def test_product_is_the_papers(m: int, n: int, mode: str, split: str) -> None:
     weight, covariance = random_case(m, n)
-    A0, B0 = factors(weight, decompose(weight, covariance, 4, mode), split)
+    A0, B0 = factors(decompose(weight, covariance, 4, mode), split)
     expected = papers_product(weight, covariance, 4, mode, 0.01)
     torch.testing.assert_close((B0.double() @ A0.double()), expected, rtol=0, atol=1e-5)
 
@@ -45,7 +45,7 @@ def test_product_is_the_papers(m: int, n: int, mode: str, split: str) -> None:
 def test_papers_split_has_the_papers_factors(m: int, n: int, mode: str) -> None:
     weight, covariance = random_case(m, n)
     decomposition = decompose(weight, covariance, 3, mode)
-    A0, B0 = factors(weight, decomposition, "paper")
+    A0, B0 = factors(decomposition, "paper")
     S = torch.linalg.svdvals(weight @ dense(covariance))[decomposition.components]
     torch.testing.assert_close(B0.double().norm(dim=0), S.sqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(A0.double(), decomposition.basis.T @ weight / S.sqrt()[:, None], rtol=1e-4, atol=1e-5)
@@ -79,9 +79,9 @@ def test_eckart_young_in_the_context_norm(m: int, n: int, data: st.DataObject) -
 
 def test_balanced_split_ignores_the_scale_of_c_and_balances() -> None:
     weight, covariance = random_case(10, 14)
-    A0, B0 = factors(weight, decompose(weight, covariance, 4, "kpm"))
+    A0, B0 = factors(decompose(weight, covariance, 4, "kpm"))
     scaled = Covariance.of(covariance.matrix * 1e6, covariance.num_tokens)
-    A1, B1 = factors(weight, decompose(weight, scaled, 4, "kpm"))
+    A1, B1 = factors(decompose(weight, scaled, 4, "kpm"))
     torch.testing.assert_close(B1 @ A1, B0 @ A0)
     torch.testing.assert_close(A1.norm(dim=1), A0.norm(dim=1))
     torch.testing.assert_close(A0.norm(dim=1), B0.norm(dim=0))
@@ -93,7 +93,7 @@ def test_singular_covariance_without_damping(m: int, n: int) -> None:
     inputs = torch.randn(3, n, dtype=torch.float64)
     covariance = Covariance.of(inputs.T @ inputs / 3, 3)
     decomposition = decompose(weight, covariance, 4, "kpm", damping=0.0)
-    A0, B0 = factors(weight, decomposition)
+    A0, B0 = factors(decomposition)
     assert torch.isfinite(A0).all()
     assert torch.isfinite(B0).all()
     torch.testing.assert_close(decomposition.basis.T @ decomposition.basis, torch.eye(4, dtype=torch.float64))
@@ -104,7 +104,7 @@ def test_a_direction_without_weight_can_still_learn() -> None:
     """Where W is rank-deficient a chosen component is zero: B A = 0 there, but B is not, so A gets a gradient."""
     weight, covariance = random_case(8, 10)
     weight[0] = 0
-    A0, B0 = factors(weight, decompose(weight, covariance, 2, "kpm"))
+    A0, B0 = factors(decompose(weight, covariance, 2, "kpm"))
     assert torch.isfinite(A0).all()
     assert (B0.norm(dim=0) > 0.1).all()
     assert A0[-1].norm() < 1e-6 * A0[0].norm()
@@ -127,4 +127,4 @@ def test_refuses_what_cannot_be_decomposed() -> None:
     deficient = weight.clone()
     deficient[0] = deficient[1]
     with pytest.raises(ValueError, match="balanced"):
-        factors(deficient, decompose(deficient, covariance, 1, "kpm"), "paper")
+        factors(decompose(deficient, covariance, 1, "kpm"), "paper")
