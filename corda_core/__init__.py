@@ -13,6 +13,7 @@ from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, 
 from corda_core.drift import context_drift, output_energies
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
+from corda_core.probe import Reach, probe
 from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
 from corda_core.whiten import Whitening, whitening
 
@@ -23,6 +24,7 @@ __all__ = [
     "Covariance",
     "Decomposition",
     "Mode",
+    "Reach",
     "Selection",
     "Solver",
     "Split",
@@ -47,6 +49,7 @@ __all__ = [
     "lora_layers",
     "output_energies",
     "plan",
+    "probe",
     "resolved",
     "save_covariances",
     "save_plan",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from corda_core.decompose import Mode
 from corda_core.files import replacing_in
-from corda_core.modules import base_digest
+from corda_core.modules import base_digest, is_quantized
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.whiten import shortened
 
@@ -96,6 +96,8 @@ def attach(
         ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
     """
     _check_options(plan, protect, residual)
+    if residual == "subtract" and any(is_quantized(model.get_submodule(name)) for name in plan.layers):
+        raise ValueError('residual="subtract" changes the base weights, which are quantised; use residual="offset".')
     digest = base_digest(model, plan.layers)
     if digest != plan.provenance["base_digest"]:
         raise ValueError(

@@ -171,6 +171,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes:
+        if (
+            type(module).__name__ == "Linear4bit"
+        ):  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
+            module.training = True
     try:
         with torch.no_grad():
             yield

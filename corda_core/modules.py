@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from corda_core.parallel import in_threads
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
+PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def select_linears(
@@ -41,6 +43,12 @@ def select_linears(
         chosen = _matching(linears, targets, "targets")
     left_out = set(_matching(linears, exclude, "exclude")) if exclude else set()
     chosen = [name for name in chosen if name not in left_out]
+    packed = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if hasattr(module, "qweight")]
+    if packed and not chosen:
+        raise ValueError(
+            f"The linear layers hold packed weights that cannot be decomposed, such as {packed[0]}; "
+            "prepare the adapter on the unquantised model."
+        )
     if not chosen:
         raise ValueError(
             f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(linears)} linear layers in the model."
@@ -81,29 +89,63 @@ def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
     Raises:
         ValueError: As ``weight_matrix``.
     """
-    m, n = _oriented(model, name).shape
+    layer = _linear(model, name)
+    if is_quantized(layer):
+        return layer.out_features, layer.in_features
+    m, n = _oriented(layer, name).shape
     return m, n
 
 
 def weight_matrix(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a linear layer as W (m, n): m outputs, n inputs, whatever way it is stored.
 
-    The tensor shares memory with the layer, except where the layer is sharded (FSDP2): then it is gathered, by all processes at once.
+    The tensor shares memory with the layer, except where the layer is sharded (FSDP2): then it is gathered, by all processes at once; or
+    quantised by bitsandbytes: then it is a dequantised copy.
 
     Raises:
-        ValueError: If the layer is not a linear one, or its weight is packed (quantised).
+        ValueError: If the layer is not a linear one, or its weight is packed in a way that is not known.
     """
-    weight = _oriented(model, name)
+    layer = _linear(model, name)
+    if is_quantized(layer):
+        return _dequantized(layer, name)
+    weight = _oriented(layer, name)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _oriented(model: nn.Module, name: str) -> Tensor:
+def is_quantized(layer: Any) -> bool:
+    """Return whether bitsandbytes holds the layer's weight in 4 or 8 bits."""
+    kind, weight = type(layer.weight).__name__, layer.weight
+    return (kind == "Params4bit" and weight.quant_state is not None) or (kind == "Int8Params" and weight.dtype == torch.int8)
+
+
+def _dequantized(layer: Any, name: str) -> Tensor:
+    """Return the weight (m, n) of a layer of bitsandbytes in floating point; the layer stays as it is."""
+    if layer.weight.dtype != torch.int8:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: bitsandbytes has packed this weight anew for inference on the CPU, after which no gradient passes it; "
+                "load the model again and prepare it before it is run in evaluation mode."
+            )
+        return dequantize_bnb_weight(layer.weight).detach()
+    # Not by PEFT, which on CPUs leaves the layer without its scales. The first forward pass moves them from the weight to the state.
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return layer.weight.detach().float() * (scales.to(layer.weight.device).float() / 127)[:, None]
+
+
+def _linear(model: nn.Module, name: str) -> Any:
     layer = unwrapped(model).get_submodule(name)
     if not isinstance(layer, LINEAR_TYPES):
         raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear or transformers' Conv1D: leave it out with `exclude`.")
-    weight = layer.weight.detach()
-    if not weight.is_floating_point() or weight.ndim != 2:
-        raise ValueError(f"{name} holds a packed weight ({weight.dtype}, shape {tuple(weight.shape)}); expected a floating-point matrix.")
+    return layer
+
+
+def _oriented(layer: Any, name: str) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    if weight.dtype not in PLAIN_TYPES or weight.ndim != 2 or type(layer.weight).__module__.startswith("torchao"):
+        raise ValueError(
+            f"{name} holds a packed weight ({type(layer.weight).__name__}, {weight.dtype}, shape {tuple(weight.shape)}); expected a "
+            "floating-point matrix, or one quantised by bitsandbytes: prepare the adapter on the unquantised model."
+        )
     return weight.T if isinstance(layer, Conv1D) else weight
 
 

@@ -1,7 +1,11 @@
 """CorDA adapters for vision-language models: prepare, train with any trainer, export an ordinary LoRA."""
 
 from corda_core import attach, export
+from corda_vlm.attention import fuse_attention, split_attention
+from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
+from corda_vlm.merge import merge
+from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.plan_report import write_plan_report
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.towers import select_layers
@@ -10,14 +14,20 @@ from corda_vlm.train import DriftLog, attach_lora, fine_tune
 __all__ = [
     "CordaConfig",
     "DriftLog",
+    "OpenClipPairs",
+    "ZeroShotClassifier",
     "attach",
     "attach_lora",
     "collect_context",
     "export",
     "fine_tune",
+    "fuse_attention",
+    "merge",
     "plan_adapters",
     "plan_contexts",
     "prepare",
     "select_layers",
+    "split_attention",
     "write_plan_report",
+    "zero_shot_head",
 ]

@@ -16,13 +16,27 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from corda_core.distributed import num_processes, process_rank
 from corda_vlm.config import CordaConfig
-from corda_vlm.data import Collator
-from corda_vlm.towers import parts_of
+from corda_vlm.data import Collator, has_image
+from corda_vlm.pairs import PairCollator, TransformersPairs
+from corda_vlm.towers import family_of, has_two_towers
+
+NUM_LOOKED_AT = 64
+"""How many samples are looked at for one with an image."""
 
 
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
     """Show progress with the time left on a terminal, in the first process only."""
     return tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One context of samples, ready for the model."""
+
+    batches: Iterable[dict[str, Any]]
+    """This process's batches as inputs of the model; an iterator only if the source is one."""
+    example: dict[str, Any]
+    """Inputs of one sample, or of one batch where batches were given: what the layers to adapt are probed with."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +51,32 @@ class _Batches:
         return map(self.inputs_of, progress_bar(self.source, "context"))
 
 
-def context_batches(
-    model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any
-) -> Iterable[dict[str, Any]]:
-    """Return this process's batches of context as inputs of the model; an iterator only if the source is one."""
+def context_batches(model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any) -> Context:
+    """Return what this process reads of the context.
+
+    Raises:
+        ValueError: If the context is empty, there are fewer samples than processes, or no processor is known.
+    """
     chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
     inputs_of = partial(_model_inputs, model, not _is_output(model, names))
     if are_batches:
-        batches = _Batches(chosen, inputs_of)
-        return iter(batches) if isinstance(chosen, Iterator) else batches
-    collate = Collator(processor or _own_processor(model))
+        if isinstance(chosen, Iterator):
+            first = next(chosen)
+            return Context(iter(_Batches(chain([first], chosen), inputs_of)), inputs_of(first))
+        # The one with most keys: one with images, if there are any.
+        return Context(_Batches(chosen, inputs_of), inputs_of(max(islice(chosen, NUM_LOOKED_AT), key=len)))
+    collate = collator_for(model, processor or _own_processor(model))
     # Samples are read when their batch comes: a dataset decodes its images only then.
     groups = share_out(len(chosen), config.batch_size)
-    return _Batches(groups, lambda group: inputs_of(collate([chosen[i] for i in group])))
+    with_image = next((i for i in range(min(len(chosen), NUM_LOOKED_AT)) if has_image(chosen[i])), 0)
+    return Context(_Batches(groups, lambda group: inputs_of(collate([chosen[i] for i in group]))), inputs_of(collate([chosen[with_image]])))
+
+
+def collator_for(model: nn.Module, processor: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
+    """Return what makes batches for this model: of pairs for two towers, else of conversations and text."""
+    if isinstance(processor, PairCollator):
+        return processor
+    return TransformersPairs(processor) if has_two_towers(model) else Collator(processor)
 
 
 def share_out(num_samples: int, batch_size: int) -> list[range]:
@@ -106,13 +133,16 @@ def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[
 
 
 def _is_batch(sample: Any) -> bool:
-    return isinstance(sample, Mapping) and isinstance(sample.get("input_ids"), Tensor)
+    return isinstance(sample, Mapping) and any(isinstance(value, Tensor) and value.ndim > 1 for value in sample.values())
 
 
 def _own_processor(model: nn.Module) -> Any:
     """Return the processor beside the model's own files; never from the network."""
-    path = getattr(model.config, "_name_or_path", "")
-    reader = AutoProcessor if "vision" in parts_of(model) else AutoTokenizer
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no processor of its own; pass preprocess= and tokenizer=, or give ready batches.")
+    path = getattr(config, "_name_or_path", "")
+    reader = AutoProcessor if family_of(model).vision else AutoTokenizer
     try:
         return reader.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -131,7 +161,9 @@ def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any])
     """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
-    inputs["use_cache"] = False
-    if trim_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "use_cache" in known or getattr(model, "can_generate", lambda: False)():
+        inputs["use_cache"] = False
+    if trim_logits and "logits_to_keep" in known:
         inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
     return inputs

@@ -17,6 +17,8 @@ Item = Any
 """(image or None, text), or a dict with ``text``, ``question``/``answer`` or ``conversations``, and perhaps ``image``."""
 
 PLACEHOLDER = "<image>"
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+"""What processors give beside the tokens, one value a token."""
 IGNORED_LABEL = -100
 
 
@@ -69,7 +71,11 @@ class Collator:
             "attention_mask": torch.stack([_pad_left(torch.ones_like(one["input_ids"]), length, 0) for one in encoded]),
         }
         for key in {key for one in encoded for key in one} - {"input_ids", "is_response"}:
-            batch[key] = torch.cat([one[key] for one in encoded if key in one])
+            found = [one[key] for one in encoded if key in one]
+            if key in PER_TOKEN:
+                batch[key] = torch.stack([_pad_left(one.get(key, torch.zeros_like(one["input_ids"])), length, 0) for one in encoded])
+            else:
+                batch[key] = _joined(found)
         if self.with_labels:
             batch |= self._labels(batch["input_ids"], [one["is_response"] for one in encoded])
         return batch
@@ -98,8 +104,8 @@ def read_sample(item: Item, processor: Any) -> Sample:
     Raises:
         ValueError: If the item has no text, or its images and placeholders do not match.
     """
-    fields = item if isinstance(item, Mapping) else _pair_fields(item)
-    images = _read_images(fields.get("image", fields.get("images")))
+    fields = item if isinstance(item, Mapping) else pair_fields(item)
+    images = read_images(fields.get("image", fields.get("images")))
     if images and not hasattr(processor, "image_processor"):
         raise ValueError(
             "A sample has an image, but the processor given is a tokenizer: pass the model's full processor, or leave images out."
@@ -115,18 +121,26 @@ def read_sample(item: Item, processor: Any) -> Sample:
     if isinstance(fields.get("text"), str) and fields["text"]:
         text = _place_images(fields["text"], len(images))
         _check_placeholders(text, len(images))
-        return Sample(images, (Segment(text.replace(PLACEHOLDER, image_token(processor)), is_response=False),), is_chat=False)
+        return Sample(images, (Segment(text.replace(PLACEHOLDER, image_text(processor)), is_response=False),), is_chat=False)
     raise ValueError(
         f"A sample has the fields {sorted(fields)} but no text; expected `text`, or `question` (and `answer`), or `conversations`."
     )
 
 
+def has_image(item: Item) -> bool:
+    """Return whether an item has an image, without reading it where it is a file."""
+    fields = item if isinstance(item, Mapping) else pair_fields(item)
+    image = fields.get("image", fields.get("images"))
+    return bool(image) if isinstance(image, (list, tuple)) else image is not None
+
+
 def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
-    """Return ``input_ids`` (T,), ``is_response`` (T,) and the image tensors (first axis: images) of one sample."""
+    """Return ``input_ids`` (T,), ``is_response`` (T,), what else there is by token, and the image tensors (first axis: images)."""
     remaining = list(sample.images)
     ids: list[Tensor] = []
     is_response: list[Tensor] = []
-    extras: dict[str, Tensor] = {}
+    by_token: dict[str, list[Tensor]] = {}
+    by_image: dict[str, list[Tensor]] = {}
     for number, segment in enumerate(sample.segments):
         special = number == 0 and not sample.is_chat
         count = segment.text.count(image_token(processor)) if remaining else 0
@@ -134,14 +148,25 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
             taken, remaining = remaining[:count], remaining[count:]
             inputs = processor(text=segment.text, images=taken, add_special_tokens=special, return_tensors="pt")
             token_ids = inputs["input_ids"][0]
-            for key in set(inputs) - {"input_ids", "attention_mask"}:
-                extras[key] = torch.cat([extras[key], inputs[key]]) if key in extras else inputs[key]
+            for key in set(inputs) - {"input_ids", "attention_mask", "labels"}:
+                if key in PER_TOKEN:
+                    # Segments before this one were text.
+                    by_token.setdefault(key, [torch.zeros_like(one) for one in ids]).append(inputs[key][0])
+                else:
+                    by_image.setdefault(key, []).append(inputs[key])
         else:
             tokens = tokenizer_of(processor)(segment.text, add_special_tokens=special)["input_ids"]
             token_ids = torch.tensor(tokens, dtype=torch.long)
+            for values in by_token.values():
+                values.append(torch.zeros_like(token_ids))
         ids.append(token_ids)
         is_response.append(torch.full_like(token_ids, segment.is_response))
-    return {"input_ids": torch.cat(ids), "is_response": torch.cat(is_response), **extras}
+    encoded = {"input_ids": torch.cat(ids), "is_response": torch.cat(is_response)}
+    encoded |= {key: torch.cat(values) for key, values in by_token.items()}
+    if type(processor).__name__ == "PaliGemmaProcessor" and "token_type_ids" in encoded:
+        encoded["token_type_ids"] = encoded["is_response"]  # 0: read in both directions; 1: causal, what is learned
+    nested = type(processor).__name__.startswith(("Idefics", "SmolVLM"))  # (1, images, …), where others have (images, …)
+    return encoded | {key: _joined(values, axis=1 if nested else 0) for key, values in by_image.items()}
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -152,6 +177,14 @@ def tokenizer_of(processor: Any) -> Any:
 def image_token(processor: Any) -> str:
     """Return the text that stands for an image in this processor's prompts."""
     return getattr(processor, "image_token", PLACEHOLDER)
+
+
+def image_text(processor: Any) -> str:
+    """Return what a prompt has in an image's place: the token, between the two that Qwen's models find their images by."""
+    tokenizer, token = tokenizer_of(processor), image_token(processor)
+    start, end = "<|vision_start|>", "<|vision_end|>"
+    wrapped = tokenizer.convert_tokens_to_ids(start) not in (None, tokenizer.unk_token_id)
+    return f"{start}{token}{end}" if wrapped else token
 
 
 def _chat_segments(turns: list[tuple[str, str]], num_images: int, processor: Any) -> tuple[Segment, ...]:
@@ -176,7 +209,7 @@ def _chat_segments(turns: list[tuple[str, str]], num_images: int, processor: Any
 def _renderer(processor: Any) -> Any:
     """Return ``(turns, ask) -> text``: the chat template, or one line a turn for tokenizers without one."""
     if not _has_template(processor):
-        return lambda turns, ask: "".join(f"{text.replace(PLACEHOLDER, image_token(processor))}\n" for _, text in turns)
+        return lambda turns, ask: "".join(f"{text.replace(PLACEHOLDER, image_text(processor))}\n" for _, text in turns)
     multimodal = hasattr(processor, "image_processor")
 
     def render(turns: list[tuple[str, str]], ask: bool) -> str:
@@ -215,17 +248,27 @@ def _check_placeholders(text: str, num_images: int) -> None:
         )
 
 
-def _pair_fields(item: Item) -> dict[str, Any]:
+def pair_fields(item: Item) -> dict[str, Any]:
+    """Return an (image or None, text) pair as fields.
+
+    Raises:
+        ValueError: If the item is no pair.
+    """
     if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2:
         return {"image": item[0], "text": item[1]}
     raise ValueError(f"A sample is a {type(item).__name__}; expected a pair (image or None, text) or a dict.")
 
 
-def _read_images(value: Any) -> tuple[Image.Image, ...]:
+def read_images(value: Any) -> tuple[Image.Image, ...]:
+    """Return the images of a sample's field in RGB: a PIL image, a path, a list of these, or None.
+
+    Raises:
+        ValueError: If it is something else.
+    """
     if value is None:
         return ()
     if isinstance(value, (list, tuple)):
-        return tuple(image for one in value for image in _read_images(one))
+        return tuple(image for one in value for image in read_images(one))
     if isinstance(value, (str, Path)):
         with Image.open(value) as image:
             return (image.convert("RGB"),)
@@ -243,3 +286,13 @@ def _role(name: str) -> str:
 
 def _pad_left(values: Tensor, length: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (length - len(values), 0), value=fill)
+
+
+def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Return the tensors one behind the other along an axis; where their other axes differ (images of more tiles), zeros fill up."""
+    sizes = [max(one.shape[place] for one in tensors) for place in range(tensors[0].ndim)]
+    filled = []
+    for one in tensors:
+        missing = [size - have if place != axis else 0 for place, (size, have) in enumerate(zip(sizes, one.shape, strict=True))]
+        filled.append(torch.nn.functional.pad(one, [amount for size in reversed(missing) for amount in (0, size)]) if any(missing) else one)
+    return torch.cat(filled, dim=axis)

@@ -1,13 +1,14 @@
 """The one call: model and samples in, model with a CorDA adapter out, outputs unchanged."""
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from corda_core import (
     AdapterPlan,
@@ -23,10 +24,13 @@ from corda_core import (
     select_covariances,
 )
 from corda_core.collect import split_layers
+from corda_core.distributed import from_first_process
 from corda_core.modules import weight_shape
+from corda_vlm.attention import split_attention
 from corda_vlm.config import CordaConfig
-from corda_vlm.context import context_batches, draw_contexts, progress_bar
-from corda_vlm.towers import select_layers, token_weights
+from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
+from corda_vlm.pairs import OpenClipPairs
+from corda_vlm.towers import is_open_clip, learnable_layers, select_layers, token_weights
 
 
 def prepare(
@@ -35,6 +39,8 @@ def prepare(
     mode: str = "kpm",
     *,
     processor: Any = None,
+    preprocess: Callable[[Image.Image], Tensor] | None = None,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
     rank: int = 128,
     alpha: float | None = None,
     targets: str | Sequence[str] | None = None,
@@ -63,13 +69,16 @@ def prepare(
     most (mode "ipm") for the context in ``images_texts``.
 
     Args:
-        model: A ``LlavaForConditionalGeneration`` or a causal language model of transformers.
+        model: A vision-language model of LLaVA's kind, a CLIP-type model, a vision tower or a causal language model of transformers; or an
+            open_clip model, whose fused attention is then split in place (``corda_vlm.merge`` puts it together again).
         images_texts: The context: what is to be kept ("kpm") or learned ("ipm"). Pairs (PIL image or None, text); dicts with
             ``text``, ``question``/``answer`` or LLaVA ``conversations``, and perhaps ``image``; a ``datasets.Dataset`` of such
-            rows; or ready batches of model inputs.
+            rows; or ready batches of model inputs. For models with two towers, pairs of image and caption.
         mode: "kpm" or "ipm".
         processor: Reads the samples: a processor, or a tokenizer for a language model. None looks beside the model's own
             files on this disk.
+        preprocess: For open_clip: what makes a tensor of an image.
+        tokenizer: For open_clip: what makes tokens of captions.
         rank: See ``CordaConfig``, also for the options below.
         alpha: See ``CordaConfig``.
         targets: See ``CordaConfig``.
@@ -121,6 +130,10 @@ def prepare(
         batch_size=batch_size,
         seed=seed,
     )
+    if is_open_clip(model):
+        split_attention(model)
+        if preprocess is not None and tokenizer is not None:
+            processor = OpenClipPairs(preprocess, tokenizer)
     contexts = draw_contexts(images_texts, config) if isinstance(candidates, int | None) else [images_texts, *candidates]
     adapter_plan = plan_contexts(model, contexts, config, processor)
     return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
@@ -138,10 +151,10 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right, or the budget is too small.
     """
-    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    names, ready = _layers_and_contexts(model, contexts, config, processor)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     if len(contexts) == 1 and budget is None:
-        return plan_adapters(model, _covariances(model, contexts[0], names, config, processor), config)
+        return plan_adapters(model, _covariances(model, ready[0], names, config), config)
     again = budget is not None and config.max_bytes is not None
     if again and any(iter(context) is context for context in contexts):
         raise ValueError("budget with max_memory goes over the context twice, but it can be gone over only once; give a list.")
@@ -154,12 +167,12 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
         return selection.covariances
 
     ranks = None
-    parts: Iterator[Mapping[str, Covariance]] = map(covariances_of, _selections(model, contexts, names, config, processor))
+    parts: Iterator[Mapping[str, Covariance]] = map(covariances_of, _selections(model, ready, names, config))
     if budget is not None:  # all layers must be known before one gets its rank; with a memory limit they are collected again after that
         kept = None if again else list(parts)
         collections.deque(parts, maxlen=0)
         ranks = _ranks(model, {name: selection.best(name) for selection in found for name in selection.candidates}, budget, config)
-        parts = map(attrgetter("covariances"), _selections(model, contexts, names, config, processor)) if kept is None else iter(kept)
+        parts = map(attrgetter("covariances"), _selections(model, ready, names, config)) if kept is None else iter(kept)
     made = plan_adapters(model, parts, config, ranks)
     candidates = {name: one for selection in found for name, one in selection.candidates.items()}
     chosen = {name: place for selection in found for name, place in selection.chosen.items()}
@@ -173,9 +186,9 @@ def collect_context(model: nn.Module, images_texts: Iterable[Any], config: Corda
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right.
     """
-    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    names, (context,) = _layers_and_contexts(model, [images_texts], config, processor)
     whole: dict[str, Covariance] = {}
-    for part in _covariances(model, images_texts, names, replace(config, max_memory=None), processor):
+    for part in _covariances(model, context, names, replace(config, max_memory=None)):
         whole |= part
     return whole
 
@@ -201,13 +214,20 @@ def plan_adapters(
     )
 
 
-def _covariances(
-    model: nn.Module, images_texts: Iterable[Any], names: Sequence[str], config: CordaConfig, processor: Any
-) -> Iterator[dict[str, Covariance]]:
+def _layers_and_contexts(
+    model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any
+) -> tuple[tuple[str, ...], list[Context]]:
+    """Return the layers to adapt, those that can learn from the first context, and the contexts as inputs of the model."""
+    names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
+    ready = [context_batches(model, context, names, config, processor) for context in contexts]
+    return from_first_process(learnable_layers(model, names, ready[0].example)), ready
+
+
+def _covariances(model: nn.Module, context: Context, names: Sequence[str], config: CordaConfig) -> Iterator[dict[str, Covariance]]:
     """Yield the covariances of the context, in one part or in as many as the memory asks for."""
     return collect_in_passes(
         model,
-        context_batches(model, images_texts, names, config, processor),
+        context.batches,
         names,
         config.max_bytes,
         token_weights=token_weights(model, config.token_weights),
@@ -215,17 +235,14 @@ def _covariances(
     )
 
 
-def _selections(
-    model: nn.Module, contexts: Sequence[Iterable[Any]], names: Sequence[str], config: CordaConfig, processor: Any
-) -> Iterator[Selection]:
+def _selections(model: nn.Module, contexts: Sequence[Context], names: Sequence[str], config: CordaConfig) -> Iterator[Selection]:
     """Yield the choice among the contexts, part by part: the best so far and the next share the memory limit."""
-    batches = [context_batches(model, context, names, config, processor) for context in contexts]
     weights = token_weights(model, config.token_weights)
     limit = None if config.max_bytes is None else config.max_bytes // min(2, len(contexts))
-    for part in split_layers(model, batches[0], names, limit):
+    for part in split_layers(model, contexts[0].batches, names, limit):
         sets = (
-            collect(model, one, part, token_weights=weights, normalize=config.normalize)  # type: ignore[arg-type]
-            for one in batches
+            collect(model, one.batches, part, token_weights=weights, normalize=config.normalize)  # type: ignore[arg-type]
+            for one in contexts
         )
         yield select_covariances(model, sets, damping=config.damping, progress=progress_bar)
 

@@ -1,25 +1,114 @@
-"""Where the parts of a vision-language model live, per family."""
+"""Where the parts of a model live, family by family, and what that means for its layers and their tokens."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corda_core import TokenWeights, attention_mask_of, select_linears
+from corda_core import TokenWeights, attention_mask_of, probe, select_linears
 
-PARTS: dict[str, dict[str, str]] = {
-    "llava": {"vision": "model.vision_tower", "projector": "model.multi_modal_projector", "language": "model.language_model"},
+KINDS = {
+    "attention": r".*\.(self_attn|attn|attention|self_attention|cross_attn|attn_pool)\..+",
+    "mlp": r".*\.(mlp|feed_forward|ffn)\..+|.*\.fc\d",
 }
-"""``config.model_type`` -> part -> prefix of its modules. A model that is not listed is one part, "language"."""
-
-DEFAULT_PARTS = ("language",)
+"""What the words "attention" and "mlp" stand for in ``targets`` and ``exclude``."""
 
 
-def parts_of(model: nn.Module) -> dict[str, str]:
-    """Return the model's parts and the prefixes of their modules; "" means the whole model."""
-    return PARTS.get(getattr(model.config, "model_type", ""), {"language": ""})
+EMBEDDINGS = r"(^|\.)(embeddings|patch_embed)\."
+"""Linear layers that embed patches: left out unless ``targets`` names them."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Prefixes of the modules of each part; where they overlap, the longest counts."""
+
+    vision: tuple[str, ...] = ()
+    projector: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    default: tuple[str, ...] = field(default=("language",), kw_only=True)
+    """The parts that get adapters unless the user names some."""
+
+    def prefixes(self, part: str) -> tuple[str, ...]:
+        """Return where a part's modules live."""
+        found: tuple[str, ...] = getattr(self, part)
+        return found
+
+
+LLAVA = Family(("model.vision_tower",), ("model.multi_modal_projector",), ("model.language_model",))
+QWEN_VL = Family(("model.visual",), ("model.visual.merger", "model.visual.deepstack_merger_list"), ("model.language_model",))
+IDEFICS = Family(("model.vision_model",), ("model.connector",), ("model.text_model",))
+TWO_TOWERS = Family(
+    vision=("vision_model", "visual_projection"), language=("text_model", "text_projection"), default=("vision", "language")
+)
+OPEN_CLIP = Family(
+    vision=("visual",),
+    language=("transformer", "text", "token_embedding", "text_projection"),
+    default=("vision", "language"),
+)
+WHOLE_LANGUAGE = Family(language=("",))
+WHOLE_VISION = Family(vision=("",), default=("vision",))
+
+FAMILIES: dict[str, Family] = {
+    "aya_vision": LLAVA,
+    "clip": TWO_TOWERS,
+    "clip_vision_model": WHOLE_VISION,
+    "gemma3": LLAVA,
+    "glm4v": QWEN_VL,
+    "idefics2": IDEFICS,
+    "idefics3": IDEFICS,
+    "internvl": LLAVA,
+    "llava": LLAVA,
+    "llava_next": LLAVA,
+    "llava_next_video": LLAVA,
+    "llava_onevision": LLAVA,
+    "mistral3": LLAVA,
+    "paligemma": LLAVA,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen2_vl": QWEN_VL,
+    "qwen3_vl": QWEN_VL,
+    "siglip": TWO_TOWERS,
+    "siglip2": TWO_TOWERS,
+    "siglip2_vision_model": WHOLE_VISION,
+    "siglip_vision_model": WHOLE_VISION,
+    "smolvlm": IDEFICS,
+    "vipllava": LLAVA,
+}
+"""``config.model_type`` -> where its parts live. A causal language model is one part; other models that are not listed too, and the user is
+told what was taken."""
+
+PARTS = ("vision", "projector", "language")
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return where the model's parts live; prefixes are those of this model, with or without an output layer on top."""
+    known = _listed(model)
+    if known is None:
+        return WHOLE_LANGUAGE
+    found = {part: tuple(_existing(model, prefix) for prefix in known.prefixes(part)) for part in PARTS}
+    return Family(found["vision"], found["projector"], found["language"], default=known.default)
+
+
+def has_two_towers(model: nn.Module) -> bool:
+    """Return whether the model compares an image tower with a text tower, as CLIP does."""
+    return _listed(model) in (TWO_TOWERS, OPEN_CLIP)
+
+
+def is_open_clip(model: nn.Module) -> bool:
+    """Return whether the model is one of open_clip's."""
+    return isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image") and hasattr(model, "encode_text")
+
+
+def part_of(model: nn.Module, name: str) -> str | None:
+    """Return which part a layer belongs to."""
+    family = family_of(model)
+    hits = [
+        (len(prefix), part) for part in PARTS for prefix in family.prefixes(part) if f"{name}.".startswith(f"{prefix}." if prefix else "")
+    ]
+    return max(hits)[1] if hits else None
 
 
 def select_layers(
@@ -29,62 +118,138 @@ def select_layers(
     targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> tuple[str, ...]:
-    """Return the linear layers of the named parts that match, without those that cannot learn.
+    """Return the linear layers of the named parts that match.
 
     Args:
-        model: A LLaVA model or a causal language model.
-        parts: Any of "language", "vision", "projector"; None takes the language model.
-        targets: As in ``corda_core.select_linears``.
-        exclude: As in ``corda_core.select_linears``.
+        model: A vision-language model, a CLIP-type model, a vision tower or a causal language model.
+        parts: Any of "language", "vision", "projector"; None takes the family's default: the language model of those that have one, both
+            towers of CLIP.
+        targets: As in ``corda_core.select_linears``; or "attention" or "mlp".
+        exclude: As ``targets``.
 
     Raises:
         ValueError: If a part is unknown for this model, or nothing matches.
     """
-    known = parts_of(model)
-    chosen = DEFAULT_PARTS if parts is None else tuple(parts)
+    family = family_of(model)
+    chosen = family.default if parts is None else tuple(parts)
+    known = [part for part in PARTS if family.prefixes(part)]
     unknown = [part for part in chosen if part not in known]
     if unknown or not chosen:
         raise ValueError(f"parts: {unknown or chosen!r} is not what {type(model).__name__} has; expected some of {sorted(known)}.")
-    names = select_linears(model, targets, exclude)
-    inside = [name for name in names if any(name.startswith(known[part]) for part in chosen)]
-    kept = tuple(name for name in inside if not _is_behind_features(model, name))
-    if not kept:
+    names = select_linears(model, _pattern(targets), _pattern(exclude))
+    inside = tuple(name for name in names if part_of(model, name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
+    if not inside:
         raise ValueError(f"targets={targets!r} matches layers, but none of them in parts={chosen!r}; the first match is {names[0]}.")
-    return kept
+    return inside
+
+
+def learnable_layers(model: nn.Module, names: Sequence[str], batch: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the layers that can learn from such a batch (``corda_core.probe``), and warn of those left out.
+
+    Raises:
+        ValueError: If none can.
+    """
+    reach = probe(model, batch, names)
+    if not reach.learnable:
+        raise ValueError(
+            f"None of the {len(names)} layers can learn from the first samples: {len(reach.not_run)} never ran (such as "
+            f"{(reach.not_run or reach.unused)[0]}), {len(reach.unused)} ran without reaching the output; "
+            "give samples that reach them (images for a vision tower), or other parts or targets."
+        )
+    for left_out, reason in ((reach.unused, "ran, but what they compute does not reach the output"), (reach.not_run, "never ran")):
+        if left_out:
+            warnings.warn(f"{len(left_out)} layer(s) {reason}, such as {left_out[0]}: left out.", stacklevel=3)
+    if _listed(model) is None:
+        kinds = sorted({name.rpartition(".")[2] for name in reach.learnable})
+        warnings.warn(
+            f"{type(model).__name__} is of no family that corda_vlm knows: took all {len(reach.learnable)} linear layers that can learn "
+            f"({', '.join(kinds)}); name others with `targets`.",
+            stacklevel=3,
+        )
+    return reach.learnable
 
 
 def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeights:
     """Return how much each token counts for each layer.
 
-    In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in tower and projector
-    all tokens count alike.
+    In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in a text tower of open_clip
+    what comes behind the token that is read counts nothing; in a vision tower neither do patches that only fill an image up; in a
+    projector all tokens count alike.
     """
-    known = parts_of(model)
-    image_token = getattr(model.config, "image_token_id", None)
-    if weights["image"] != weights["text"] and image_token is None:
+    image_tokens, two_towers = _image_tokens(model), has_two_towers(model)
+    if weights["image"] != weights["text"] and not image_tokens:
         raise ValueError(f'tokens weighs images and text apart, but {type(model).__name__} reads no images; leave tokens at "all".')
 
     def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        if not name.startswith(known["language"]):
+        part = part_of(model, name)
+        if part == "vision":
+            return _patch_mask(model, name, batch)
+        if part != "language" or (two_towers and not re.search(r"\.(encoder|resblocks)\.", name)):  # a tower's head reads one token
             return None
-        mask = attention_mask_of(name, batch)
+        mask = _caption_mask(model, batch) if is_open_clip(model) else attention_mask_of(name, batch)
         if weights["image"] == weights["text"]:
             return mask
-        is_image = batch["input_ids"] == image_token
+        is_image = torch.isin(batch["input_ids"], torch.tensor(image_tokens, device=batch["input_ids"].device))
         return torch.where(is_image, weights["image"], weights["text"]) * (1 if mask is None else mask)
 
     return weigh
 
 
-def _is_behind_features(model: nn.Module, name: str) -> bool:
-    """Whether a vision block runs behind the one whose output is used (LLaVA's ``vision_feature_layer``): it gets no gradient."""
-    prefix = parts_of(model).get("vision")
-    match = re.search(r"\.layers\.(\d+)\.", name)
-    if prefix is None or not name.startswith(prefix) or match is None:
-        return False
+def _listed(model: nn.Module) -> Family | None:
+    """Return the family of the table; that of a causal language model for what generates text from text alone."""
+    config: Any = getattr(model, "config", None)
+    listed = FAMILIES.get(getattr(config, "model_type", ""))
+    if listed is not None:
+        return listed
+    if is_open_clip(model):
+        return OPEN_CLIP
+    is_text = config is not None and hasattr(config, "vocab_size") and not hasattr(config, "vision_config")
+    return WHOLE_LANGUAGE if is_text else None
+
+
+def _existing(model: nn.Module, prefix: str) -> str:
+    """Return the prefix as this model has it: models without an output layer lack the leading "model."."""
+    headless = prefix.removeprefix("model.")
+    return headless if headless != prefix and not hasattr(model, "model") else prefix
+
+
+def _pattern(patterns: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    return KINDS.get(patterns, patterns) if isinstance(patterns, str) else patterns
+
+
+def _image_tokens(model: nn.Module) -> list[int]:
+    """Return the ids of the tokens that stand for pieces of images and videos."""
+    config: Any = getattr(model, "config", None)
+    found = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
+    return [token for token in found if isinstance(token, int)]
+
+
+def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which patches are part of an image (images, patches), for layers that read patches one by one; None if all are.
+
+    SigLIP 2 gives the mask by patch; Idefics and SmolVLM by pixel (samples, images, H, W), with images of zeros that fill a sample up.
+    """
+    mask = batch.get("pixel_attention_mask")
+    if mask is None or ".encoder." not in name:
+        return None
+    if mask.ndim == 2:
+        return mask
     config: Any = model.config
-    blocks, used = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    indices: list[int] = [used] if isinstance(used, int) else list(used)
-    # hidden_states[0] is what the first block reads, so state i is the output of block i − 1.
-    last = max(index if index >= 0 else blocks + 1 + index for index in indices)
-    return int(match.group(1)) >= last
+    size = config.vision_config.patch_size
+    pixels = batch["pixel_values"].flatten(0, 1)
+    real = mask.flatten(0, 1)[pixels.flatten(1).any(1)]
+    patches = real.unfold(1, size, size).unfold(2, size, size)
+    return (patches.sum((-1, -2)) > 0).flatten(1)
+
+
+def _caption_mask(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which tokens of open_clip's captions (batch, tokens) can reach the one that is read; None if all can.
+
+    With causal attention that is read at its end-of-text token, the largest id, all behind it is padding.
+    """
+    tower = getattr(model, "text", model)
+    kind = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    if kind != "argmax" or getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
+        return None
+    text = batch["text"]
+    return torch.arange(text.shape[1], device=text.device) <= text.argmax(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""Fine-tune an adapted model on questions and answers with transformers' Trainer."""
+"""Fine-tune an adapted model with transformers' Trainer, on questions and answers or on images and captions."""
 
 import inspect
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core import Covariance, context_drift, output_energies
+from corda_vlm.context import collator_for
+from corda_vlm.contrastive import ContrastiveTrainer
 from corda_vlm.data import Collator, Item
+from corda_vlm.pairs import PairCollator
 
 
 def fine_tune(
@@ -25,15 +28,18 @@ def fine_tune(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[tuple[int, float]]:
-    """Train what is trainable on the responses of the items, and return the loss (nats per response token) step by step.
+    """Train what is trainable on the items, and return the loss step by step.
+
+    The loss is the cross-entropy of the responses (nats per token); for models with two towers the contrastive loss
+    (``corda_vlm.contrastive``) of images and captions.
 
     AdamW without weight decay, cosine decay after 3 % warm-up, gradients clipped to norm 1: the papers' recipe. The order of
     the items depends on ``seed`` and their number only, so methods that are compared see the same data.
 
     Args:
         model: The adapted model; trained in place, left in evaluation mode.
-        items: What ``corda_vlm.data.Collator`` reads; each needs a response.
-        processor: The model's processor or tokenizer.
+        items: As ``images_texts`` of ``prepare``; each needs a response, or for two towers an image and a caption.
+        processor: The model's processor or tokenizer; for open_clip ``OpenClipPairs(preprocess, tokenizer)``.
         steps: Optimiser steps.
         batch_size: Items a step.
         learning_rate: Peak rate.
@@ -43,8 +49,12 @@ def fine_tune(
     Raises:
         ValueError: If an item has no response, or the loss is no longer finite at the end.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
+    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else Trainer
+    if isinstance(collate, Collator):
+        trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+        collate = Collator(processor, with_labels=True, trim_logits=trims)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -63,7 +73,7 @@ def fine_tune(
             seed=seed,
             data_seed=seed,
         )
-        trainer = Trainer(model, arguments, train_dataset=items, data_collator=Collator(processor, with_labels=True, trim_logits=trims))
+        trainer = kind(model, arguments, train_dataset=items, data_collator=collate)
         trainer.remove_callback(ProgressCallback)
         for callback in (*callbacks, _LossBar()):
             trainer.add_callback(callback)

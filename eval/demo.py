@@ -36,7 +36,7 @@ from corda_eval.suite import WINDOW, Measurement, Suite, load_suite, measure, qu
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
-from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters, select_layers
+from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters
 from corda_vlm.data import Collator
 
 LABELS = {"lora": "LoRA", "kpm_start": "CorDA KPM, start", "kpm_strict": "CorDA KPM, strict"}
@@ -174,7 +174,7 @@ def adapt(
     """Fine-tune a fresh model on the training digits with one method; return it and what the training took."""
     torch.manual_seed(config.seed)
     if method == "lora":
-        adapted = attach_lora(model, select_layers(model, parts=config.parts), config.rank)
+        adapted = attach_lora(model, list(plan.layers), config.rank)
     else:
         adapted = attach(model, plan, protect="strict" if method == "kpm_strict" else "start")
     items = [example.as_item() for example in load_digit_questions("train")]

@@ -1,0 +1,81 @@
+"""An image classifier whose last layer starts as the text tower's view of the classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Template = str | Callable[[str], str]
+
+
+class ZeroShotClassifier(nn.Module):
+    """``scale · W f(x)``: f the image tower's features of length 1, W (classes, d) the text tower's features of the classes' names.
+
+    Untrained it answers as zero-shot classification does; fine-tuned it is where WiSE-FT and its kin start (arXiv 2109.01903).
+    """
+
+    def __init__(self, model: nn.Module, head: Tensor, *, train_head: bool = False) -> None:
+        """Take a model with two towers, adapted or not, and W as from ``zero_shot_head``."""
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(head.shape[1], head.shape[0], bias=False, device=head.device, dtype=head.dtype)
+        self.head.weight = nn.Parameter(head.clone(), requires_grad=train_head)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``logits`` (batch, classes), and with labels (batch,) the cross-entropy as ``loss``."""
+        base = _base(self.model)
+        logits = base.logit_scale.exp() * self.head(_length_one(_image_features(base, images)))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@torch.no_grad()
+def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], classes: Sequence[str], templates: Sequence[Template]) -> Tensor:
+    """Return W (classes, d): per class the mean of its prompts' features of length 1, brought to length 1 again.
+
+    Args:
+        model: A model with two towers, of transformers or of open_clip, adapted or not.
+        tokenize: Makes a batch of prompts: open_clip's tokenizer, or one of transformers that returns a dict of tensors.
+        classes: Names of the classes.
+        templates: Prompts, as functions of a name (open_clip's) or texts with ``{}`` in the name's place.
+
+    Raises:
+        ValueError: If there are no classes or no templates.
+    """
+    if not classes or not templates:
+        raise ValueError(f"There are {len(classes)} class(es) and {len(templates)} template(s); expected at least one of each.")
+    base = _base(model)
+    device = next(base.parameters()).device
+    rows = []
+    for name in classes:
+        prompts = [template.format(name) if isinstance(template, str) else template(name) for template in templates]
+        features = _length_one(_text_features(base, tokenize(prompts), device))
+        rows.append(_length_one(features.mean(0)))
+    return torch.stack(rows)
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _image_features(base: Any, images: Tensor) -> Tensor:
+    if hasattr(base, "encode_image"):
+        return base.encode_image(images)
+    return _pooled(base.get_image_features(pixel_values=images))
+
+
+def _text_features(base: Any, tokens: Any, device: torch.device) -> Tensor:
+    if hasattr(base, "encode_text"):
+        return base.encode_text(tokens.to(device))
+    return _pooled(base.get_text_features(**{key: value.to(device) for key, value in tokens.items()}))
+
+
+def _pooled(output: Any) -> Tensor:
+    """Return the features of transformers' models, which give them as they are or in an output."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _length_one(features: Tensor) -> Tensor:
+    return F.normalize(features, dim=-1)

@@ -1,0 +1,70 @@
+"""Images and captions -> batches, for models with an image tower and a text tower."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from corda_vlm.data import Item, pair_fields, read_images
+
+
+class PairCollator(ABC):
+    """Turns items into one batch of tensors for ``model(**batch)``."""
+
+    @abstractmethod
+    def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
+        """Return the batch of these images and captions."""
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Return the batch of these items.
+
+        Raises:
+            ValueError: If an item is not one image and one caption.
+        """
+        pairs = [read_pair(item) for item in items]
+        return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
+
+
+@dataclass(frozen=True)
+class TransformersPairs(PairCollator):
+    """For CLIP, SigLIP and SigLIP 2 of transformers."""
+
+    processor: Any
+
+    def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
+        """Return ``input_ids``, ``pixel_values`` and what else the processor gives."""
+        # SigLIP reads its padding: captions have the length that it was trained with.
+        padding = "max_length" if type(self.processor).__name__.startswith("Siglip") else True
+        return dict(self.processor(text=captions, images=images, padding=padding, truncation=True, return_tensors="pt"))
+
+
+@dataclass(frozen=True)
+class OpenClipPairs(PairCollator):
+    """For open_clip, with what ``open_clip.create_model_and_transforms`` and ``get_tokenizer`` return."""
+
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+
+    def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
+        """Return ``image`` (batch, 3, H, W) and ``text`` (batch, tokens)."""
+        return {"image": torch.stack([self.preprocess(image) for image in images]), "text": self.tokenizer(captions)}
+
+
+def read_pair(item: Item) -> tuple[Image.Image, str]:
+    """Return an item's image and caption (field ``caption`` or ``text``).
+
+    Raises:
+        ValueError: If it has not exactly one image and one caption.
+    """
+    fields = item if isinstance(item, Mapping) else pair_fields(item)
+    images = read_images(fields.get("image", fields.get("images")))
+    caption = fields.get("caption", fields.get("text"))
+    if len(images) != 1 or not isinstance(caption, str) or not caption:
+        raise ValueError(
+            f"A sample has {len(images)} image(s) and the caption {caption!r}; a model with two towers needs one of each: (image, caption)."
+        )
+    return images[0], caption
