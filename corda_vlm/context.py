@@ -133,7 +133,9 @@ def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[
 
 
 def _is_batch(sample: Any) -> bool:
-    return isinstance(sample, Mapping) and any(isinstance(value, Tensor) and value.ndim > 1 for value in sample.values())
+    """Whether these are inputs of a model: tensors, and no text that is still to be read."""
+    values = list(sample.values()) if isinstance(sample, Mapping) else []
+    return any(isinstance(value, Tensor) and value.ndim > 1 for value in values) and not any(isinstance(value, str) for value in values)
 
 
 def _own_processor(model: nn.Module) -> Any:
