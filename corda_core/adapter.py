@@ -1,6 +1,7 @@
 """Put an adapter plan on a model as a PEFT LoRA, and write the trained change as an ordinary LoRA for the untouched base."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from corda_core.decompose import Mode
 from corda_core.files import replacing_in
-from corda_core.modules import base_digest, is_quantized
+from corda_core.modules import LINEAR_TYPES, base_digest, is_quantized
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.whiten import shortened
 
@@ -107,7 +108,7 @@ def attach(
     alpha = plan.rank if alpha is None else alpha
     scaling = alpha / plan.rank
     ranks = {name: init.rank for name, init in plan.layers.items()}
-    peft_model = get_peft_model(model, _lora_config(ranks, plan.rank, scaling), adapter_name=adapter_name)
+    peft_model = get_peft_model(model, _lora_config(model, ranks, plan.rank, scaling), adapter_name=adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
     for name, layer in layers.items():
@@ -147,7 +148,7 @@ def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str 
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
         ranks[name] = len(A)
-    config = _lora_config(ranks, max(ranks.values()), scaling=1.0)
+    config = _lora_config(model.get_base_model(), ranks, max(ranks.values()), scaling=1.0)
     config.base_model_name_or_path = model.peft_config[adapter_name].base_model_name_or_path
     config.task_type = model.peft_config[adapter_name].task_type
     config.fan_in_fan_out = model.peft_config[adapter_name].fan_in_fan_out
@@ -159,13 +160,21 @@ def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str 
     return folder
 
 
-def _lora_config(ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
-    """Return a config whose every layer has its own rank and the one scaling."""
-    odd = {name: r for name, r in ranks.items() if r != rank}
+def _lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
+    """Return a config whose every layer has its own rank and the one scaling.
+
+    PEFT takes a name for the end of a longer one: ``transformer.….c_fc`` for that in ``visual.transformer.….c_fc`` too (open_clip). So
+    longer ones that are not planned are excluded, and patterns of shorter ones are anchored.
+    """
+    linears = [name for name, module in base.named_modules() if isinstance(module, (*LINEAR_TYPES, LoraLayer))]
+    longer = {name: [other for other in linears if other.endswith(f".{name}")] for name in ranks}
+    odd = {f"^{re.escape(name)}" if longer[name] else name: r for name, r in ranks.items() if r != rank}
+    excluded = sorted({other for others in longer.values() for other in others if other not in ranks})
     return LoraConfig(
         r=rank,
         lora_alpha=_whole(rank * scaling),
         target_modules=list(ranks),
+        exclude_modules=excluded or None,
         rank_pattern=odd,
         alpha_pattern={name: _whole(r * scaling) for name, r in odd.items()},
         lora_dropout=0.0,

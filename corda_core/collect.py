@@ -308,6 +308,8 @@ class _Reading:
     def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
         """Return rows √w x (tokens, n) in the sums' precision, Σ w and the number of tokens that count."""
         weights = self.weights_of(name)
+        if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
+            weights = weights.reshape(-1)
         if weights is not None and weights.shape != x.shape[:-1]:
             raise ValueError(
                 f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from corda_core.collect import evaluating
 from corda_core.modules import unwrapped
 
-RESULTS = ("logits", "logits_per_image", "logits_per_text")
+RESULTS = ("logits", "logits_per_image", "logits_per_text", "image_features", "text_features")
 """What losses are taken of, in the outputs of transformers' models; where none of them is there, all tensors count."""
 
 

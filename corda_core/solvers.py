@@ -165,8 +165,8 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
     Two checks: the energy that the inverse promises, ``Σ 1/θ``, has settled; and it is the energy that ``W C`` shows, so the solves
     were right.
     """
-    W = in_float64(W)
-    solvers = _inverse_tall(W, C) if W.shape[0] >= W.shape[1] else _inverse_wide(W, C)
+    W = off_mps(W)
+    solvers = _inverse_tall(W.double(), C) if W.shape[0] >= W.shape[1] else _inverse_wide(W, C)
     if solvers is None:
         return None
     solve, lift = solvers
@@ -175,7 +175,7 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
     if found is None:
         return None
     theta, vectors = found
-    components = _rotated(W, C, lift(vectors))
+    components = _rotated(W.double(), C, lift(vectors))
     return components if float(components.sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
 
 
@@ -256,8 +256,8 @@ def _inverse_tall(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Te
 
 
 def _inverse_wide(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
-    """Return ``X -> (P Pᵀ)⁻¹ X`` and the identity, or None where ``W C`` has not full rank."""
-    transposed = C.times(W.T.contiguous())
+    """Return ``X -> (P Pᵀ)⁻¹ X`` and the identity, or None where ``W C`` has not full rank; W of any type, for the sake of memory."""
+    transposed = C.times(W.T.contiguous().double())
     lower = _cholesky(Symmetric.gram(transposed).dense(), tolerance=1e-4)
     if lower is None:  # squaring lost too much
         lower = torch.linalg.qr(transposed, mode="r").R.T

@@ -13,6 +13,10 @@ from torch.nn import functional as F
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
+READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""torch's own blocks, which read the parameters of their attention by themselves."""
+
+
 class SplitAttention(nn.Module):
     """Multi-head attention ``softmax(Q Kᵀ / √d) V`` whose projections are linear layers."""
 
@@ -80,12 +84,12 @@ class SplitAttention(nn.Module):
         layers = [getattr(self, name) for name in PROJECTIONS]
         with torch.no_grad():
             if fused.in_proj_weight is not None:
-                fused.in_proj_weight = _like(fused.in_proj_weight, torch.cat([layer.weight for layer in layers]))
+                fused.in_proj_weight = _parameter(torch.cat([layer.weight for layer in layers]), layers[0].weight)
             else:
                 for name, layer in zip(PROJECTIONS, layers, strict=True):
-                    setattr(fused, f"{name}_weight", _like(getattr(fused, f"{name}_weight"), layer.weight))
+                    setattr(fused, f"{name}_weight", _parameter(layer.weight, layer.weight))
             if fused.in_proj_bias is not None:
-                fused.in_proj_bias = _like(fused.in_proj_bias, torch.cat([layer.bias for layer in layers]))
+                fused.in_proj_bias = _parameter(torch.cat([layer.bias for layer in layers]), layers[0].bias)
         fused.out_proj = self.out_proj
         return fused.train(self.training)
 
@@ -95,7 +99,7 @@ class SplitAttention(nn.Module):
 
 
 def split_attention(model: nn.Module) -> int:
-    """Replace each fused attention in the model by a split one, in place, and return how many there were.
+    """Replace each fused attention of an open_clip model by a split one, in place, and return how many there were.
 
     Outputs stay the same up to rounding. Not touched is attention with what ``SplitAttention`` does not compute: biases of keys and values
     as extra tokens, cosine similarity, scaled heads.
@@ -125,7 +129,12 @@ def _can_split(module: Any) -> bool:
 
 
 def _replace(model: nn.Module, matches: Any, make: Any) -> int:
-    found = [(parent, key, child) for parent in model.modules() for key, child in parent.named_children() if matches(child)]
+    found = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent.named_children()
+        if matches(child) and not isinstance(parent, READERS)
+    ]
     for parent, key, child in found:
         setattr(parent, key, make(child))
     return len(found)
@@ -140,5 +149,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach().clone(), parameter.requires_grad)
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    """Return the value as a parameter that is trained if the other is."""
+    return nn.Parameter(value.detach().clone(), like.requires_grad)

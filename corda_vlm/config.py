@@ -30,13 +30,13 @@ class CordaConfig:
     """LoRA's alpha; None takes the rank (scaling 1)."""
 
     targets: str | Sequence[str] | None = None
-    """Layers to adapt, as PEFT's ``target_modules``; None takes every linear layer of the parts."""
+    """Layers to adapt, as PEFT's ``target_modules``, or "attention" or "mlp"; None takes every linear layer of the parts that can learn."""
 
     exclude: str | Sequence[str] | None = None
     """Layers to leave out."""
 
     parts: Sequence[str] | None = None
-    """Of "language", "vision", "projector"; None takes the language model."""
+    """Of "language", "vision", "projector"; None takes the language model, or both towers of CLIP, or the whole of a lone tower."""
 
     split: str = "balanced"
     """"balanced" or "paper": how the scale of B A is shared between the factors."""

@@ -17,8 +17,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from corda_core.distributed import num_processes, process_rank
 from corda_vlm.config import CordaConfig
 from corda_vlm.data import Collator, has_image
-from corda_vlm.pairs import PairCollator, TransformersPairs
-from corda_vlm.towers import family_of, has_two_towers
+from corda_vlm.pairs import PairCollator, TransformersImages, TransformersPairs
+from corda_vlm.towers import has_two_towers, is_text_only, is_vision_only
 
 NUM_LOOKED_AT = 64
 """How many samples are looked at for one with an image."""
@@ -64,11 +64,12 @@ def context_batches(model: nn.Module, images_texts: Iterable[Any], names: Sequen
             first = next(chosen)
             return Context(iter(_Batches(chain([first], chosen), inputs_of)), inputs_of(first))
         # The one with most keys: one with images, if there are any.
-        return Context(_Batches(chosen, inputs_of), inputs_of(max(islice(chosen, NUM_LOOKED_AT), key=len)))
+        return Context(_Batches(chosen, inputs_of), inputs_of(max(islice(chosen, 8), key=len)))
     collate = collator_for(model, processor or _own_processor(model))
     # Samples are read when their batch comes: a dataset decodes its images only then.
     groups = share_out(len(chosen), config.batch_size)
-    with_image = next((i for i in range(min(len(chosen), NUM_LOOKED_AT)) if has_image(chosen[i])), 0)
+    looked_at = range(0, len(chosen), max(1, len(chosen) // NUM_LOOKED_AT))  # all over: perhaps texts stand first
+    with_image = next((i for i in looked_at if has_image(chosen[i])), 0)
     return Context(_Batches(groups, lambda group: inputs_of(collate([chosen[i] for i in group]))), inputs_of(collate([chosen[with_image]])))
 
 
@@ -76,7 +77,9 @@ def collator_for(model: nn.Module, processor: Any) -> Callable[[Sequence[Any]], 
     """Return what makes batches for this model: of pairs for two towers, else of conversations and text."""
     if isinstance(processor, PairCollator):
         return processor
-    return TransformersPairs(processor) if has_two_towers(model) else Collator(processor)
+    if has_two_towers(model):
+        return TransformersPairs(processor)
+    return TransformersImages(processor) if is_vision_only(model) else Collator(processor)
 
 
 def share_out(num_samples: int, batch_size: int) -> list[range]:
@@ -144,7 +147,7 @@ def _own_processor(model: nn.Module) -> Any:
     if config is None:
         raise ValueError(f"{type(model).__name__} has no processor of its own; pass preprocess= and tokenizer=, or give ready batches.")
     path = getattr(config, "_name_or_path", "")
-    reader = AutoProcessor if family_of(model).vision else AutoTokenizer
+    reader = AutoTokenizer if is_text_only(model) else AutoProcessor
     try:
         return reader.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -166,6 +169,6 @@ def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any])
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known or getattr(model, "can_generate", lambda: False)():
         inputs["use_cache"] = False
-    if trim_logits and "logits_to_keep" in known:
+    if trim_logits and "logits_to_keep" in known and "input_ids" in inputs:
         inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
     return inputs

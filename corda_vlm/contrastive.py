@@ -34,7 +34,8 @@ def features_of(model: nn.Module, batch: dict[str, Any]) -> Features:
     base: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     if isinstance(output, tuple):  # open_clip
         image, text, scale, *bias = output
-        return Features(image, text, scale, bias[0] if bias else None)
+        # One for each device under nn.DataParallel.
+        return Features(image, text, scale.reshape(-1)[0], bias[0].reshape(-1)[0] if bias else None)
     if "image_features" in output:  # open_clip with output_dict=True
         return Features(output["image_features"], output["text_features"], output["logit_scale"], output.get("logit_bias"))
     return Features(output["image_embeds"], output["text_embeds"], base.logit_scale.exp(), getattr(base, "logit_bias", None))

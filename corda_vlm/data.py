@@ -129,6 +129,8 @@ def read_sample(item: Item, processor: Any) -> Sample:
 
 def has_image(item: Item) -> bool:
     """Return whether an item has an image, without reading it where it is a file."""
+    if isinstance(item, Image.Image):
+        return True
     fields = item if isinstance(item, Mapping) else pair_fields(item)
     image = fields.get("image", fields.get("images"))
     return bool(image) if isinstance(image, (list, tuple)) else image is not None

@@ -43,15 +43,34 @@ class TransformersPairs(PairCollator):
 
 
 @dataclass(frozen=True)
+class TransformersImages:
+    """For vision towers alone: captions, if there are any, are not read."""
+
+    processor: Any
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Return ``pixel_values`` and what else the image processor gives.
+
+        Raises:
+            ValueError: If an item has no image.
+        """
+        images = [image for item in items for image in _images_of(item)]
+        reader = getattr(self.processor, "image_processor", self.processor)
+        return dict(reader(images=images, return_tensors="pt"))
+
+
+@dataclass(frozen=True)
 class OpenClipPairs(PairCollator):
     """For open_clip, with what ``open_clip.create_model_and_transforms`` and ``get_tokenizer`` return."""
 
     preprocess: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
+    dtype: torch.dtype = torch.float32
+    """The image tower's precision: open_clip leaves it to the caller to convert images."""
 
     def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
         """Return ``image`` (batch, 3, H, W) and ``text`` (batch, tokens)."""
-        return {"image": torch.stack([self.preprocess(image) for image in images]), "text": self.tokenizer(captions)}
+        return {"image": torch.stack([self.preprocess(image) for image in images]).to(self.dtype), "text": self.tokenizer(captions)}
 
 
 def read_pair(item: Item) -> tuple[Image.Image, str]:
@@ -60,7 +79,7 @@ def read_pair(item: Item) -> tuple[Image.Image, str]:
     Raises:
         ValueError: If it has not exactly one image and one caption.
     """
-    fields = item if isinstance(item, Mapping) else pair_fields(item)
+    fields = _fields(item)
     images = read_images(fields.get("image", fields.get("images")))
     caption = fields.get("caption", fields.get("text"))
     if len(images) != 1 or not isinstance(caption, str) or not caption:
@@ -68,3 +87,16 @@ def read_pair(item: Item) -> tuple[Image.Image, str]:
             f"A sample has {len(images)} image(s) and the caption {caption!r}; a model with two towers needs one of each: (image, caption)."
         )
     return images[0], caption
+
+
+def _fields(item: Item) -> Mapping[str, Any]:
+    return item if isinstance(item, Mapping) else pair_fields(item)
+
+
+def _images_of(item: Item) -> tuple[Image.Image, ...]:
+    """Return the images of an item, which may be just one."""
+    fields = {"image": item} if isinstance(item, Image.Image) else _fields(item)
+    images = read_images(fields.get("image", fields.get("images")))
+    if not images:
+        raise ValueError("A sample has no image, which is all that a vision tower reads; give images.")
+    return images

@@ -15,6 +15,7 @@ from corda_core import (
     Candidate,
     Covariance,
     Selection,
+    TokenWeights,
     allocate_ranks,
     attach,
     collect,
@@ -24,13 +25,12 @@ from corda_core import (
     select_covariances,
 )
 from corda_core.collect import split_layers
-from corda_core.distributed import from_first_process
 from corda_core.modules import weight_shape
 from corda_vlm.attention import split_attention
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
 from corda_vlm.pairs import OpenClipPairs
-from corda_vlm.towers import is_open_clip, learnable_layers, select_layers, token_weights
+from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, select_layers, token_weights
 
 
 def prepare(
@@ -130,10 +130,10 @@ def prepare(
         batch_size=batch_size,
         seed=seed,
     )
-    if is_open_clip(model):
-        split_attention(model)
-        if preprocess is not None and tokenizer is not None:
-            processor = OpenClipPairs(preprocess, tokenizer)
+    if preprocess is not None or tokenizer is not None:
+        if preprocess is None or tokenizer is None or not is_open_clip(model):
+            raise ValueError("preprocess and tokenizer are for open_clip models, and go together; other models take processor=.")
+        processor = OpenClipPairs(preprocess, tokenizer, image_dtype(model))
     contexts = draw_contexts(images_texts, config) if isinstance(candidates, int | None) else [images_texts, *candidates]
     adapter_plan = plan_contexts(model, contexts, config, processor)
     return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
@@ -217,10 +217,12 @@ def plan_adapters(
 def _layers_and_contexts(
     model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any
 ) -> tuple[tuple[str, ...], list[Context]]:
-    """Return the layers to adapt, those that can learn from the first context, and the contexts as inputs of the model."""
+    """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model."""
+    if is_open_clip(model):
+        split_attention(model)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     ready = [context_batches(model, context, names, config, processor) for context in contexts]
-    return from_first_process(learnable_layers(model, names, ready[0].example)), ready
+    return learnable_layers(model, names, [context.example for context in ready]), ready
 
 
 def _covariances(model: nn.Module, context: Context, names: Sequence[str], config: CordaConfig) -> Iterator[dict[str, Covariance]]:
@@ -240,11 +242,18 @@ def _selections(model: nn.Module, contexts: Sequence[Context], names: Sequence[s
     weights = token_weights(model, config.token_weights)
     limit = None if config.max_bytes is None else config.max_bytes // min(2, len(contexts))
     for part in split_layers(model, contexts[0].batches, names, limit):
-        sets = (
-            collect(model, one.batches, part, token_weights=weights, normalize=config.normalize)  # type: ignore[arg-type]
-            for one in contexts
-        )
+        sets = (_covariances_of(number, model, one, part, weights, config) for number, one in enumerate(contexts, 1))
         yield select_covariances(model, sets, damping=config.damping, progress=progress_bar)
+
+
+def _covariances_of(
+    number: int, model: nn.Module, context: Context, names: Sequence[str], weights: TokenWeights, config: CordaConfig
+) -> dict[str, Covariance]:
+    """Return the covariances of one of several contexts."""
+    try:
+        return collect(model, context.batches, names, token_weights=weights, normalize=config.normalize)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"Context {number} of several, each of which must reach all layers: {error}") from error
 
 
 def _ranks(model: nn.Module, candidates: Mapping[str, Candidate], budget: int, config: CordaConfig) -> dict[str, int]:

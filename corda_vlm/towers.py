@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_core import TokenWeights, attention_mask_of, probe, select_linears
+from corda_core import Reach, TokenWeights, attention_mask_of, probe, select_linears
+from corda_core.distributed import gathered
 
 KINDS = {
     "attention": r".*\.(self_attn|attn|attention|self_attention|cross_attn|attn_pool)\..+",
@@ -46,7 +47,7 @@ TWO_TOWERS = Family(
 )
 OPEN_CLIP = Family(
     vision=("visual",),
-    language=("transformer", "text", "token_embedding", "text_projection"),
+    language=("transformer", "text", "text_decoder", "token_embedding", "text_projection"),
     default=("vision", "language"),
 )
 WHOLE_LANGUAGE = Family(language=("",))
@@ -102,6 +103,22 @@ def is_open_clip(model: nn.Module) -> bool:
     return isinstance(getattr(model, "visual", None), nn.Module) and hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
+def is_text_only(model: nn.Module) -> bool:
+    """Return whether the model is a causal language model."""
+    return _listed(model) is WHOLE_LANGUAGE
+
+
+def is_vision_only(model: nn.Module) -> bool:
+    """Return whether the model is a vision tower by itself."""
+    return _listed(model) is WHOLE_VISION
+
+
+def image_dtype(model: Any) -> torch.dtype:
+    """Return the precision that an open_clip model's image tower wants its images in."""
+    weights = (module.weight.dtype for module in model.visual.modules() if isinstance(module, nn.Conv2d))
+    return next(weights, torch.float32)
+
+
 def part_of(model: nn.Module, name: str) -> str | None:
     """Return which part a layer belongs to."""
     family = family_of(model)
@@ -139,17 +156,27 @@ def select_layers(
     names = select_linears(model, _pattern(targets), _pattern(exclude))
     inside = tuple(name for name in names if part_of(model, name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
     if not inside:
-        raise ValueError(f"targets={targets!r} matches layers, but none of them in parts={chosen!r}; the first match is {names[0]}.")
+        what = "There are linear layers" if targets is None else f"targets={targets!r} matches layers"
+        raise ValueError(f"{what}, but none of them in parts={chosen!r}; the first is {names[0]}.")
     return inside
 
 
-def learnable_layers(model: nn.Module, names: Sequence[str], batch: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the layers that can learn from such a batch (``corda_core.probe``), and warn of those left out.
+def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the layers that can learn from one of these batches (``corda_core.probe``), and warn of those left out.
+
+    Under ``torch.distributed`` from one of any process's.
 
     Raises:
         ValueError: If none can.
     """
-    reach = probe(model, batch, names)
+    reaches = [reach for theirs in gathered([probe(model, batch, names) for batch in batches]) for reach in theirs]
+    learnable = {name for reach in reaches for name in reach.learnable}
+    ran = learnable | {name for reach in reaches for name in reach.unused}
+    reach = Reach(
+        learnable=tuple(name for name in names if name in learnable),
+        unused=tuple(name for name in names if name in ran - learnable),
+        not_run=tuple(name for name in names if name not in ran),
+    )
     if not reach.learnable:
         raise ValueError(
             f"None of the {len(names)} layers can learn from the first samples: {len(reach.not_run)} never ran (such as "
@@ -177,13 +204,18 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     projector all tokens count alike.
     """
     image_tokens, two_towers = _image_tokens(model), has_two_towers(model)
+    unlisted, decoder = _listed(model) is None, _decoder_prefix(model)
     if weights["image"] != weights["text"] and not image_tokens:
-        raise ValueError(f'tokens weighs images and text apart, but {type(model).__name__} reads no images; leave tokens at "all".')
+        raise ValueError(
+            f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
+        )
 
     def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
         part = part_of(model, name)
         if part == "vision":
             return _patch_mask(model, name, batch)
+        if unlisted and not name.startswith(decoder):
+            return None
         if part != "language" or (two_towers and not re.search(r"\.(encoder|resblocks)\.", name)):  # a tower's head reads one token
             return None
         mask = _caption_mask(model, batch) if is_open_clip(model) else attention_mask_of(name, batch)
@@ -215,6 +247,13 @@ def _existing(model: nn.Module, prefix: str) -> str:
 
 def _pattern(patterns: str | Sequence[str] | None) -> str | Sequence[str] | None:
     return KINDS.get(patterns, patterns) if isinstance(patterns, str) else patterns
+
+
+def _decoder_prefix(model: Any) -> str:
+    """Return where the language model of an unlisted model lives, as far as transformers knows; else a name that no layer has."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "\0")
 
 
 def _image_tokens(model: nn.Module) -> list[int]:
@@ -249,6 +288,9 @@ def _caption_mask(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
     """
     tower = getattr(model, "text", model)
     kind = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    pad_id = getattr(getattr(tower, "config", None), "pad_token_id", None)  # a text tower of transformers masks its padding
+    if pad_id is not None:
+        return batch["text"] != pad_id
     if kind != "argmax" or getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
         return None
     text = batch["text"]

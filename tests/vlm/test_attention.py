@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -136,7 +137,39 @@ def test_open_clip_from_preparation_to_a_normal_checkpoint(make: Any, protect: s
     torch.testing.assert_close(features(merged, inputs), tuned, rtol=1e-5, atol=1e-5)
     fresh = make()
     fresh.load_state_dict(merged.state_dict())
-    assert torch.equal(features(fresh, inputs), features(merged, inputs))
+    torch.testing.assert_close(features(fresh, inputs), features(merged, inputs), rtol=1e-5, atol=1e-6)  # torch has two paths
+
+
+@pytest.mark.parametrize("options", [{"parts": ["language"]}, {"parts": ["vision"]}, {"budget": "rank"}, {"variant": "corda++"}])
+def test_names_that_end_alike_in_both_towers(options: dict[str, Any], tmp_path: Any) -> None:
+    """``transformer.….c_fc`` is also the end of ``visual.transformer.….c_fc``, and PEFT goes by ends."""
+    model, inputs = clip(), batch()
+    inputs = {key: value.repeat(30, *[1] * (value.ndim - 1)) for key, value in inputs.items()}
+    inputs["image"] = torch.randn(inputs["image"].shape)
+    adapted = corda_vlm.prepare(model, [inputs] * 5, rank=3, **options, **({"candidates": 1} if "variant" in options else {}))
+    layers = lora_layers(adapted)
+    assert {part_of(model, name) for name in layers} == set(options.get("parts", ["vision", "language"]))
+    for layer in layers.values():
+        layer.lora_B["default"].weight.data += 0.02
+    expected = features(adapted, inputs)
+    corda_vlm.export(adapted, tmp_path)
+    fresh = clip()
+    split_attention(fresh)
+    torch.testing.assert_close(features(PeftModel.from_pretrained(fresh, tmp_path), inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16])
+def test_images_are_converted_for_a_tower_of_lower_precision(precision: torch.dtype) -> None:
+    model = clip().to(precision)
+    pictures = [(Image.new("RGB", (16, 16), (20 * i, 90, 9)), "a") for i in range(4)]
+    adapted = corda_vlm.prepare(
+        model,
+        pictures,
+        rank=2,
+        preprocess=lambda _: torch.randn(3, 16, 16),
+        tokenizer=lambda captions: batch()["text"][:1].repeat(len(captions), 1),
+    )
+    assert len(lora_layers(adapted)) == 24
 
 
 def test_padding_of_captions_does_not_count() -> None:

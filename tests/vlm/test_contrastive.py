@@ -148,3 +148,5 @@ def test_bad_pairs_are_named(samples: list[Any]) -> None:
         pairs([{"image": Image.new("RGB", (4, 4))}])
     with pytest.raises(ValueError, match="preprocess= and tokenizer="):
         corda_vlm.prepare(clip(), pictures(), rank=2)
+    with pytest.raises(ValueError, match="are for open_clip models, and go together"):
+        corda_vlm.prepare(clip(), pictures(), rank=2, preprocess=preprocess)

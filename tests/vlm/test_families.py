@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build
+import transformers
+from families import FAMILIES, VISION, build
+from PIL import Image
 from torch import Tensor, nn
 
 import corda_vlm
@@ -138,6 +140,57 @@ def test_an_unknown_family_takes_what_can_learn_and_says_so() -> None:
     ):
         adapted = corda_vlm.prepare(model, [batch], rank=2)
     assert torch.equal(adapted(**batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*of no family")
+def test_an_unknown_vision_language_model_has_its_own_masks() -> None:
+    """Its vision tower sees patches, which the attention mask says nothing about."""
+    model, batch = build("llava")
+    model.config.model_type = "unheard_of"
+    batch["attention_mask"][0, :3] = 0
+    found = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig())
+    assert {part_of(model, name) for name in found} == {"language"}  # one part, which is the whole model
+    tokens = {name.split(".")[1]: one.num_tokens for name, one in found.items()}
+    assert tokens == {"vision_tower": 2 * 5, "multi_modal_projector": 2 * 4, "language_model": int(batch["attention_mask"].sum())}
+
+
+def test_models_that_flatten_their_tokens() -> None:
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    model = transformers.OPTForCausalLM(config).eval()
+    ids = torch.randint(3, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found = corda_vlm.collect_context(model, [{"input_ids": ids, "attention_mask": mask}], corda_vlm.CordaConfig())
+    assert {one.num_tokens for one in found.values()} == {int(mask.sum())}
+
+
+def test_a_lone_vision_tower_reads_images() -> None:
+    torch.manual_seed(0)
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION)).eval()
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    pictures = [Image.new("RGB", (16, 16), (30 * i, 0, 99)) for i in range(6)]
+    adapted = corda_vlm.prepare(model, pictures, rank=2, processor=processor)
+    assert len(lora_layers(adapted)) == 3 * 6
+    with pytest.raises(ValueError, match="no image, which is all that a vision tower reads"):
+        corda_vlm.prepare(model, [(None, "text")], rank=2, processor=processor)
+
+
+def test_several_contexts_and_lists_that_begin_with_text() -> None:
+    model, batch = build("llava")
+    text = {"input_ids": torch.randint(10, 60, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    parts = ["vision", "language"]
+    adapted = corda_vlm.prepare(model, [text] * 3 + [batch], rank=2, parts=parts)
+    assert {part_of(model, name) for name in lora_layers(adapted)} == set(parts)
+    with pytest.raises(ValueError, match="Context 1 of several, each of which must reach all layers: .*vision_tower.* never ran"):
+        corda_vlm.prepare(build("llava")[0], [text], rank=2, parts=parts, candidates=[[batch]])
 
 
 def test_a_vision_tower_needs_images() -> None:
