@@ -1,6 +1,7 @@
 """The one call: model and samples in, model with a CorDA adapter out, outputs unchanged."""
 
 import collections
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -31,6 +32,8 @@ from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, select_layers, token_weights
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -177,6 +180,8 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     candidates = {name: one for selection in found for name, one in selection.candidates.items()}
     chosen = {name: place for selection in found for name, place in selection.chosen.items()}
     layers = {name: replace(init, candidates=candidates[name], chosen=chosen[name]) for name, init in made.layers.items()}
+    if budget is not None:
+        logger.info("%d parameters of a budget of %d, in %d layers", made.num_parameters, budget, len(layers))
     return replace(made, layers=layers, provenance={**made.provenance, "budget": budget})
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import llama_config, tiny_llama
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from corda_core import attach, change_factors, collect, export, lora_layers, plan, select_linears, weight_matrix
 from corda_core.modules import weight_shape
@@ -95,3 +95,31 @@ def test_unknown_packed_weights_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"packed weights .*0 \(Packed\)"):
         select_linears(nn.Sequential(Packed()))
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:MatMul8bitLt", "ignore:.*device_map")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_quantised(bits: int, tmp_path: Any) -> None:
+    """As QLoRA users load it; PEFT then has its own layers for it."""
+    plain_llama().save_pretrained(tmp_path / "base")
+    options = (
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        if bits == 4
+        else {"load_in_8bit": True}
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
+    )
+    names = select_linears(model)
+    made = plan(model, collect(model, [BATCH], names), mode="kpm", rank=4)
+    model.train()
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+    adapted = attach(model, made)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**BATCH).logits, expected, rtol=0, atol=0)
+    adapted(**BATCH).logits.square().sum().backward()
+    layers = lora_layers(adapted)
+    assert {type(layer).__name__ for layer in layers.values()} == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+    for name, layer in layers.items():
+        assert float(layer.lora_B["default"].weight.grad.abs().max()) > 0, name
