@@ -3,6 +3,7 @@
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import MaxNLocator
 
 from corda_core import AdapterInit
 from corda_vlm.plots import STYLE, embed, log_scale, panel
@@ -23,7 +24,9 @@ def heat_map(grid: dict[str, Any]) -> str:
         axes.set_xlabel("block")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, pad=0.02)
+        known = [value for row in grid["values"] for value in row if value is not None]
+        whole = all(value == int(value) for value in known)
+        figure.colorbar(image, ax=axes, pad=0.02, ticks=MaxNLocator(integer=whole))
         return embed(figure)
 
 
