@@ -118,10 +118,14 @@ def attach(
     return peft_model
 
 
+def base_of(model: nn.Module) -> Any:
+    """Return the model that PEFT has put adapters into, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """Return the layers that carry this adapter, by their full names in the base model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
 
 
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:

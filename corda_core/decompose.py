@@ -106,7 +106,7 @@ def decompose(
     chosen = Mode(mode).components(k, rank)
     if rank == 0:
         empty = in_float64(weight[:, :0])
-        return Decomposition(empty, empty[0], empty.T @ in_float64(weight), chosen, fell_back=False)
+        return Decomposition(empty, empty[0], in_float64(weight[:0]), chosen, fell_back=False)
     iterate = Solver(solver).iterates(k, rank)
     found = (solvers.smallest if Mode(mode) is Mode.KPM else solvers.largest)(weight, C, rank) if iterate else None
     if found is not None:

@@ -43,13 +43,13 @@ def select_linears(
         chosen = _matching(linears, targets, "targets")
     left_out = set(_matching(linears, exclude, "exclude")) if exclude else set()
     chosen = [name for name in chosen if name not in left_out]
-    packed = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if hasattr(module, "qweight")]
-    if packed and not chosen:
-        raise ValueError(
-            f"The linear layers hold packed weights that cannot be decomposed, such as {packed[0]}; "
-            "prepare the adapter on the unquantised model."
-        )
     if not chosen:
+        packed = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if hasattr(module, "qweight")]
+        if packed:
+            raise ValueError(
+                f"The linear layers hold packed weights that cannot be decomposed, such as {packed[0]}; "
+                "prepare the adapter on the unquantised model."
+            )
         raise ValueError(
             f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(linears)} linear layers in the model."
         )

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from corda_core.adapter import base_of
 
 Template = str | Callable[[str], str]
 
@@ -26,7 +27,7 @@ class ZeroShotClassifier(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``logits`` (batch, classes), and with labels (batch,) the cross-entropy as ``loss``."""
-        base = _base(self.model)
+        base = base_of(self.model)
         logits = base.logit_scale.exp() * self.head(_length_one(_image_features(base, images)))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
@@ -46,7 +47,7 @@ def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], class
     """
     if not classes or not templates:
         raise ValueError(f"There are {len(classes)} class(es) and {len(templates)} template(s); expected at least one of each.")
-    base = _base(model)
+    base = base_of(model)
     device = next(base.parameters()).device
     rows = []
     for name in classes:
@@ -54,10 +55,6 @@ def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], class
         features = _length_one(_text_features(base, tokenize(prompts), device))
         rows.append(_length_one(features.mean(0)))
     return torch.stack(rows)
-
-
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _image_features(base: Any, images: Tensor) -> Tensor:

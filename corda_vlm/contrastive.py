@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from transformers import Trainer
 
+from corda_core.adapter import base_of
 from corda_core.distributed import is_distributed
 
 
@@ -30,8 +30,7 @@ class Features:
 def features_of(model: nn.Module, batch: dict[str, Any]) -> Features:
     """Return the features of a batch of images and captions, of a model of transformers or of open_clip."""
     output = model(**batch)
-    inner: Any = getattr(model, "module", model)  # DDP
-    base: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    base = base_of(getattr(model, "module", model))  # module: DDP
     if isinstance(output, tuple):  # open_clip
         image, text, scale, *bias = output
         # One for each device under nn.DataParallel.

@@ -71,11 +71,10 @@ class Collator:
             "attention_mask": torch.stack([_pad_left(torch.ones_like(one["input_ids"]), length, 0) for one in encoded]),
         }
         for key in {key for one in encoded for key in one} - {"input_ids", "is_response"}:
-            found = [one[key] for one in encoded if key in one]
             if key in PER_TOKEN:
                 batch[key] = torch.stack([_pad_left(one.get(key, torch.zeros_like(one["input_ids"])), length, 0) for one in encoded])
             else:
-                batch[key] = _joined(found)
+                batch[key] = _joined([one[key] for one in encoded if key in one])
         if self.with_labels:
             batch |= self._labels(batch["input_ids"], [one["is_response"] for one in encoded])
         return batch
@@ -104,8 +103,8 @@ def read_sample(item: Item, processor: Any) -> Sample:
     Raises:
         ValueError: If the item has no text, or its images and placeholders do not match.
     """
-    fields = item if isinstance(item, Mapping) else pair_fields(item)
-    images = read_images(fields.get("image", fields.get("images")))
+    fields = fields_of(item)
+    images = read_images(image_field(fields))
     if images and not hasattr(processor, "image_processor"):
         raise ValueError(
             "A sample has an image, but the processor given is a tokenizer: pass the model's full processor, or leave images out."
@@ -131,8 +130,7 @@ def has_image(item: Item) -> bool:
     """Return whether an item has an image, without reading it where it is a file."""
     if isinstance(item, Image.Image):
         return True
-    fields = item if isinstance(item, Mapping) else pair_fields(item)
-    image = fields.get("image", fields.get("images"))
+    image = image_field(fields_of(item))
     return bool(image) if isinstance(image, (list, tuple)) else image is not None
 
 
@@ -250,15 +248,22 @@ def _check_placeholders(text: str, num_images: int) -> None:
         )
 
 
-def pair_fields(item: Item) -> dict[str, Any]:
-    """Return an (image or None, text) pair as fields.
+def fields_of(item: Item) -> Mapping[str, Any]:
+    """Return a dict as it is, and an (image or None, text) pair as fields.
 
     Raises:
-        ValueError: If the item is no pair.
+        ValueError: If the item is neither.
     """
+    if isinstance(item, Mapping):
+        return item
     if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 2:
         return {"image": item[0], "text": item[1]}
     raise ValueError(f"A sample is a {type(item).__name__}; expected a pair (image or None, text) or a dict.")
+
+
+def image_field(fields: Mapping[str, Any]) -> Any:
+    """Return what a sample has for its image or images."""
+    return fields.get("image", fields.get("images"))
 
 
 def read_images(value: Any) -> tuple[Image.Image, ...]:

@@ -1,7 +1,7 @@
 """Images and captions -> batches, for models with an image tower and a text tower."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corda_vlm.data import Item, pair_fields, read_images
+from corda_vlm.data import Item, fields_of, image_field, read_images
 
 
 class PairCollator(ABC):
@@ -79,8 +79,8 @@ def read_pair(item: Item) -> tuple[Image.Image, str]:
     Raises:
         ValueError: If it has not exactly one image and one caption.
     """
-    fields = _fields(item)
-    images = read_images(fields.get("image", fields.get("images")))
+    fields = fields_of(item)
+    images = read_images(image_field(fields))
     caption = fields.get("caption", fields.get("text"))
     if len(images) != 1 or not isinstance(caption, str) or not caption:
         raise ValueError(
@@ -89,14 +89,9 @@ def read_pair(item: Item) -> tuple[Image.Image, str]:
     return images[0], caption
 
 
-def _fields(item: Item) -> Mapping[str, Any]:
-    return item if isinstance(item, Mapping) else pair_fields(item)
-
-
 def _images_of(item: Item) -> tuple[Image.Image, ...]:
     """Return the images of an item, which may be just one."""
-    fields = {"image": item} if isinstance(item, Image.Image) else _fields(item)
-    images = read_images(fields.get("image", fields.get("images")))
+    images = read_images(item if isinstance(item, Image.Image) else image_field(fields_of(item)))
     if not images:
         raise ValueError("A sample has no image, which is all that a vision tower reads; give images.")
     return images

@@ -38,6 +38,13 @@ class Family:
         found: tuple[str, ...] = getattr(self, part)
         return found
 
+    def part_of(self, name: str) -> str | None:
+        """Return which part a layer belongs to."""
+        hits = [
+            (len(prefix), part) for part in PARTS for prefix in self.prefixes(part) if f"{name}.".startswith(f"{prefix}." if prefix else "")
+        ]
+        return max(hits)[1] if hits else None
+
 
 LLAVA = Family(("model.vision_tower",), ("model.multi_modal_projector",), ("model.language_model",))
 QWEN_VL = Family(("model.visual",), ("model.visual.merger", "model.visual.deepstack_merger_list"), ("model.language_model",))
@@ -120,12 +127,8 @@ def image_dtype(model: Any) -> torch.dtype:
 
 
 def part_of(model: nn.Module, name: str) -> str | None:
-    """Return which part a layer belongs to."""
-    family = family_of(model)
-    hits = [
-        (len(prefix), part) for part in PARTS for prefix in family.prefixes(part) if f"{name}.".startswith(f"{prefix}." if prefix else "")
-    ]
-    return max(hits)[1] if hits else None
+    """Return which part of the model a layer belongs to."""
+    return family_of(model).part_of(name)
 
 
 def select_layers(
@@ -154,7 +157,7 @@ def select_layers(
     if unknown or not chosen:
         raise ValueError(f"parts: {unknown or chosen!r} is not what {type(model).__name__} has; expected some of {sorted(known)}.")
     names = select_linears(model, _pattern(targets), _pattern(exclude))
-    inside = tuple(name for name in names if part_of(model, name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
+    inside = tuple(name for name in names if family.part_of(name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
     if not inside:
         what = "There are linear layers" if targets is None else f"targets={targets!r} matches layers"
         raise ValueError(f"{what}, but none of them in parts={chosen!r}; the first is {names[0]}.")
@@ -204,14 +207,14 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     projector all tokens count alike.
     """
     image_tokens, two_towers = _image_tokens(model), has_two_towers(model)
-    unlisted, decoder = _listed(model) is None, _decoder_prefix(model)
+    family, unlisted, decoder = family_of(model), _listed(model) is None, _decoder_prefix(model)
     if weights["image"] != weights["text"] and not image_tokens:
         raise ValueError(
             f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
         )
 
     def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        part = part_of(model, name)
+        part = family.part_of(name)
         if part == "vision":
             return _patch_mask(model, name, batch)
         if unlisted and not name.startswith(decoder):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core import Covariance, context_drift, output_energies
+from corda_core.adapter import base_of
 from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer
 from corda_vlm.data import Collator, Item
@@ -49,7 +50,7 @@ def fine_tune(
     Raises:
         ValueError: If an item has no response, or the loss is no longer finite at the end.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
     kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else Trainer
     if isinstance(collate, Collator):
