@@ -4,26 +4,32 @@ select_linears -> collect -> plan (decompose, factors) -> attach -> export
 CorDA++ chooses between several collections and gives each layer its rank: select_covariances, allocate_ranks.
 """
 
-from corda_core.adapter import attach, change_factors, export, lora_layers
+from corda_core.adapter import Attachment, attach, attachment_of, change_factors, lora_layers
 from corda_core.allocate import Candidate, allocate_ranks, assess, compactness, select_covariance
 from corda_core.candidates import Selection, resolved, select_covariances
+from corda_core.checkpoint import load, save
 from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
 from corda_core.covariance import Covariance
 from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
 from corda_core.drift import context_drift, output_energies
+from corda_core.export import Exported, export, merge
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
 from corda_core.probe import Reach, probe
+from corda_core.quantize import QuantizationError, quantization_errors, quantize_linears_
 from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
 from corda_core.whiten import Whitening, whitening
 
 __all__ = [
     "AdapterInit",
     "AdapterPlan",
+    "Attachment",
     "Candidate",
     "Covariance",
     "Decomposition",
+    "Exported",
     "Mode",
+    "QuantizationError",
     "Reach",
     "Selection",
     "Solver",
@@ -33,6 +39,7 @@ __all__ = [
     "allocate_ranks",
     "assess",
     "attach",
+    "attachment_of",
     "attention_mask_of",
     "base_digest",
     "change_factors",
@@ -44,13 +51,18 @@ __all__ = [
     "decompose",
     "export",
     "factors",
+    "load",
     "load_covariances",
     "load_plan",
     "lora_layers",
+    "merge",
     "output_energies",
     "plan",
     "probe",
+    "quantization_errors",
+    "quantize_linears_",
     "resolved",
+    "save",
     "save_covariances",
     "save_plan",
     "select_covariance",

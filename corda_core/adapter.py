@@ -1,22 +1,24 @@
-"""Put an adapter plan on a model as a PEFT LoRA, and write the trained change as an ordinary LoRA for the untouched base."""
+"""Put an adapter plan on a model as a PEFT LoRA."""
 
-import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from safetensors.torch import save_file
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from corda_core.decompose import Mode
-from corda_core.files import replacing_in
-from corda_core.modules import LINEAR_TYPES, base_digest, is_quantized
+from corda_core.modules import LINEAR_TYPES, base_digest, gathered_whole, is_quantized, unwrapped
 from corda_core.plan import AdapterInit, AdapterPlan
+from corda_core.quantize import KINDS, quantize_linears_
 from corda_core.whiten import shortened
 
 Protect = Literal["start", "strict", "whitened"]
@@ -65,6 +67,35 @@ class ContextLora(LoraVariant):
         return orig_weight - _stored_change(module, active_adapter).to(orig_weight.dtype)
 
 
+class ContextLoraModel(LoraModel):
+    """PEFT's model of LoRA layers, which knows that CorDA's factors cannot be added up by themselves."""
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine plain adapters as PEFT does.
+
+        Raises:
+            ValueError: If one of them is a CorDA adapter in training: PEFT would combine ``B A`` and forget ``B0 A0``.
+        """
+        ours = [name for name in adapters if getattr(self.peft_config.get(name), "init_lora_weights", None) == NOT_PLAIN]
+        if ours:
+            raise ValueError(
+                f"add_weighted_adapter got {ours[0]!r}, which is no plain LoRA; export it and load what that wrote, then combine."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What ``attach`` was called with: all that loading the adapter again takes, but for what was trained."""
+
+    plan: AdapterPlan
+    alpha: float
+    protect: Protect
+    residual: Residual
+    quantize: str | None
+    train_fully: tuple[str, ...]
+
+
 def attach(
     model: nn.Module,
     plan: AdapterPlan,
@@ -72,6 +103,8 @@ def attach(
     alpha: float | None = None,
     protect: Protect = "start",
     residual: Residual = "offset",
+    quantize: str | None = None,
+    train_fully: Sequence[str] = (),
     adapter_name: str = "default",
 ) -> PeftModel:
     """Return the model with the planned adapters on it; its outputs are bit for bit what they were.
@@ -85,41 +118,63 @@ def attach(
     A0 and B0 are divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
 
     Args:
-        model: The base that the plan was made from, or an equal copy.
+        model: The base that the plan was made from, or an equal copy; or one that carries other adapters, which stay and become inactive.
         plan: As from ``corda_core.plan``.
         alpha: LoRA's alpha; None takes the rank, so s = 1.
         protect: "start", "strict" or "whitened"; the latter two need a plan in KPM, "whitened" one made with ``whiten=True``.
         residual: "offset" leaves the base weights alone. "subtract" writes ``W − s B0 A0`` into them, the papers' form:
             one product less per step, but equal to the base only up to rounding.
+        quantize: "nf4" or "fp4": bitsandbytes holds the adapted layers' base weights in 4 bits from here on. With
+            ``residual="subtract"`` it is the residual that is quantised (Q-CorDA); the outputs are then those of quantised weights.
+        train_fully: Modules that train whole beside the adapters (a projector), by their full names; PEFT's ``modules_to_save``.
         adapter_name: PEFT's name for the adapter.
 
     Raises:
         ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
     """
+    base = base_of(model)
     _check_options(plan, protect, residual)
-    if residual == "subtract" and any(is_quantized(model.get_submodule(name)) for name in plan.layers):
-        raise ValueError('residual="subtract" changes the base weights, which are quantised; use residual="offset".')
-    digest = base_digest(model, plan.layers)
-    if digest != plan.provenance["base_digest"]:
-        raise ValueError(
-            f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}…: "
-            "attach it to the base it was made from, or make a new plan."
-        )
+    _check_base(model, plan, residual, quantize, train_fully, adapter_name)
     alpha = plan.rank if alpha is None else alpha
-    scaling = alpha / plan.rank
     ranks = {name: init.rank for name, init in plan.layers.items()}
-    peft_model = get_peft_model(model, _lora_config(model, ranks, plan.rank, scaling), adapter_name=adapter_name)
+    config = lora_config(base, ranks, plan.rank, alpha / plan.rank)
+    config.modules_to_save = list(train_fully) or None
+    peft_model = _with_lora(model, config, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
+    _check_whole(peft_model, train_fully)
+    if residual == "subtract":
+        for name, layer in layers.items():
+            _subtract_(layer.get_base_layer(), plan.layers[name])
+    if quantize is not None:  # PEFT has layers of its own kind on quantised ones
+        base = peft_model.unload()
+        quantize_linears_(base, plan.layers, quantize)
+        peft_model = _with_lora(base, config, adapter_name)
+        layers = lora_layers(peft_model, adapter_name)
     for name, layer in layers.items():
-        _fill(layer, plan.layers[name], adapter_name, protect, subtract=residual == "subtract")
+        _fill(layer, plan.layers[name], adapter_name, protect, offset=residual == "offset")
     if protect != "strict":
         peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
+    attachment = Attachment(plan, alpha, protect, residual, quantize, tuple(train_fully))
+    peft_model.peft_config[adapter_name].corda = attachment  # no field of PEFT's config: it is not written to its JSON
     return peft_model
+
+
+def attachment_of(model: nn.Module, adapter_name: str = "default") -> Attachment:
+    """Return what an adapter was attached with.
+
+    Raises:
+        ValueError: If the model carries no CorDA adapter of this name.
+    """
+    found = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
+    if found is None:
+        raise ValueError(f"The model carries no CorDA adapter named {adapter_name!r}; expected one from prepare, attach or load.")
+    return found  # type: ignore[no-any-return]
 
 
 def base_of(model: nn.Module) -> Any:
     """Return the model that PEFT has put adapters into, or the model itself."""
+    model = unwrapped(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -134,37 +189,7 @@ def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Ten
     return A.detach().float(), B.detach().float() * layer.scaling[adapter_name]
 
 
-def export(model: PeftModel, path: str | os.PathLike[str], *, adapter_name: str = "default") -> Path:
-    """Write the change as an ordinary LoRA for the untouched base, and return its folder.
-
-    ``[A; A − A0]``, ``[B − B0, B0]``: rank 2r for ``protect="start"``, r for "strict". The scaling is folded into B, so alpha equals
-    the rank in every layer and each consumer reads the same function. Files are replaced one by one, whole or not at all.
-
-    Raises:
-        ValueError: If the model carries no adapter of this name.
-    """
-    layers = lora_layers(model, adapter_name)
-    if not layers:
-        raise ValueError(f"The model carries no LoRA adapter named {adapter_name!r}; there is nothing to export.")
-    tensors, ranks = {}, {}
-    for name, layer in layers.items():
-        A, B = change_factors(layer, adapter_name)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
-        ranks[name] = len(A)
-    config = _lora_config(model.get_base_model(), ranks, max(ranks.values()), scaling=1.0)
-    config.base_model_name_or_path = model.peft_config[adapter_name].base_model_name_or_path
-    config.task_type = model.peft_config[adapter_name].task_type
-    config.fan_in_fan_out = model.peft_config[adapter_name].fan_in_fan_out
-    config.inference_mode = True
-    folder = Path(path)
-    with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
-        save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(fresh)
-    return folder
-
-
-def _lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
+def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
     """Return a config whose every layer has its own rank and the one scaling.
 
     PEFT takes a name for the end of a longer one: ``transformer.….c_fc`` for that in ``visual.transformer.….c_fc`` too (open_clip). So
@@ -176,22 +201,33 @@ def _lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: flo
     excluded = sorted({other for others in longer.values() for other in others if other not in ranks})
     return LoraConfig(
         r=rank,
-        lora_alpha=_whole(rank * scaling),
+        lora_alpha=_whole_number(rank * scaling),
         target_modules=list(ranks),
         exclude_modules=excluded or None,
         rank_pattern=odd,
-        alpha_pattern={name: _whole(r * scaling) for name, r in odd.items()},
+        alpha_pattern={name: _whole_number(r * scaling) for name, r in odd.items()},
         lora_dropout=0.0,
         bias="none",
     )
 
 
-def _whole(value: float) -> float:
+def _whole_number(value: float) -> float:
     """Return the value as an int where it is one: what most readers of ``adapter_config.json`` expect."""
     return int(value) if value == int(value) else value
 
 
-def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, subtract: bool) -> None:
+def _with_lora(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
+    """Return the model with PEFT's layers on it, this adapter active."""
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    model.base_model.__class__ = ContextLoraModel  # PEFT makes its own; this one differs in a single method
+    return model
+
+
+def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:
     """Give one PEFT layer its starting point."""
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     if protect == "strict":
@@ -208,18 +244,22 @@ def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Prote
         frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
     else:
         root = layer.scaling[adapter_name] ** 0.5
-        weight_a.data.copy_(init.A0 / root)
-        weight_b.data.copy_(init.B0 / root)
-        frozen = {"lora_A0": weight_a.detach().clone(), "lora_B0": weight_b.detach().clone()}
+        A0, B0 = (init.A0, init.B0) if root == 1 else (init.A0 / root, init.B0 / root)
+        frozen = {"lora_A0": A0.to(weight_a), "lora_B0": B0.to(weight_b)}  # the plan's own memory where it can be
+        weight_a.data.copy_(frozen["lora_A0"])
+        weight_b.data.copy_(frozen["lora_B0"])
     for key, value in frozen.items():
         if not hasattr(layer, key):
             setattr(layer, key, BufferDict({}, persistent=True))
         getattr(layer, key)[adapter_name] = value
-    if subtract:
-        base = layer.get_base_layer().weight
-        base.data -= layer.get_delta_weight(adapter_name).to(base.dtype)
-    else:
+    if offset:
         layer.lora_variant[adapter_name] = ContextLora()
+
+
+def _subtract_(base: Any, init: AdapterInit) -> None:
+    """Take ``B0 A0`` away from the weight of a base layer."""
+    component = (init.B0 @ init.A0).to(base.weight.device)
+    base.weight.data -= (component.T if isinstance(base, Conv1D) else component).to(base.weight.dtype)
 
 
 def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -228,7 +268,7 @@ def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     ``protect="start"``: ``[A; A − A0]`` and ``[B − B0, B0]``, r' = 2r. Differences of factors, not of products: exactly zero at the
     start whatever kernels torch picks, and no cancellation later. "whitened": ``Ã P`` and B. Else A and B.
     """
-    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    A, B = (gathered_whole(one[adapter_name].weight) for one in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
     if adapter_name in getattr(layer, "lora_A0", {}):
         A0, B0 = layer.lora_A0[adapter_name], layer.lora_B0[adapter_name]
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
@@ -258,6 +298,48 @@ def _check_options(plan: AdapterPlan, protect: str, residual: str) -> None:
         )
     if protect == "whitened" and any(init.whitening is None for init in plan.layers.values()):
         raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
+
+
+def _check_base(
+    model: nn.Module, plan: AdapterPlan, residual: str, quantize: str | None, train_fully: Sequence[str], adapter_name: str
+) -> None:
+    """Refuse a model that this adapter cannot be put on."""
+    base = base_of(model)
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"quantize is {quantize!r}; expected one of {list(KINDS)} or None.")
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ValueError(f"The model carries an adapter named {adapter_name!r} already; give this one another adapter_name.")
+        if residual == "subtract" or quantize is not None:
+            raise ValueError(
+                'residual="subtract" and quantize change the base weights, which other adapters on this model need as they are; '
+                "leave them out, or attach to a model without adapters."
+            )
+    for name in train_fully:
+        inside = [layer for layer in plan.layers if layer == name or layer.startswith(f"{name}.")]
+        if name not in dict(base.named_modules()):
+            raise ValueError(f"train_fully names {name!r}, which this model has not; expected full names of modules.")
+        if inside:
+            raise ValueError(f"train_fully names {name!r}, which holds the planned layer {inside[0]}; leave one of the two out.")
+    digest = base_digest(base, plan.layers)
+    if digest != plan.provenance["base_digest"]:
+        dtype = next(base.parameters()).dtype
+        raise ValueError(
+            f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}… ({dtype}): "
+            "attach it to the base it was made from, in the same dtype, or make a new plan."
+        )
+    packed = [name for name in plan.layers if is_quantized(base.get_submodule(name))]
+    if packed and (residual == "subtract" or quantize is not None):
+        raise ValueError(
+            f'residual="subtract" and quantize change the base weights, but {packed[0]} is quantised already; '
+            'use residual="offset" without quantize, or the unquantised model.'
+        )
+
+
+def _check_whole(model: PeftModel, train_fully: Sequence[str]) -> None:
+    found = {name for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    if found - set(train_fully):
+        raise ValueError(f"PEFT trains {min(found - set(train_fully))} whole, asked for was {list(train_fully)}; please report this model.")
 
 
 def _check_layers(found: dict[str, int], planned: dict[str, int]) -> None:

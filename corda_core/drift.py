@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from corda_core.adapter import change_factors, lora_layers
+from corda_core.adapter import base_of, change_factors, lora_layers
 from corda_core.covariance import Covariance
+from corda_core.modules import weight_matrix
 
 
 def context_drift(
@@ -39,9 +40,8 @@ def context_drift(
 def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
     """Return ``‖W C^(1/2)‖_F`` of each adapted layer's base weight: the root mean square of ``W x`` on the context."""
     energies = {}
-    for name, layer in lora_layers(model, adapter_name).items():
-        base = layer.get_base_layer().weight.detach().float()
-        weight = base.T if getattr(layer, "fan_in_fan_out", False) else base
+    for name in lora_layers(model, adapter_name):
+        weight = weight_matrix(base_of(model), name).float()
         energies[name] = float((covariances[name].packed.times(weight.T.contiguous()) * weight.T).sum().sqrt())
     return energies
 

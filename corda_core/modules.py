@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -108,8 +109,7 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor:
     layer = _linear(model, name)
     if is_quantized(layer):
         return _dequantized(layer, name)
-    weight = _oriented(layer, name)
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return gathered_whole(_oriented(layer, name))
 
 
 def is_quantized(layer: Any) -> bool:
@@ -132,8 +132,14 @@ def _dequantized(layer: Any, name: str) -> Tensor:
     return layer.weight.detach().float() * (scales.to(layer.weight.device).float() / 127)[:, None]
 
 
+def gathered_whole(tensor: Tensor) -> Tensor:
+    """Return the tensor; where it is sharded (FSDP2), gathered by all processes at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _linear(model: nn.Module, name: str) -> Any:
     layer = unwrapped(model).get_submodule(name)
+    layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     if not isinstance(layer, LINEAR_TYPES):
         raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear or transformers' Conv1D: leave it out with `exclude`.")
     return layer

@@ -93,8 +93,8 @@ def load_covariances(
     return {name: distinct[place] for name, place in header["layers"].items()}
 
 
-def save_plan(plan: AdapterPlan, path: str | os.PathLike[str]) -> None:
-    """Write an adapter plan."""
+def save_plan(plan: AdapterPlan, path: str | os.PathLike[str], *, attached: Mapping[str, Any] | None = None) -> None:
+    """Write an adapter plan; ``attached`` says with what options it was put on a model, if it was (``corda_core.checkpoint``)."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, init in plan.layers.items():
@@ -110,7 +110,8 @@ def save_plan(plan: AdapterPlan, path: str | os.PathLike[str]) -> None:
             tensors |= {f"{name}.Q": init.whitening.vectors, f"{name}.lengths": init.whitening.lengths}
             layers[name]["whitening"] = {"unit": init.whitening.unit, "error": init.whitening.error}
     provenance = dict(plan.provenance)
-    _write(tensors, {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers}, Path(path))
+    header = {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers, "attached": attached}
+    _write(tensors, header, Path(path))
 
 
 def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
@@ -120,9 +121,19 @@ def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or holds something else.
     """
+    return read_plan(path)[0]
+
+
+def read_plan(path: str | os.PathLike[str]) -> tuple[AdapterPlan, dict[str, Any] | None]:
+    """Return the adapter plan in a file, and the options that it was attached with, if it was.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds something else.
+    """
     tensors, header = _read(Path(path), "plan")
     layers = {name: _init(name, about, tensors) for name, about in header["layers"].items()}
-    return AdapterPlan(layers, Mode(header["mode"]), header["rank"], header["provenance"])
+    return AdapterPlan(layers, Mode(header["mode"]), header["rank"], header["provenance"]), header.get("attached")
 
 
 def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterInit:

@@ -1,22 +1,18 @@
 """From an adapted model back to a plain one."""
 
-from typing import Any
-
 from peft import PeftModel
 from torch import nn
 
+import corda_core
 from corda_vlm.attention import fuse_attention
 
 
-def merge(model: PeftModel) -> nn.Module:
-    """Return the base model with the change added to its weights, without PEFT; its ``state_dict`` has the keys it always had.
-
-    Attention that was split for open_clip is fused again.
+def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default") -> nn.Module:
+    """Return the base model with the change added to its weights (``corda_core.merge``); attention split for open_clip is fused again.
 
     Raises:
-        ValueError: If the merged weights are not finite (PEFT's check).
+        ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right.
     """
-    merger: Any = model
-    merged: nn.Module = merger.merge_and_unload(safe_merge=True)
+    merged = corda_core.merge(model, alpha=alpha, adapter_name=adapter_name)
     fuse_attention(merged)
     return merged

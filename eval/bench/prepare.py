@@ -26,6 +26,7 @@ from peft.tuners.lora.corda import preprocess_corda
 
 from corda_core import attach, collect, plan
 from corda_eval.bench.cases import CASES, Case, batched
+from corda_eval.bench.memory import reset_peak, status
 
 
 def bench(
@@ -62,13 +63,13 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
     batches = batched(case) if side == "ours" else case.samples
     with torch.no_grad():
         case.model(**batches[0])
-        before = _reset_peak()
+        before = reset_peak()
         start = time.perf_counter()
         for batch in batches:
             case.model(**batch)
         forward = time.perf_counter() - start
-    forward_mb = (_status("VmHWM") - before) / 1e3
-    before = _reset_peak()
+    forward_mb = (status("VmHWM") - before) / 1e3
+    before = reset_peak()
     start = time.perf_counter()
     collected, details = prepare(case, batches, mode)
     whole = time.perf_counter() - start
@@ -79,7 +80,7 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
         "whole": whole,
         "overhead": whole - forward,
         "forward_mb": forward_mb,
-        "extra_mb": (_status("VmHWM") - before) / 1e3,
+        "extra_mb": (status("VmHWM") - before) / 1e3,
         **details,
     }
 
@@ -137,18 +138,6 @@ def _peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tupl
     preprocess_corda(case.model, config, run_model=run_model)
     get_peft_model(case.model, config)
     return collected, {}
-
-
-def _reset_peak() -> float:
-    """Forget the peak of resident memory and return what is resident now, in kilobytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> float:
-    """Return one of this process's memory figures, in kilobytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

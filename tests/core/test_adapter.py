@@ -177,7 +177,7 @@ with torch.no_grad():
 def test_export_is_an_ordinary_lora_in_a_new_process(family: str, protect: str, residual: str, alpha: int | None, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     adapted = trained(attach(model, planned(model, rank=20), protect=protect, residual=residual, alpha=alpha))
-    folder = export(adapted, tmp_path / "adapter")
+    folder = export(adapted, tmp_path / "adapter").folder
     save_file({"ids": IDS, "logits": logits(adapted)}, folder / "reference.safetensors")
     FAMILIES[family]().save_pretrained(tmp_path / "base")
     done = subprocess.run([sys.executable, "-c", LOAD, str(folder), str(tmp_path / "base")], capture_output=True, text=True, check=False)

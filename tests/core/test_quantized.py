@@ -66,7 +66,7 @@ def test_adapters_on_a_quantised_base(kind: str, tmp_path: Any) -> None:
         assert float(layer.lora_B["default"].weight.grad.abs().max()) > 0
         assert not change_factors(layer)[1][:, :4].any()
     export(adapted, tmp_path)
-    with pytest.raises(ValueError, match="base weights, which are quantised"):
+    with pytest.raises(ValueError, match="q_proj is quantised already"):
         attach(quantized(kind), made, residual="subtract")
 
 

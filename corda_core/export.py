@@ -1,0 +1,215 @@
+"""What was trained, for others: an ordinary LoRA for the untouched base, or a plain model; whole, in part, or compressed."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from corda_core.adapter import ContextLora, attachment_of, base_of, change_factors, lora_config, lora_layers
+from corda_core.distributed import process_rank
+from corda_core.files import replacing_in
+from corda_core.modules import gathered_whole, is_quantized, unwrapped, weight_matrix
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What ``export`` wrote."""
+
+    folder: Path
+    rank: int
+    """The largest of all layers: what servers must allow (vLLM: ``--max-lora-rank``)."""
+
+    lost: Mapping[str, float]
+    """``‖ΔW − ΔW_r‖_F / ‖ΔW‖_F`` by layer; 0 where nothing was compressed."""
+
+    @property
+    def mean_lost(self) -> float:
+        """Its mean over the layers."""
+        return sum(self.lost.values()) / len(self.lost)
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    alpha: float = 1.0,
+    compress: int | None = None,
+    adapter_name: str = "default",
+) -> Exported:
+    """Write the change as an ordinary LoRA for the untouched base.
+
+    ``[A; A − A0]``, ``[B − B0, B0]``: rank 2r for ``protect="start"``, r for "strict". The scaling is folded into B, so LoRA's alpha equals
+    the rank in every layer and each consumer reads the same function, also those that ignore patterns. Files are replaced one by one,
+    whole or not at all. Of a quantised residual (Q-CorDA) the change is against the unquantised base.
+
+    Args:
+        model: With the adapter; under ``torch.distributed`` all processes call, the first one writes.
+        path: The folder.
+        alpha: How much of the change, from 0 (the base) to 1 (as trained): ``W + alpha ΔW``, the interpolation of WiSE-FT.
+        compress: The rank of the best approximation of each ``ΔW`` (Eckart-Young) that is written instead; what it loses is returned.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right.
+    """
+    changes = _changes(model, alpha, adapter_name)
+    if compress is not None and compress < 1:
+        raise ValueError(f"compress is {compress}; expected a rank of at least 1, or None.")
+    lost = dict.fromkeys(changes, 0.0)
+    if compress is not None:
+        for name, (A, B) in changes.items():
+            A, B, lost[name] = compressed(A, B, compress)
+            changes[name] = A, B
+    ranks = {name: len(A) for name, (A, _) in changes.items()}
+    tensors = {}
+    for name, (A, B) in changes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
+    whole = _whole_modules(model, adapter_name)
+    for name, wrapper in whole.items():
+        for key, value in _interpolated(wrapper, alpha, adapter_name).items():
+            tensors[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
+    trained = unwrapped(model).peft_config[adapter_name]  # type: ignore[index, union-attr]
+    config = lora_config(base_of(model), ranks, max(ranks.values()), scaling=1.0)
+    config.base_model_name_or_path = trained.base_model_name_or_path
+    config.task_type = trained.task_type
+    config.fan_in_fan_out = trained.fan_in_fan_out
+    config.modules_to_save = list(whole) or None
+    config.inference_mode = True
+    folder = Path(path)
+    if process_rank() == 0:
+        with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
+            save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(fresh)
+    return Exported(folder, max(ranks.values()), lost)
+
+
+def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default") -> nn.Module:
+    """Return the base model with the change added to its weights, without PEFT; its ``state_dict`` has the keys it always had.
+
+    Layers that bitsandbytes quantised become plain ones, dequantised: 4 bits would round most of the change away.
+
+    Args:
+        model: With the adapter, its weights whole; its base is changed in place and returned.
+        alpha: How much of the change, as in ``export``.
+        adapter_name: Which adapter; others are dropped.
+
+    Raises:
+        ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right; nothing has
+            changed then.
+    """
+    changes = _changes(model, alpha, adapter_name)
+    layers, base = lora_layers(model, adapter_name), base_of(model)
+    starts = _starts(model, adapter_name)
+    for name, (A, B) in changes.items():
+        own = layers[name].get_base_layer()
+        weight = weight_matrix(base, name).float() + B @ A
+        if name in starts:  # "subtract": the base lacks what the change starts from
+            weight += starts[name].to(weight)
+        if not is_quantized(own):
+            own.weight.data.copy_(weight.T if isinstance(own, Conv1D) else weight)
+        else:
+            layers[name].base_layer = _plain(own, weight)
+    for wrapper in _whole_modules(model, adapter_name).values():
+        wrapper.original_module.load_state_dict(_interpolated(wrapper, alpha, adapter_name))
+        wrapper.modules_to_save[adapter_name] = wrapper.original_module  # which of the two PEFT keeps is its affair
+    plain: nn.Module = model.unload()
+    _dequantize_rest_(plain)
+    return plain
+
+
+def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return factors (A, B) of the best approximation of ``B A`` of this rank, balanced, and ``‖BA − (BA)_r‖_F / ‖BA‖_F``.
+
+    Args:
+        A: (r', n).
+        B: (m, r').
+        rank: r; nothing is lost where r' is no larger.
+    """
+    if rank >= len(A):
+        return A, B, 0.0
+    row_basis, row = torch.linalg.qr(A.T.double())  # of the large sides only their bases: the SVD is r' × r'
+    column_basis, column = torch.linalg.qr(B.double())
+    U, sigma, Vt = torch.linalg.svd(column @ row.T)
+    root = sigma[:rank].sqrt()
+    kept_A, kept_B = root[:, None] * (Vt[:rank] @ row_basis.T), column_basis @ U[:, :rank] * root
+    whole = float(sigma.norm())
+    return kept_A.to(A), kept_B.to(B), float(sigma[rank:].norm()) / whole if whole else 0.0
+
+
+def _changes(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return ``alpha ΔW`` by layer as factors.
+
+    Raises:
+        ValueError: If there is none, it is not finite, or it is not of a kind that two factors hold.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a number from 0 (the base) to 1 (as trained).")
+    layers = lora_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"The model carries no LoRA adapter named {adapter_name!r}; there is nothing to export.")
+    changes = {}
+    for name, layer in layers.items():
+        if not isinstance(layer.lora_variant.get(adapter_name, ContextLora()), ContextLora):
+            kind = type(layer.lora_variant[adapter_name]).__name__
+            raise ValueError(f"{name} has an adapter of PEFT's kind {kind}, which is no product of two factors; use merge_and_unload().")
+        A, B = change_factors(layer, adapter_name)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"{name}: the trained weights are not finite; take an earlier checkpoint.")
+        changes[name] = A, alpha * B
+    return changes
+
+
+def _starts(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return ``B0 A0`` of each layer whose base lacks it."""
+    try:
+        attachment = attachment_of(model, adapter_name)
+    except ValueError:  # a plain LoRA
+        return {}
+    if attachment.residual != "subtract":
+        return {}
+    return {name: init.B0 @ init.A0 for name, init in attachment.plan.layers.items()}
+
+
+def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, ModulesToSaveWrapper]:
+    """Return what trained whole beside the adapters, by name."""
+    modules = base_of(model).named_modules()
+    return {name: one for name, one in modules if isinstance(one, ModulesToSaveWrapper) and adapter_name in one.modules_to_save}
+
+
+def _interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str) -> dict[str, Tensor]:
+    """Return a module's state, ``(1 − alpha) · base + alpha · trained``."""
+    base = wrapper.original_module.state_dict()
+    trained = wrapper.modules_to_save[adapter_name].state_dict()
+    return {
+        key: gathered_whole(value) if not value.is_floating_point() else torch.lerp(base[key].to(value), value, alpha).to(base[key].dtype)
+        for key, value in ((key, gathered_whole(value)) for key, value in trained.items())
+    }
+
+
+def _plain(layer: Any, weight: Tensor) -> nn.Linear:
+    """Return a plain layer with this weight, of the type that the quantised layer computes in."""
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    dtype = next((one for one in (layer.bias and layer.bias.dtype, getattr(layer, "compute_dtype", None)) if one), weight.dtype)
+    plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
+    return plain.train(layer.training)
+
+
+def _dequantize_rest_(model: Any) -> None:
+    """Make plain layers of what is still quantised, and take that out of a transformers model's config."""
+    packed = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None and is_quantized(module)]
+    for name in packed:
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, _plain(model.get_submodule(name), weight_matrix(model, name)))
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
+        model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        model.hf_quantizer = None
