@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from corda_core.decompose import Mode
 from corda_core.modules import LINEAR_TYPES, base_digest, gathered_whole, is_quantized, unwrapped
 from corda_core.plan import AdapterInit, AdapterPlan
-from corda_core.quantize import KINDS, quantize_linears_
+from corda_core.quantize import KINDS, check_quantizable, quantize_linears_
 from corda_core.whiten import shortened
 
 Protect = Literal["start", "strict", "whitened"]
@@ -149,7 +149,9 @@ def attach(
     if quantize is not None:  # PEFT has layers of its own kind on quantised ones
         base = peft_model.unload()
         quantize_linears_(base, plan.layers, quantize)
+        base.is_loaded_in_4bit = True  # where PEFT looks for whether to take them
         peft_model = _with_lora(base, config, adapter_name)
+        base.is_loaded_in_4bit = False  # transformers would look for its own quantiser
         layers = lora_layers(peft_model, adapter_name)
     for name, layer in layers.items():
         _fill(layer, plan.layers[name], adapter_name, protect, offset=residual == "offset")
@@ -169,7 +171,7 @@ def attachment_of(model: nn.Module, adapter_name: str = "default") -> Attachment
     found = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
     if found is None:
         raise ValueError(f"The model carries no CorDA adapter named {adapter_name!r}; expected one from prepare, attach or load.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def base_of(model: nn.Module) -> Any:
@@ -334,6 +336,8 @@ def _check_base(
             f'residual="subtract" and quantize change the base weights, but {packed[0]} is quantised already; '
             'use residual="offset" without quantize, or the unquantised model.'
         )
+    if quantize is not None:
+        check_quantizable(base, plan.layers)
 
 
 def _check_whole(model: PeftModel, train_fully: Sequence[str]) -> None:

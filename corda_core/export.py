@@ -77,7 +77,8 @@ def export(
     for name, wrapper in whole.items():
         for key, value in _interpolated(wrapper, alpha, adapter_name).items():
             tensors[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
-    trained = unwrapped(model).peft_config[adapter_name]  # type: ignore[index, union-attr]
+    peft_model: Any = unwrapped(model)
+    trained = peft_model.peft_config[adapter_name]
     config = lora_config(base_of(model), ranks, max(ranks.values()), scaling=1.0)
     config.base_model_name_or_path = trained.base_model_name_or_path
     config.task_type = trained.task_type

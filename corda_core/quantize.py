@@ -47,14 +47,7 @@ def quantize_linears_(model: nn.Module, names: Iterable[str], kind: str = "nf4")
     """
     bnb = _bitsandbytes()
     names = list(names)
-    for name in names:
-        layer = model.get_submodule(name)
-        if type(layer) is not nn.Linear:
-            raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear to quantise: leave it out with `exclude`.")
-        if layer.in_features % BLOCK:
-            raise ValueError(
-                f"{name} has {layer.in_features} inputs; expected a multiple of {BLOCK} to quantise: leave it out with `exclude`."
-            )
+    check_quantizable(model, names)
     for name in names:
         layer: Any = model.get_submodule(name)
         weight, bias = layer.weight.data, layer.bias
@@ -65,6 +58,24 @@ def quantize_linears_(model: nn.Module, names: Iterable[str], kind: str = "nf4")
         packed.bias = bias
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, packed.to(weight.device).train(layer.training))
+
+
+def check_quantizable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that ``quantize_linears_`` cannot take.
+
+    Raises:
+        ModuleNotFoundError: If bitsandbytes is not installed.
+        ValueError: If a layer is of another kind, or its rows are no whole blocks.
+    """
+    _bitsandbytes()
+    for name in names:
+        layer = model.get_submodule(name)
+        if type(layer) is not nn.Linear:
+            raise ValueError(f"{name} is a {type(layer).__name__}, which cannot be quantised here; leave it out with `exclude`.")
+        if layer.in_features % BLOCK:
+            raise ValueError(
+                f"{name} has {layer.in_features} inputs; to be quantised it needs a multiple of {BLOCK}: leave it out with `exclude`."
+            )
 
 
 def quantization_errors(

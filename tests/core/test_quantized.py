@@ -5,11 +5,26 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_config, tiny_llama
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from corda_core import attach, change_factors, collect, export, lora_layers, plan, select_linears, weight_matrix
-from corda_core.modules import weight_shape
+from corda_core import (
+    attach,
+    base_digest,
+    change_factors,
+    collect,
+    export,
+    load,
+    lora_layers,
+    merge,
+    plan,
+    quantization_errors,
+    save,
+    select_linears,
+    weight_matrix,
+)
+from corda_core.modules import is_quantized, weight_shape
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 BATCH = {"input_ids": torch.randint(5, 20, (6, 16), generator=torch.Generator().manual_seed(0))}
@@ -123,3 +138,90 @@ def test_a_model_that_transformers_quantised(bits: int, tmp_path: Any) -> None:
     assert {type(layer).__name__ for layer in layers.values()} == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
     for name, layer in layers.items():
         assert float(layer.lora_B["default"].weight.grad.abs().max()) > 0, name
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+@pytest.mark.parametrize(("residual", "kind"), [("offset", "nf4"), ("subtract", "nf4"), ("subtract", "fp4")])
+def test_attaching_to_weights_quantised_on_the_way(residual: str, kind: str, tmp_path: Any) -> None:
+    """QLoRA's way from an unquantised base, and Q-CorDA: what is held in 4 bits is W, or W − B0 A0."""
+    model = plain_llama()
+    names = select_linears(model)
+    made = plan(model, collect(model, [BATCH], names), mode="ipm", rank=8)
+    expected = {}
+    for name, init in made.layers.items():
+        weight = weight_matrix(model, name) - (init.B0 @ init.A0 if residual == "subtract" else 0)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+        expected[name] = bnb.functional.dequantize_4bit(packed, state)
+    adapted = attach(model, made, residual=residual, quantize=kind).train()
+    layers = lora_layers(adapted)
+    assert {type(layer).__name__ for layer in layers.values()} == {"Linear4bit"}
+    for name, layer in layers.items():
+        assert torch.equal(weight_matrix(adapted.get_base_model(), name), expected[name])
+        A, B = change_factors(layer)
+        assert not (B @ A).abs().max() > 1e-6
+    dense = plain_llama()
+    for name, init in made.layers.items():
+        dense.get_submodule(name).weight.data = expected[name] + (init.B0 @ init.A0 if residual == "subtract" else 0)
+    torch.testing.assert_close(adapted(**BATCH).logits, dense(**BATCH).logits, rtol=1e-4, atol=1e-5)
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        adapted(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        tuned = adapted(**BATCH).logits
+    loaded = load(plain_llama(), save(adapted, tmp_path / "saved")).train()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**BATCH).logits, tuned, rtol=0, atol=0)
+    lora = PeftModel.from_pretrained(plain_llama(), export(adapted, tmp_path / "lora").folder)
+    for name, layer in lora_layers(lora).items():
+        A, B = change_factors(layer)
+        ours_A, ours_B = change_factors(layers[name])
+        torch.testing.assert_close(B @ A, ours_B @ ours_A, rtol=0, atol=1e-6)
+    plain = merge(adapted)
+    assert not any(is_quantized(module) for module in plain.modules() if hasattr(module, "weight"))
+    assert plain.state_dict().keys() == plain_llama().state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**BATCH).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_errors_of_base_and_residual_are_the_dense_ones() -> None:
+    model = plain_llama()
+    for name in select_linears(model):  # outliers, which the largest components carry
+        model.get_submodule(name).weight.data += (
+            0.3 * torch.randn(model.get_submodule(name).weight.shape[0], 1) @ torch.randn(1, model.get_submodule(name).weight.shape[1])
+        )
+    covariances = collect(model, [BATCH], select_linears(model))
+    made = plan(model, covariances, mode="ipm", rank=4)
+    digest = base_digest(model, made.layers)
+    errors = quantization_errors(model, made, covariances=covariances)
+    assert base_digest(model, made.layers) == digest
+    for name, found in errors.items():
+        W, init = weight_matrix(model, name), made.layers[name]
+        values, vectors = torch.linalg.eigh(covariances[name].matrix.double())
+        root = vectors * values.clamp(min=0).sqrt()
+        for X, plain, on_context in (
+            (W, found.base, found.base_on_context),
+            (W - init.B0 @ init.A0, found.residual, found.residual_on_context),
+        ):
+            packed, state = bnb.functional.quantize_4bit(X.contiguous(), quant_type="nf4", compress_statistics=True)
+            error = (X - bnb.functional.dequantize_4bit(packed, state)).double()
+            assert plain == pytest.approx(float(error.norm() / W.double().norm()), rel=1e-4)
+            assert on_context == pytest.approx(float((error @ root).norm() / (W.double() @ root).norm()), rel=1e-3)
+    assert all(error.residual < error.base for error in errors.values())  # without the outliers there is less to round
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_what_cannot_be_quantised_is_refused_before_anything_changes() -> None:
+    model = tiny_llama()  # 24 inputs
+    made = plan(model, collect(model, [{"input_ids": torch.randint(2, 20, (4, 9))}], select_linears(model)), mode="kpm", rank=2)
+    before = base_digest(model, made.layers)
+    with pytest.raises(ValueError, match="to be quantised it needs a multiple of 64"):
+        attach(model, made, residual="subtract", quantize="nf4")
+    assert base_digest(model, made.layers) == before
+    with pytest.raises(ValueError, match="quantize is 'int3'"):
+        attach(model, made, quantize="int3")
+    packed = quantized("nf4")
+    with pytest.raises(ValueError, match="is quantised already"):
+        attach(packed, plan(packed, collect(packed, [BATCH], select_linears(packed)), mode="kpm", rank=2), quantize="nf4")

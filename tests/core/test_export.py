@@ -1,0 +1,157 @@
+"""Parts and compressions of the change, merging in every form, and what other readers make of the files."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_adapter import FAMILIES, IDS, logits, planned, trained
+from torch import nn
+
+from corda_core import attach, change_factors, export, lora_layers, merge, select_linears, weight_matrix
+from corda_core.export import compressed
+
+FORMS = [("start", "offset"), ("start", "subtract"), ("strict", "offset"), ("whitened", "offset")]
+
+
+def tuned(protect: str = "start", residual: str = "offset", family: str = "llama", **options: Any) -> PeftModel:
+    model = FAMILIES[family]()
+    return trained(attach(model, planned(model), protect=protect, residual=residual, **options))
+
+
+def changes(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: (lambda A, B: B @ A)(*change_factors(layer)) for name, layer in lora_layers(model).items()}
+
+
+def test_compression_is_the_best_of_its_rank_and_its_loss_is_reported() -> None:
+    A, B = torch.randn(8, 30), torch.randn(20, 8)
+    U, sigma, Vt = torch.linalg.svd(B.double() @ A.double())
+    for rank in (1, 3, 7):
+        small_A, small_B, lost = compressed(A, B, rank)
+        assert (small_A.shape, small_B.shape) == ((rank, 30), (20, rank))
+        torch.testing.assert_close((small_B @ small_A).double(), U[:, :rank] * sigma[:rank] @ Vt[:rank], rtol=1e-4, atol=1e-4)
+        assert lost == pytest.approx(float(sigma[rank:].norm() / sigma.norm()), rel=1e-6)
+    assert compressed(A, B, 8)[2] == 0.0
+    assert compressed(A, torch.zeros_like(B), 2)[2] == 0.0  # untrained: nothing is lost, nothing divided by zero
+
+
+def test_compressed_export_holds_the_rank_and_the_loss(tmp_path: Path) -> None:
+    model = tuned()
+    whole, small = export(model, tmp_path / "whole"), export(model, tmp_path / "small", compress=3)
+    assert (whole.rank, whole.mean_lost, small.rank) == (12, 0.0, 3)
+    assert 0 < small.mean_lost < 1
+    expected = changes(model)
+    loaded = PeftModel.from_pretrained(tiny_llama(), small.folder)
+    for name, change in changes(loaded).items():
+        assert float((change - expected[name]).norm() / expected[name].norm()) == pytest.approx(small.lost[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("protect", "residual"), FORMS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_alpha_interpolates_between_base_and_tuned_in_every_form(protect: str, residual: str, alpha: float, tmp_path: Path) -> None:
+    model = tuned(protect, residual, train_fully=["model.layers.0.input_layernorm"])
+    names = select_linears(tiny_llama())
+    base, ours = tiny_llama(), copy.deepcopy(model)
+    expected = {name: weight_matrix(base, name) + alpha * change for name, change in changes(model).items()}
+    norm = torch.lerp(
+        base.model.layers[0].input_layernorm.weight, model.get_base_model().model.layers[0].input_layernorm.weight.detach(), alpha
+    )
+    plain = merge(ours, alpha=alpha)
+    assert plain.state_dict().keys() == base.state_dict().keys()
+    loaded = PeftModel.from_pretrained(tiny_llama(), export(model, tmp_path, alpha=alpha).folder).merge_and_unload()
+    for found in (plain, loaded):
+        for name in names:
+            torch.testing.assert_close(weight_matrix(found, name), expected[name], rtol=0, atol=2e-6)
+        torch.testing.assert_close(found.model.layers[0].input_layernorm.weight.data, norm)
+    if alpha == 1:
+        torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
+
+
+def test_merging_a_layer_stored_the_other_way_round() -> None:
+    model = tuned(family="gpt2")
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge(model)), expected, rtol=0, atol=1e-5)
+
+
+def test_merge_takes_plain_lora_too() -> None:
+    model = trained(get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"])))
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge(model)), expected, rtol=0, atol=1e-5)
+
+
+TRANSFORMERS = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+folder, base = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+model.load_adapter(folder)
+reference = load_file(folder + "/reference.safetensors")
+with torch.no_grad():
+    print((model.eval()(input_ids=reference["ids"]).logits - reference["logits"]).abs().max().item())
+"""
+
+
+@pytest.mark.parametrize("compress", [None, 200])
+def test_transformers_loads_the_export_in_a_new_process(compress: int | None, tmp_path: Path) -> None:
+    model = tuned()
+    tiny_llama().save_pretrained(tmp_path / "base")
+    folder = export(model, tmp_path / "adapter", compress=compress).folder
+    save_file({"ids": IDS, "logits": logits(model)}, folder / "reference.safetensors")
+    command = [sys.executable, "-c", TRANSFORMERS, str(folder), str(tmp_path / "base")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 1e-5
+
+
+def test_the_export_is_what_vllm_reads(tmp_path: Path) -> None:
+    """Its rules: one scaling lora_alpha / r and no patterns, names under base_model.model., no bias, no DoRA, nothing whole."""
+    model = tuned(alpha=24)
+    folder = export(model, tmp_path).folder
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    expected = changes(model)
+    scaling = config["lora_alpha"] / config["r"]
+    for name, change in expected.items():
+        A, B = (tensors.pop(f"base_model.model.{name}.lora_{side}.weight") for side in "AB")
+        assert len(A) == B.shape[1] <= config["r"]
+        torch.testing.assert_close(scaling * B @ A, change, rtol=1e-5, atol=1e-7)
+    assert not tensors
+    assert not any(config[key] for key in ("modules_to_save", "use_dora", "use_rslora")), config
+    assert config["bias"] == "none"
+    assert config["peft_type"] == "LORA"
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = tuned()
+    for alpha in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected a number from 0 .the base. to 1"):
+            export(model, tmp_path, alpha=alpha)
+    with pytest.raises(ValueError, match="compress is 0"):
+        export(model, tmp_path, compress=0)
+    with pytest.raises(ValueError, match="no LoRA adapter named 'x'"):
+        merge(model, adapter_name="x")
+    name, layer = next(iter(lora_layers(model).items()))
+    layer.lora_B["default"].weight.data[0, 0] = torch.nan
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{name}: the trained weights are not finite"):
+        merge(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if "lora_B" not in key)
+    assert not any(tmp_path.iterdir())
+    dora = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="kind DoraLinearVariant, which is no product of two factors"):
+        merge(dora)
+
+
+def test_a_module_that_is_no_part_of_the_change_stays(tmp_path: Path) -> None:
+    model = tuned()
+    head = model.get_base_model().lm_head.weight.clone()
+    merged: nn.Module = merge(model)
+    assert torch.equal(merged.lm_head.weight, head)
