@@ -1,17 +1,19 @@
 """Options as values: frozen dataclasses that refuse contradictions, and their YAML form."""
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 
 from corda_core import Mode, Solver, Split
 from corda_core.allocate import check_budget
+from corda_core.quantize import KINDS as QUANTIZED
 
 T = TypeVar("T")
 
@@ -46,6 +48,12 @@ class CordaConfig:
 
     residual: str = "offset"
     """"offset" leaves the base weights alone; "subtract" is the papers' form."""
+
+    quantize: str | None = None
+    """"nf4" or "fp4": hold the adapted layers' base weights in 4 bits after the decomposition; the residual with ``residual: subtract``."""
+
+    train_fully: Sequence[str] = ()
+    """Parts that train whole beside the adapters, such as "projector"."""
 
     protect: str = "start"
     """"start": A and B train (as published); "strict": A is frozen; "whitened": A trains where the context is short (both KPM only)."""
@@ -100,6 +108,7 @@ class CordaConfig:
             ("variant", self.variant, ["corda", "corda++"]),
             ("solver", self.solver, [str(one) for one in Solver]),
             ("normalize", self.normalize, [None, "sample-max"]),
+            ("quantize", self.quantize, [None, *QUANTIZED]),
         ):
             if value not in known:
                 raise ValueError(f"{option} is {value!r}; expected one of {known}.")
@@ -187,19 +196,22 @@ class CordaConfig:
         return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def read_config(path: Path, schema: type[T]) -> T:
-    """Return the dataclass ``schema`` filled from a YAML file.
+def read_config(path: Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """Return the dataclass ``schema`` filled from a YAML file, and from ``key.key=value`` overrides.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no mapping, or has a key that the dataclass does not have.
+        ValueError: If the file is no mapping, has a key that the dataclass does not have, or lacks one that it needs.
     """
     if not path.exists():
         raise FileNotFoundError(f"The config {path} does not exist; the shipped ones are in configs/.")
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; mend that line.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected option: value lines.")
-    return from_mapping(values, schema, str(path))
+    return from_mapping(overridden(values, overrides, str(path)), schema, str(path))
 
 
 def from_mapping(values: Mapping[str, Any], schema: type[T], source: str) -> T:
@@ -215,8 +227,40 @@ def from_mapping(values: Mapping[str, Any], schema: type[T], source: str) -> T:
             raise ValueError(
                 f"{source}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(fields)}.")
             )
-    filled = {
-        key: from_mapping(value, fields[key].type, f"{source}, {key}") if dataclasses.is_dataclass(fields[key].type) else value  # type: ignore[arg-type]
-        for key, value in values.items()
-    }
+    filled = {}
+    for key, value in values.items():
+        nested = next((one for one in (get_args(fields[key].type) or [fields[key].type]) if dataclasses.is_dataclass(one)), None)
+        if nested is not None and isinstance(value, Mapping):
+            value = from_mapping(value, nested, f"{source}, {key}")  # type: ignore[arg-type]
+        filled[key] = value
+    missing = [name for name, field in fields.items() if name not in filled and _is_required(field)]
+    if missing:
+        raise ValueError(f"{source}: the option {missing[0]!r} is missing and has no default; add it.")
     return schema(**filled)
+
+
+def overridden(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """Return the mapping with ``key.key=value`` overrides put in; values are read as YAML.
+
+    Raises:
+        ValueError: If an override has another form, or goes into what is no mapping.
+    """
+    result = copy.deepcopy(dict(values))
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ValueError(f"The override {override!r} is not of the form option=value, such as training.steps=100.")
+        *parents, last = path.split(".")
+        place = result
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise ValueError(f"The override {override!r} goes into {parent!r}, which holds no options in {source}.")
+        place[last] = yaml.safe_load(text)
+    return result
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -31,7 +31,7 @@ from corda_vlm.attention import split_attention
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
 from corda_vlm.pairs import OpenClipPairs
-from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, select_layers, token_weights
+from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, modules_of, select_layers, token_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ def prepare(
     split: str = "balanced",
     damping: float = 0.01,
     residual: str = "offset",
+    quantize: str | None = None,
+    train_fully: Sequence[str] = (),
     protect: str = "start",
     variant: str = "corda",
     candidates: int | Sequence[Iterable[Any]] | None = None,
@@ -90,6 +92,8 @@ def prepare(
         split: See ``CordaConfig``.
         damping: See ``CordaConfig``.
         residual: See ``CordaConfig``.
+        quantize: See ``CordaConfig``.
+        train_fully: See ``CordaConfig``.
         protect: See ``CordaConfig``.
         variant: See ``CordaConfig``.
         candidates: See ``CordaConfig``; or further contexts, each as ``images_texts``: several tasks to keep, say. Each layer takes
@@ -119,6 +123,8 @@ def prepare(
         split=split,
         damping=damping,
         residual=residual,
+        quantize=quantize,
+        train_fully=train_fully,
         protect=protect,
         variant=variant,
         candidates=candidates if isinstance(candidates, int | None) else len(candidates) + 1,
@@ -139,7 +145,24 @@ def prepare(
         processor = OpenClipPairs(preprocess, tokenizer, image_dtype(model))
     contexts = draw_contexts(images_texts, config) if isinstance(candidates, int | None) else [images_texts, *candidates]
     adapter_plan = plan_contexts(model, contexts, config, processor)
-    return attach(model, adapter_plan, alpha=config.alpha, protect=config.protect, residual=config.residual)  # type: ignore[arg-type]
+    return attach_plan(model, adapter_plan, config)
+
+
+def attach_plan(model: nn.Module, adapter_plan: AdapterPlan, config: CordaConfig) -> PeftModel:
+    """Return the model with the plan attached as the config says.
+
+    Raises:
+        ValueError: If the plan belongs to another base, or options contradict each other.
+    """
+    return attach(
+        model,
+        adapter_plan,
+        alpha=config.alpha,
+        protect=config.protect,  # type: ignore[arg-type]
+        residual=config.residual,  # type: ignore[arg-type]
+        quantize=config.quantize,
+        train_fully=modules_of(model, config.train_fully),
+    )
 
 
 def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any = None) -> AdapterPlan:

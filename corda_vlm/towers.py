@@ -131,6 +131,23 @@ def part_of(model: nn.Module, name: str) -> str | None:
     return family_of(model).part_of(name)
 
 
+def modules_of(model: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the modules that make up these parts.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+    family, modules = family_of(model), dict(model.named_modules())
+    found: list[str] = []
+    for part in parts:
+        names = [name for name in (family.prefixes(part) if part in PARTS else ()) if name in modules and name]
+        if not names:
+            known = [part for part in PARTS if any(name in modules and name for name in family.prefixes(part))]
+            raise ValueError(f"train_fully names {part!r}, which {type(model).__name__} does not have; expected some of {known}.")
+        found += names
+    return tuple(found)
+
+
 def select_layers(
     model: nn.Module,
     *,

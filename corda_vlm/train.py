@@ -16,6 +16,7 @@ from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer
 from corda_vlm.data import Collator, Item
 from corda_vlm.pairs import PairCollator
+from corda_vlm.towers import family_of
 
 
 def fine_tune(
@@ -50,12 +51,6 @@ def fine_tune(
     Raises:
         ValueError: If an item has no response, or the loss is no longer finite at the end.
     """
-    base = base_of(model)
-    collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
-    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else Trainer
-    if isinstance(collate, Collator):
-        trims = "logits_to_keep" in inspect.signature(base.forward).parameters
-        collate = Collator(processor, with_labels=True, trim_logits=trims)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -74,12 +69,71 @@ def fine_tune(
             seed=seed,
             data_seed=seed,
         )
-        trainer = kind(model, arguments, train_dataset=items, data_collator=collate)
-        trainer.remove_callback(ProgressCallback)
-        for callback in (*callbacks, _LossBar()):
-            trainer.add_callback(callback)
+        trainer = trainer_for(model, items, processor, arguments, callbacks=callbacks)
         trainer.train()
     model.eval()
+    return losses_of(trainer)
+
+
+def trainer_for(
+    model: nn.Module,
+    items: Any,
+    processor: Any,
+    arguments: TrainingArguments,
+    *,
+    evaluation: Any = None,
+    rates: Mapping[str, float] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Return transformers' Trainer for the loss of this model, with a bar that shows the loss and the time left.
+
+    Args:
+        model: The adapted model.
+        items: As in ``fine_tune``; a ``torch.utils.data.Dataset`` of such will do.
+        processor: As in ``fine_tune``.
+        arguments: The Trainer's.
+        evaluation: Held-out items, or None.
+        rates: Peak learning rate of what trains in each part ("vision", "projector"); all else has that of the arguments.
+        callbacks: The Trainer's.
+    """
+    base = base_of(model)
+    collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
+    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else Trainer
+    if isinstance(collate, Collator):
+        trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+        collate = Collator(processor, with_labels=True, trim_logits=trims)
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    groups = parameter_groups(model, rates or {}, arguments.weight_decay)
+    trainer = kind(
+        model,
+        arguments,
+        train_dataset=items,
+        eval_dataset=evaluation,
+        data_collator=collate,
+        optimizer_cls_and_kwargs=(optimizer, options | {"params": groups}),
+    )
+    trainer.remove_callback(ProgressCallback)
+    for callback in (*callbacks, _LossBar()):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Return what trains as groups for an optimiser: by part of the model where that has its own rate, biases and norms without decay."""
+    family = family_of(base_of(model))
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = family.part_of(name.removeprefix("base_model.model."))
+            groups.setdefault((rates.get(part or ""), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0} | ({} if rate is None else {"lr": rate})
+        for (rate, decays), parameters in groups.items()
+    ]
+
+
+def losses_of(trainer: Trainer) -> list[tuple[int, float]]:
+    """Return the losses that a Trainer logged: (step, mean since the last one)."""
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
