@@ -277,22 +277,24 @@ def _local_table(path: Path, config: DataConfig) -> Any:
         _refuse_splits(config)
         files = [path]
     else:
-        raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; expected one of {list(SUFFIXES)}, a folder or an id of the hub.")
+        raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {list(SUFFIXES)}, a folder, or an id of the hub; convert it.")
     for file in files:
         _check_whole(file)
     try:
         return datasets.Dataset.from_parquet([str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = _one_line(error.__cause__ or error)
-        raise ValueError(f"{path} cannot be read ({reason}); expected parquet files of the same columns; get the files again.") from error
+        raise ValueError(f"{path} cannot be read ({reason}); expected filled parquet files of the same columns; get them again.") from error
 
 
 def _saved_table(datasets: Any, path: Path, config: DataConfig) -> Any:
     """Return a split of a folder saved by ``save_to_disk``."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({_one_line(error)}); expected a whole folder of save_to_disk; save it again.") from error
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({_one_line(error)}); expected a whole, filled folder of save_to_disk; save it again."
+        ) from error
     if not isinstance(saved, dict):
         _refuse_splits(config)
         return saved
