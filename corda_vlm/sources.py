@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 FIELDS = ("text", "question", "answer", "conversations", "image")
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
-SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+(-[0-9a-f]+)?\.parquet")
+SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
 """The hub's names of parquet files."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 PARQUET_MARK = b"PAR1"
 """How a parquet file starts, and how it ends if it is whole."""
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow's readers raise on broken files."""
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
 """What no file is to blame for: too many open ones, a failing disk."""
@@ -310,15 +310,19 @@ def _files_of_split(files: Sequence[Path], config: DataConfig) -> Sequence[Path]
         raise ValueError(
             f"{config.source} holds no .parquet files, and was not saved by save_to_disk; name the folder that holds the files."
         )
-    shards = {file: match["split"] for file in files if (match := SHARD.fullmatch(file.name))}
+    shards = {file: match for file in files if (match := SHARD.fullmatch(file.name))}
     if not shards:
         _refuse_splits(config)
         return files
     _refuse_subset(config)
-    if config.split not in shards.values():
-        known = sorted(set(shards.values()))
+    chosen = [file for file, match in shards.items() if match["split"] == config.split]
+    if not chosen:
+        known = sorted({match["split"] for match in shards.values()})
         raise ValueError(f"{config.source} has files of the splits {known}, not {config.split!r}; set `split` to one of them.")
-    return [file for file, split in shards.items() if split == config.split]
+    count = int(shards[chosen[0]]["count"])
+    if len(chosen) != count:
+        raise ValueError(f"{config.source} has {len(chosen)} of the {count} files of the split {config.split!r}; get the others too.")
+    return chosen
 
 
 def _check_whole(file: Path) -> None:

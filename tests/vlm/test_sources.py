@@ -369,6 +369,9 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=r"has files of the splits \['train'\], not 'test'; set `split`"):
         load_items(DataConfig(str(tmp_path), split="test"))
+    table.to_parquet(tmp_path / "val-00001-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"has 1 of the 2 files of the split 'val'; get the others too"):
+        load_items(DataConfig(str(tmp_path), split="val"))
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"has the splits \['train'\], not 'test'; set `split`"):
         load_items(DataConfig(str(tmp_path / "saved"), split="test"))
