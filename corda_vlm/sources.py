@@ -1,0 +1,516 @@
+"""A data option -> the items that collators take: files, folders and ids of the datasets hub, read row by row.
+
+Rows are counted from 0, as ``items[0]`` is; lines of a file from 1, as editors do.
+"""
+
+import errno
+import json
+import logging
+import re
+import struct
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import chain, islice
+from pathlib import Path
+from string import Formatter
+from typing import Any, overload
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+FIELDS = ("text", "question", "answer", "conversations", "image")
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
+"""The hub's names of parquet files."""
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PARQUET_MARK = b"PAR1"
+"""How a parquet file starts, and how it ends if it is whole."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow's readers raise on broken files."""
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
+"""What no file is to blame for: too many open ones, a failing disk."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and which columns make up a sample."""
+
+    source: str
+    """A .json (list of rows), .jsonl or .parquet file, a folder of .parquet files or of ``save_to_disk``, or an id of the datasets hub."""
+
+    split: str = "train"
+    """Split of an id or a folder that has splits; of an id also a slice, "train[:1000]"."""
+
+    subset: str | None = None
+    """Name of an id's configuration; None takes its only one."""
+
+    images: str | None = None
+    """Folder that relative paths of images start from; None takes that of the source."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Field -> its column, for "text", "question", "answer", "conversations", "image"; by default the column of the same name."""
+
+    prompt: str | None = None
+    """Template of the question: "{column}" or "{column[0]}" stands for a row's value, a name in ``columns`` for that column's."""
+
+    on_broken: str = "stop"
+    """"stop" or "skip": at an image that cannot be read, stop, or take the next row instead."""
+
+    limit: int | None = None
+    """How many rows are taken, from the first; None takes all."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be right.
+
+        Raises:
+            ValueError: If an option has an impossible value; the text names it.
+        """
+        if not isinstance(self.source, str) or not self.source:
+            raise ValueError(f"source is {self.source!r}; expected a file, a folder or an id of the datasets hub.")
+        if self.on_broken not in ("stop", "skip"):
+            raise ValueError(f"on_broken is {self.on_broken!r}; expected one of ['stop', 'skip'].")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise ValueError(f"limit is {self.limit!r}; expected a whole number of rows, at least 1, or none for all.")
+        if not isinstance(self.columns, Mapping) or not set(self.columns) <= set(FIELDS):
+            raise ValueError(f"columns is {self.columns!r}; expected field: column, with fields out of {list(FIELDS)}.")
+        if self.prompt is not None and {"text", "conversations"} & set(self.columns):
+            raise ValueError(
+                f"columns maps {sorted(self.columns)} and prompt makes a question; leave out prompt, or text and conversations."
+            )
+        if "" in self.placeholders:
+            raise ValueError(f"prompt is {self.prompt!r}; expected a column's name between braces, as in {{question}}.")
+
+    @property
+    def placeholders(self) -> Sequence[str]:
+        """The columns that ``prompt`` names.
+
+        Raises:
+            ValueError: If its braces do not match.
+        """
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
+        except ValueError as error:
+            raise ValueError(f"prompt is {self.prompt!r}: {error}; expected {{column}}, and doubled braces for braces as text.") from error
+        return [re.split(r"[.\[]", name)[0] for name in names]
+
+
+class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
+    """Samples as dicts of ``FIELDS``; images are opened, in RGB, when their sample is asked for.
+
+    An item depends on its place only, not on what was read before or by which process. With ``on_broken="skip"`` a row whose image
+    cannot be read gives the next readable row's item, going round at the end.
+
+    Note:
+        Images are taken as they are stored: EXIF's orientation is not applied, as elsewhere in this package.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: Path, config: DataConfig) -> None:
+        """Take rows, the column of each field, and the folder that relative paths of images start from."""
+        self.rows, self.columns, self.folder, self.config = rows, columns, folder, config
+        # In shared memory: workers of a DataLoader mark rows for all.
+        self._broken = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+
+    @property
+    def num_broken(self) -> int:
+        """How many broken rows have been met so far, in all worker processes."""
+        return int(self._broken.sum())
+
+    def __len__(self) -> int:
+        """Return the number of rows, broken ones included."""
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return the item at a place, or the items of a slice.
+
+        Raises:
+            ValueError: If the row has no text or a value of an unknown form; or its image cannot be read and ``on_broken`` is "stop", or
+                no row's image can be read.
+        """
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        first = range(len(self))[index]
+        for row in chain(range(first, len(self)), range(first)):
+            if self._broken[row]:
+                continue
+            try:
+                return self._read(row)
+            except _BrokenImageError as error:
+                if self.config.on_broken == "stop":
+                    raise ValueError(f"{error}; mend or remove it, correct `images`, or set `on_broken: skip`.") from error
+                self._broken[row] = True
+                logger.warning("%s; the next readable row is taken instead.", error)
+        raise ValueError(f"{self.config.source} has {len(self)} row(s), and no row's image can be read; check `images`, or mend the files.")
+
+    def _read(self, row: int) -> dict[str, Any]:
+        where = f"{self.config.source}, row {row}"
+        values = self.rows[row]
+        fields = _text_fields(values, self.columns, self.config, where)
+        image = values.get(self.columns["image"]) if "image" in self.columns else None
+        images = [_read_image(source, name, where) for source, name in _image_sources(image, self.folder, where)]
+        if not images:
+            return fields
+        return fields | {"image": images if isinstance(image, (list, tuple)) else images[0]}
+
+
+def load_items(config: DataConfig, *, download: bool = False) -> Items:
+    """Return the items of a source; an id of the hub comes from the cache of ``datasets``, and from the network only with ``download``.
+
+    Parquet files are written once, as Arrow files, to the cache of ``datasets``; rows are then read from the disk. Rows of JSON stay in
+    memory; their texts are checked here, those of other sources when they are read.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ModuleNotFoundError: If ``datasets`` is needed and not installed.
+        ValueError: If the source is broken, empty or of an unknown kind, or an option does not fit it.
+    """
+    path = Path(config.source).expanduser()
+    rows: Sequence[Mapping[str, Any]]
+    if path.exists():
+        is_json = path.is_file() and path.suffix in (".json", ".jsonl")
+        rows = _json_rows(path, config) if is_json else _ArrowRows.of(_local_table(path, config), config)
+        folder = path if path.is_dir() else path.parent
+    elif HUB_ID.fullmatch(config.source) and path.suffix not in SUFFIXES:
+        rows, folder = _ArrowRows.of(_hub_table(config, download), config), Path()
+    else:
+        raise FileNotFoundError(f"source is {config.source!r}, but there is no such file or folder; correct the path.")
+    if config.images is not None:
+        folder = Path(config.images).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"images is {config.images!r}, but there is no such folder; correct the path.")
+    if not rows:
+        raise ValueError(f"{config.source} holds no rows; expected at least one.")
+    columns = _columns_of_fields(config, rows.names if isinstance(rows, _ArrowRows) else {name: None for row in rows for name in row})
+    if not isinstance(rows, _ArrowRows):
+        for number, row in enumerate(rows):
+            _text_fields(row, columns, config, f"{config.source}, row {number}")
+    return Items(rows, columns, folder, config)
+
+
+class _BrokenImageError(Exception):
+    """An image that cannot be read."""
+
+
+@dataclass(frozen=True)
+class _ArrowRows(Sequence[Mapping[str, Any]]):
+    """Rows of a table of ``datasets`` as plain values: images stay bytes or paths, classes become their names."""
+
+    table: Any
+    class_names: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, table: Any, config: DataConfig) -> "_ArrowRows":
+        """Take the first rows of a table."""
+        if config.limit is not None:
+            table = table.select(range(min(config.limit, len(table))))
+        names = {name: feature.names for name, feature in table.features.items() if hasattr(feature, "int2str")}
+        return cls(table.with_format("arrow"), names)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The columns."""
+        return list(self.table.column_names)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.table[index].to_pylist()[0]
+        # -1 stands for no class, in test splits.
+        classes = {name: names[row[name]] if row[name] not in (None, -1) else None for name, names in self.class_names.items()}
+        return row | classes
+
+
+def _json_rows(path: Path, config: DataConfig) -> list[Mapping[str, Any]]:
+    """Return the rows of a JSON list, or of a file with one row a line."""
+    _refuse_splits(config)
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_bytes() or b"[]")
+        except ValueError as error:
+            raise ValueError(f"{path} is not whole JSON ({error}); expected a list of rows; get the file again, or mend it.") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows; with one row a line, name the file .jsonl.")
+        rows = rows[: config.limit]
+    else:
+        with path.open("rb") as lines:
+            filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            rows = [_json_line(line, f"{path}, line {number}") for number, line in islice(filled, config.limit)]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object of columns and values; mend the row.")
+    return rows
+
+
+def _json_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not whole JSON ({error}); expected one row a line; get the file again, or mend the line.") from error
+
+
+def _local_table(path: Path, config: DataConfig) -> Any:
+    """Return the table of a parquet file or a folder.
+
+    Raises:
+        ValueError: If it cannot be read, or is neither.
+    """
+    datasets = _import_datasets(config)
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _saved_table(datasets, path, config)
+    if path.is_dir():
+        files = _files_of_split(sorted(path.glob("*.parquet")), config)
+    elif path.suffix == ".parquet":
+        _refuse_splits(config)
+        files = [path]
+    else:
+        raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {list(SUFFIXES)}, a folder, or an id of the hub; convert it.")
+    for file in files:
+        _check_whole(file)
+    try:
+        return datasets.Dataset.from_parquet([str(file) for file in files])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = _one_line(error.__cause__ or error)
+        raise ValueError(f"{path} cannot be read ({reason}); expected filled parquet files of the same columns; get them again.") from error
+
+
+def _saved_table(datasets: Any, path: Path, config: DataConfig) -> Any:
+    """Return a split of a folder saved by ``save_to_disk``."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({_one_line(error)}); expected a whole, filled folder of save_to_disk; save it again."
+        ) from error
+    if not isinstance(saved, dict):
+        _refuse_splits(config)
+        return saved
+    _refuse_subset(config)
+    if config.split not in saved:
+        raise ValueError(f"{path} has the splits {sorted(saved)}, not {config.split!r}; set `split` to one of them.")
+    return saved[config.split]
+
+
+def _files_of_split(files: Sequence[Path], config: DataConfig) -> Sequence[Path]:
+    """Return a folder's files, of the wanted split only where their names tell splits apart."""
+    if not files:
+        raise ValueError(
+            f"{config.source} holds no .parquet files, and was not saved by save_to_disk; name the folder that holds the files."
+        )
+    shards = {file: match for file in files if (match := SHARD.fullmatch(file.name))}
+    if not shards:
+        _refuse_splits(config)
+        return files
+    _refuse_subset(config)
+    chosen = [file for file, match in shards.items() if match["split"] == config.split]
+    if not chosen:
+        known = sorted({match["split"] for match in shards.values()})
+        raise ValueError(f"{config.source} has files of the splits {known}, not {config.split!r}; set `split` to one of them.")
+    count = int(shards[chosen[0]]["count"])
+    if len(chosen) != count:
+        raise ValueError(f"{config.source} has {len(chosen)} of the {count} files of the split {config.split!r}; get the others too.")
+    return chosen
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a parquet file that lacks its start or end."""
+    with file.open("rb") as content:
+        start = content.read(len(PARQUET_MARK))
+        content.seek(max(0, file.stat().st_size - len(PARQUET_MARK)))
+        if not start == content.read() == PARQUET_MARK:
+            raise ValueError(
+                f"{file} is no whole parquet file (its start or end is missing), as after a broken download; get the file again."
+            )
+
+
+def _hub_table(config: DataConfig, download: bool) -> Any:
+    """Return the table of an id of the datasets hub.
+
+    Raises:
+        ValueError: If it cannot be had.
+    """
+    datasets = _import_datasets(config)
+    name = f"source {config.source!r} (subset {config.subset!r}, split {config.split!r})"
+    if download:
+        try:
+            return datasets.load_dataset(config.source, config.subset, split=config.split)
+        except Exception as error:  # the hub's client lets through what several libraries raise
+            reason = _one_line(error.__cause__ or error)
+            raise ValueError(
+                f"{name} cannot be downloaded ({reason}); correct the options, or try again: what has come is kept."
+            ) from error
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        # Not load_dataset: it asks the hub first, unless a variable was set before it was imported.
+        found = Cache(
+            repo_id=config.source, dataset_name=config.source.split("/")[-1], config_name=config.subset, version="auto", hash="auto"
+        )
+        return found.as_dataset(split=config.split)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} is neither a local path nor whole in the cache of datasets ({_one_line(error)}); set `download: true`, or correct it."
+        ) from error
+
+
+def _import_datasets(config: DataConfig) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{config.source} is read by the package datasets, which is not installed; run: pip install 'corda-vlm[train]'."
+        ) from error
+    return datasets
+
+
+def _refuse_splits(config: DataConfig) -> None:
+    """Refuse a split where there are none."""
+    _refuse_subset(config)
+    if config.split != "train":
+        raise ValueError(
+            f"split is {config.split!r}, but {config.source} has no splits; leave `split` out, or name the file of that split."
+        )
+
+
+def _refuse_subset(config: DataConfig) -> None:
+    """Refuse a configuration of what is no id."""
+    if config.subset is not None:
+        raise ValueError(f"subset is {config.subset!r}, but {config.source} is no id of the hub; leave `subset` out.")
+
+
+def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str, str]:
+    """Return the column of each field that the source has.
+
+    Raises:
+        ValueError: If a column that an option names is missing, or there is no text.
+    """
+    there = list(names)
+    wanted = [(f"columns.{name}", column) for name, column in config.columns.items()]
+    wanted += [("prompt", config.columns.get(name, name)) for name in config.placeholders]
+    for option, column in wanted:
+        if column not in there:
+            raise ValueError(f"{config.source} has no column {column!r}, which `{option}` names; columns there: {there}.")
+    columns = {name: name for name in FIELDS if name in there}
+    if "images" in there:
+        columns = {"image": "images"} | columns
+    columns |= config.columns
+    if config.prompt is None and not {"text", "question", "conversations"} & set(columns):
+        raise ValueError(
+            f"{config.source} has the columns {there}, but none for text; say in `columns` which one is the question, the text or the "
+            "conversations."
+        )
+    return columns
+
+
+def _text_fields(row: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig, where: str) -> dict[str, Any]:
+    """Return the fields of a row other than its image.
+
+    Raises:
+        ValueError: If the row has no text, or a value is of an unknown form.
+    """
+    fields: dict[str, Any] = {}
+    values = {name: row.get(column) for name, column in columns.items()}
+    if config.prompt is not None:
+        if any({**row, **values}.get(name) not in (None, "") for name in config.placeholders):
+            fields["question"] = _filled(config.prompt, row, values, where)
+    else:
+        fields |= {name: _text(values[name], f"{where}, {name}") for name in ("text", "question") if values.get(name) not in (None, "")}
+        if values.get("conversations"):
+            fields["conversations"] = _turns(values["conversations"], where)
+    if not any(fields.values()):
+        raise ValueError(f"{where} has no text (its columns: {list(row)}); mend or remove the row, or say in `columns` where the text is.")
+    answers = Counter(_answers(values.get("answer"), where))
+    if answers:
+        fields["answer"] = answers.most_common(1)[0][0]  # of equals, the first met
+    return fields
+
+
+def _filled(prompt: str, row: Mapping[str, Any], values: Mapping[str, Any], where: str) -> str:
+    """Return the prompt with the values of a row's columns and fields, empty where there is none."""
+    named = {name: value for name, value in {**row, **values}.items() if value is not None}
+    try:
+        return prompt.format_map(defaultdict(str, named))
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not fill the prompt {prompt!r} ({error!r}); mend the row or `prompt`.") from error
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where} is a {type(value).__name__}; expected text or a number; say in `columns` where the text is.")
+    return str(value)
+
+
+def _turns(value: Any, where: str) -> list[dict[str, str]]:
+    """Return a conversation's turns, with nothing but speaker and text."""
+    for turn in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
+            raise ValueError(f'{where} has the turn {str(turn)[:80]!r}; expected a list of {{"from": speaker, "value": text}}.')
+    return [{"from": turn["from"], "value": turn["value"]} for turn in value]
+
+
+def _answers(value: Any, where: str) -> list[str]:
+    """Return all answers of a row: none, one, or those of several people."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [answer for one in value for answer in _answers(one, where)]
+    if isinstance(value, Mapping):
+        if "answer" not in value:
+            raise ValueError(
+                f'{where}, answer has the keys {list(value)}; expected text, a number, {{"answer": text}}, or a list of these.'
+            )
+        return _answers(value["answer"], where)
+    return [_text(value, f"{where}, answer")]
+
+
+def _image_sources(value: Any, folder: Path, where: str) -> list[tuple[Any, str]]:
+    """Return what each image of a row is opened from (a path, bytes or a PIL image), and its name for messages."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [source for one in value for source in _image_sources(one, folder, where)]
+    if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
+        if value.get("bytes") is not None:
+            return [(value["bytes"], str(value.get("path") or "in the row"))]
+        return _image_sources(value.get("path"), folder, where)
+    if isinstance(value, (str, Path)):
+        return [(folder / value, str(folder / value))]
+    if isinstance(value, (bytes, Image.Image)):
+        return [(value, "in the row")]
+    raise ValueError(f"{where}, image is a {type(value).__name__}; expected a path, bytes, a PIL image, a list of these, or none.")
+
+
+def _read_image(source: Any, name: str, where: str) -> Image.Image:
+    """Return an image in RGB.
+
+    Raises:
+        _BrokenImageError: If it cannot be read.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return source.convert("RGB")
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
+        # Pillow's own text for this one has an address in memory.
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or _one_line(error)
+        raise _BrokenImageError(f"{where}: the image {name} cannot be read ({reason})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
