@@ -1,11 +1,16 @@
 """``corda-vlm``: the command line."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from corda_core.distributed import process_rank
 
 app = typer.Typer(help="Fine-tune vision-language models without forgetting (CorDA).", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -30,17 +35,88 @@ def demo(
     from corda_vlm.report import draw_headline, write_report
 
     shipped = Path(str(files("corda_vlm.configs"))) / ("demo_quick.yaml" if quick else "demo.yaml")
-    try:
+    with _sentences("demo"):
         require_demo_packages()
         summary = run_demo(read_config(config or shipped, DemoConfig), output, " ".join(["corda-vlm", *sys.argv[1:]]))
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
-        typer.echo(f"corda-vlm demo: {error}", err=True)
-        raise typer.Exit(1) from error
     write_report(summary, output / "report.html")
     draw_headline(summary, output / "headline.png")
     for sentence in summary["verdict"]["sentences"]:
         typer.echo(sentence)
     typer.echo(f"Report: {output / 'report.html'} ({summary['seconds']:.0f} s, {summary['peak_memory_gb']:.1f} GB)")
+
+
+CONFIG = Annotated[Path, typer.Option(help="A recipe: a YAML file such as those in configs/.")]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(help="Options of the recipe to change: training.steps=100 model.path=my-model", metavar="[OPTION=VALUE]..."),
+]
+
+
+@app.command()
+def train(
+    config: CONFIG,
+    overrides: OVERRIDES = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell layers, ranks, memory, FLOPs and time; reads no weights.")] = False,
+) -> None:
+    """Prepare an adapter and train it as the recipe says; under `accelerate launch -m corda_vlm.cli train` on several devices."""
+    from corda_vlm.estimate import describe, estimate
+    from corda_vlm.recipe import read_recipe
+    from corda_vlm.run import train as run
+
+    with _sentences("train"):
+        recipe = read_recipe(config, overrides or [])
+        if dry_run:
+            typer.echo(describe(estimate(recipe)))
+            return
+        trained = run(recipe, resume=resume)
+    if process_rank() == 0:
+        first, last = trained.losses[0][1], trained.losses[-1][1]
+        typer.echo(f"Trained {trained.losses[-1][0]} steps in {trained.seconds:.0f} s: loss {first:.3f} -> {last:.3f}.")
+        for step, loss in trained.evaluation[-1:]:
+            typer.echo(f"Loss on held-out samples at step {step}: {loss:.3f}.")
+        if trained.num_broken:
+            typer.echo(f"Skipped {trained.num_broken} samples whose images could not be read.")
+        typer.echo(f"Adapter: {trained.output} (corda-vlm export --adapter {trained.output} --output my-lora makes an ordinary LoRA of it)")
+
+
+@app.command()
+def prepare(config: CONFIG, overrides: OVERRIDES = None) -> None:
+    """Do the first half of `train` only: collect, decompose, write the plan; `train --resume` goes on from there."""
+    from corda_vlm.recipe import read_recipe
+    from corda_vlm.run import prepare as run
+
+    with _sentences("prepare"):
+        recipe = read_recipe(config, overrides or [])
+        plan = run(recipe)
+    if process_rank() == 0:
+        typer.echo(f"{len(plan.layers)} layers, {plan.num_parameters:,} parameters of A and B: {Path(recipe.output) / 'corda.safetensors'}")
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Option(help="Folder that `train` wrote, or one of its checkpoints.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; by default that of the adapter's recipe.")] = None,
+    alpha: Annotated[float, typer.Option(help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT).")] = 1.0,
+    compress: Annotated[int | None, typer.Option(help="Rank of the best approximation of the change, instead of all of it.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write a plain model with the change in its weights.")] = False,
+) -> None:
+    """Write a trained adapter as an ordinary LoRA for the untouched base, or as a plain model."""
+    from corda_vlm.deploy import deploy
+
+    with _sentences("export"):
+        typer.echo(deploy(adapter, output, base=base, alpha=alpha, compress=compress, merge=merge))
+
+
+@contextmanager
+def _sentences(command: str) -> Iterator[None]:
+    """Turn errors that users can do something about into one sentence and exit code 1."""
+    try:
+        yield
+    except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:
+        typer.echo(f"corda-vlm {command}: {error.strerror if isinstance(error, OSError) and error.errno == ENOSPC else error}", err=True)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

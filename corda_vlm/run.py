@@ -1,9 +1,9 @@
 """Run a recipe: load, prepare, train with transformers' Trainer, keep what can be gone on from, write the adapter.
 
-    output/recipe.yaml                      the options, all of them
-    output/corda.safetensors                plan and options of the adapter, from before the first step
-    output/checkpoint-N/                    the Trainer's; whole once it holds corda.safetensors too
-    output/adapter_*, output/training.json  at the end: the adapter (``corda_core.load``) and the losses
+output/recipe.yaml                      the options, all of them
+output/corda.safetensors                plan and options of the adapter, from before the first step
+output/checkpoint-N/                    the Trainer's; whole once it holds corda.safetensors too
+output/adapter_*, output/training.json  at the end: the adapter (``corda_core.load``) and the losses
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from corda_core import attachment_of, lora_layers, save
+from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, attach_again, load_attachment, save_attachment
 from corda_core.distributed import process_rank
 from corda_core.files import write_whole
+from corda_vlm.context import draw_contexts
 from corda_vlm.models import load_base
 from corda_vlm.prepare import attach_plan, plan_contexts
-from corda_vlm.context import draw_contexts
 from corda_vlm.recipe import Recipe
-from corda_vlm.sources import DataConfig, Items, load_items
+from corda_vlm.sources import Items, load_items
 from corda_vlm.train import losses_of, trainer_for
 
 logger = logging.getLogger(__name__)
@@ -79,11 +79,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
     arguments = training_arguments(recipe)  # before all else: joins the group of processes
     _claim(recipe, output, resume)
     start = time.time()
-    set_seed(recipe.seed)
-    model, processor = load_base(recipe.model)
-    if not arguments.fsdp and recipe.model.quantize is None:
-        model.to(arguments.device)
-    items = load_items(recipe.data, download=recipe.model.download)
+    model, processor, items = _loaded(recipe, arguments)
     evaluation = None if recipe.evaluation is None else load_items(recipe.evaluation, download=recipe.model.download)
     adapted = _adapted(model, processor, items, recipe, output)
     rates = {
@@ -92,9 +88,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
         if rate is not None
     }
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
-    trainer = trainer_for(
-        adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[_WholeCheckpoints(adapted)]
-    )
+    trainer = trainer_for(adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[_WholeCheckpoints(adapted)])
     try:
         trainer.train(resume_from_checkpoint=_last_whole(output) if resume else None)
         if evaluation is not None and recipe.training.evaluate_every is None:
@@ -122,6 +116,20 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
     return trained
 
 
+def prepare(recipe: Recipe) -> AdapterPlan:
+    """Do what ``train`` does before its first step, and return the adapter plan; ``train(recipe, resume=True)`` goes on from there.
+
+    Raises:
+        FileExistsError: If the output holds a run already.
+        ValueError: If an option, a sample, a file or the model is not right.
+    """
+    output = Path(recipe.output)
+    arguments = training_arguments(recipe)
+    _claim(recipe, output, resume=False)
+    model, processor, items = _loaded(recipe, arguments)
+    return attachment_of(_adapted(model, processor, items, recipe, output)).plan
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe.
 
@@ -130,6 +138,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ValueError: If the batch cannot be shared out over the processes.
     """
     options, world = recipe.training, PartialState().num_processes
+    checkpoints = options.gradient_checkpointing
     share, rest = divmod(options.batch_size, world)
     micro = options.micro_batch_size or share
     if rest or not share or share % micro:
@@ -151,9 +160,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         warmup_steps=options.warmup,  # below 1 it is a part of the steps
         max_grad_norm=options.max_grad_norm,
         bf16=options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing,
         # Reentrant checkpoints drop the gradients of a vision tower whose inputs need none.
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpoints else {}),
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
@@ -171,6 +179,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
+
+
+def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, Items]:
+    """Return base, processor and training data."""
+    set_seed(recipe.seed)
+    items = load_items(recipe.data, download=recipe.model.download)
+    model, processor = load_base(recipe.model)
+    if recipe.model.quantize is None:  # else it is where it is to be
+        model.to(arguments.device)
+    return model, processor, items
 
 
 def context_items(recipe: Recipe, items: Items) -> Items:
@@ -191,7 +209,9 @@ def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, out
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.float()
-    logger.info("%d adapters, %d parameters train", len(lora_layers(adapted)), sum(p.numel() for p in adapted.parameters() if p.requires_grad))
+    logger.info(
+        "%d adapters, %d parameters train", len(lora_layers(adapted)), sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    )
     return adapted
 
 
@@ -239,13 +259,13 @@ class _WholeCheckpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Refuse to go on from NaN; checkpoints come after the log, so none holds such weights."""
-        found = {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss", "grad_norm") and not math.isfinite(value)}
-        if found:
-            key, value = next(iter(found.items()))
-            raise FloatingPointError(
-                f"{key} is {value} at step {state.global_step}, learning rate {(logs or {}).get('learning_rate')}: lower the rate, or look at "
-                f"the samples of that step; the last whole checkpoint is {_last_whole(Path(str(args.output_dir))) or 'none yet'}."
-            )
+        logs = logs or {}
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"{key} is {logs[key]} at step {state.global_step}, learning rate {logs.get('learning_rate')}: lower the rate, or look "
+                    f"at the samples of that step; the last whole checkpoint is {_last_whole(Path(str(args.output_dir))) or 'none yet'}."
+                )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what ``load`` needs beside the Trainer's files."""

@@ -1,0 +1,66 @@
+"""From a trained folder to what is deployed: an ordinary LoRA or a plain model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+import corda_core
+from corda_core.files import replacing_in
+from corda_vlm.attention import split_attention
+from corda_vlm.config import from_mapping
+from corda_vlm.merge import merge as merged
+from corda_vlm.models import load_base
+from corda_vlm.recipe import ModelConfig, read_recipe
+from corda_vlm.towers import is_open_clip
+
+RECIPE = "recipe.yaml"
+
+
+def deploy(
+    adapter: Path, output: Path, *, base: str | None = None, alpha: float = 1.0, compress: int | None = None, merge: bool = False
+) -> str:
+    """Write the adapter for others, and return a sentence that says what was written.
+
+    Args:
+        adapter: Folder that ``train`` wrote, or one of its checkpoints.
+        output: Folder to write: a LoRA in PEFT's form; with ``merge`` a model and its processor (open_clip: its weights).
+        base: Where the base is; None takes the model of the recipe beside the adapter.
+        alpha: How much of the change.
+        compress: Rank of the best approximation of the change.
+        merge: Whether to write a plain model.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If options contradict each other, a file is damaged, or the base is another one.
+    """
+    if merge and compress is not None:
+        raise ValueError("--compress and --merge were both given; a merged model has no rank: leave one of them out.")
+    model, processor = load_base(_base_of(adapter, base))
+    if is_open_clip(model):
+        split_attention(model)
+    adapted = corda_core.load(model, adapter)
+    if not merge:
+        done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
+        lost = f"; compressing it lost {done.mean_lost:.1%} of the change (mean over {len(done.lost)} layers)" if compress else ""
+        return f"Wrote a LoRA of rank {done.rank} for the untouched base to {output}{lost}."
+    plain: Any = merged(adapted, alpha=alpha)
+    with replacing_in(output) as fresh:
+        if is_open_clip(plain):
+            save_file({key: value.contiguous() for key, value in plain.state_dict().items()}, fresh / "open_clip_model.safetensors")
+        else:
+            plain.save_pretrained(fresh)
+            processor.save_pretrained(fresh)
+    return f"Wrote a plain model to {output}."
+
+
+def _base_of(adapter: Path, base: str | None) -> ModelConfig:
+    """Return the base that an adapter's recipe names, at another place if one is given."""
+    recipe = next((folder / RECIPE for folder in (adapter, adapter.parent) if (folder / RECIPE).exists()), None)
+    if recipe is None:
+        if base is None:
+            raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
+        return from_mapping({"path": base, "dtype": "float32"}, ModelConfig, "--base")
+    config = read_recipe(recipe).model
+    return config if base is None else replace(config, path=base)
