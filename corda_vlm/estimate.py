@@ -55,8 +55,8 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Return what a recipe will take.
 
-    Counted are products of matrices at ``TOKENS`` tokens a sample: 2 m n FLOPs a token and layer forwards, as many backwards (the base takes
-    no gradient); attention's own products and activations are not. Layers that turn out not to reach the output are counted too.
+    Counted are products of matrices at ``TOKENS`` tokens a sample: 2 m n FLOPs a token and layer forwards, as many backwards, as the base
+    takes no gradient; attention's own products and activations are not. Layers that turn out not to reach the output are counted too.
 
     Raises:
         ModuleNotFoundError: If an extra is needed that is not installed.

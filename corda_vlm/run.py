@@ -160,6 +160,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         warmup_steps=options.warmup,  # below 1 it is a part of the steps
         max_grad_norm=options.max_grad_norm,
         bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         # Reentrant checkpoints drop the gradients of a vision tower whose inputs need none.
         **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpoints else {}),
         save_strategy="steps",

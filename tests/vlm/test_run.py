@@ -1,0 +1,235 @@
+"""Recipes run: trained, killed and gone on with, what stops a run with a sentence, and what is left then."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llava
+from peft import PeftModel
+from recipes import write_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, TrainerCallback
+from typer.testing import CliRunner
+
+import corda_core
+from corda_vlm import run
+from corda_vlm.cli import app
+from corda_vlm.data import Collator
+from corda_vlm.recipe import read_recipe
+from corda_vlm.train import parameter_groups
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
+
+
+def trained(path: Path, *overrides: str, resume: bool = False) -> run.Trained:
+    return run.train(read_recipe(path, list(overrides)), resume=resume)
+
+
+def launch(path: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "corda_vlm.cli", "train", "--config", str(path), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def adapter_weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter_model.safetensors")
+
+
+def test_a_run_learns_and_leaves_an_adapter_that_loads_anywhere(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 30, "learning_rate": 2e-2})
+    done = trained(path)
+    assert [step for step, _ in done.losses] == list(range(1, 31))
+    assert done.losses[-1][1] < 0.7 * done.losses[0][1]
+    assert json.loads((done.output / "training.json").read_text())["losses"] == [list(one) for one in done.losses]
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    batch = Collator(processor)([{"image": str(tmp_path / "0.png"), "question": "what color is this ?"}])
+    with torch.no_grad():
+        untouched = base.eval()(**batch).logits
+        expected = corda_core.load(base, done.output)(**batch).logits
+    assert not torch.equal(untouched, expected)
+    for options in ([], ["--merge"]):
+        result = CliRunner().invoke(
+            app, ["export", "--adapter", str(done.output), "--output", str(tmp_path / f"out{len(options)}"), *options]
+        )
+        assert result.exit_code == 0, result.output
+    lora = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "out0").eval()
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out1").eval()
+    assert not any("lora" in name for name in plain.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(lora(**batch).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(plain(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_killed_runs_go_on_as_if_nothing_had_happened(processor: Any, tmp_path: Path) -> None:
+    """SIGKILL while preparing, in the middle of writing a checkpoint, and between two; then the same losses and the same weights."""
+    options = {"micro_batch_size": 2, "projector_learning_rate": 1e-3, "evaluate_every": 4, "steps": 40, "save_every": 4}
+    path = write_recipe(tmp_path, processor, training=options, evaluation={"source": str(tmp_path / "data.json"), "limit": 6})
+    whole = trained(path, f"output={tmp_path / 'whole'}")
+    output = tmp_path / "output"
+    moments = ["recipe.yaml", "checkpoint-8", "checkpoint-16/corda.safetensors", "checkpoint-28/optimizer.pt"]
+    for moment in moments:
+        process = launch(path, "--resume")
+        while not (output / moment).exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (output / "training.json").exists()
+    done = trained(path, resume=True)
+    assert done.losses == whole.losses
+    assert done.evaluation == whole.evaluation
+    expected = adapter_weights(tmp_path / "whole")
+    assert any("multi_modal_projector" in key for key in expected)
+    assert all(torch.equal(value, expected[key]) for key, value in adapter_weights(output).items())
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-36", "checkpoint-40"]
+    for checkpoint in output.glob("checkpoint-*"):  # of each an adapter can be had
+        corda_core.load(tiny_llava(), checkpoint)
+
+
+def test_other_runs_are_not_written_over(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 2})
+    trained(path)
+    before = adapter_weights(tmp_path / "output")
+    with pytest.raises(FileExistsError, match="holds a run already; go on with it"):
+        trained(path)
+    with pytest.raises(ValueError, match=r"has another training.learning_rate \(0.005, asked for is 0.1\)"):
+        trained(path, "training.learning_rate=0.1", resume=True)
+    assert all(torch.equal(value, before[key]) for key, value in adapter_weights(tmp_path / "output").items())
+
+
+def test_prepare_is_the_first_half_of_train(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path, f"output={tmp_path / 'whole'}")
+    result = CliRunner().invoke(app, ["prepare", "--config", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "26 layers" in result.output
+    assert trained(path, resume=True).losses == whole.losses
+
+
+def test_parts_have_their_own_rates_and_everything_that_trains_is_in_one_group(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    trained(path, "training.steps=2", "training.projector_learning_rate=0.0001", "training.vision_learning_rate=0.0002")
+    model = corda_core.load(tiny_llava(), tmp_path / "output", is_trainable=True)
+    groups = parameter_groups(model, {"projector": 1e-4, "vision": 2e-4}, weight_decay=0.1)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            part = "projector" if "projector" in name else "vision" if "vision" in name else "language"
+            assert group.get("lr") == {"projector": 1e-4, "vision": 2e-4, "language": None}[part], name
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+
+
+def test_checkpointing_keeps_the_vision_towers_gradients(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    plain = trained(path, f"output={tmp_path / 'plain'}")
+    recomputed = trained(path, "training.gradient_checkpointing=true")
+    assert [loss for _, loss in recomputed.losses] == pytest.approx([loss for _, loss in plain.losses], abs=1e-5)
+    start, end = (load_file(tmp_path / "output" / name) for name in ("checkpoint-6/adapter_model.safetensors", "adapter_model.safetensors"))
+    moved = [key for key in end if "vision_tower" in key and "lora_B.weight" in key and not torch.equal(end[key], start[key])]
+    assert len(moved) == 12
+
+
+def test_bf16_trains_in_float32(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, model={"dtype": "bfloat16"}, training={"bf16": True, "steps": 20, "learning_rate": 1e-2})
+    done = trained(path)
+    assert done.losses[-1][1] < 0.9 * done.losses[0][1]
+    assert {value.dtype for value in adapter_weights(done.output).values()} == {torch.float32}
+    corda_core.load(tiny_llava().bfloat16(), done.output)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_recipe(tmp_path, processor)
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                next(p for p in kwargs["model"].parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    make = run.trainer_for
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "trainer_for", lambda *args, callbacks, **options: make(*args, callbacks=[*callbacks, Spoil()], **options))
+        with pytest.raises(
+            FloatingPointError, match=r"(loss|grad_norm) is nan at step 6, learning rate .* the last whole checkpoint is .*checkpoint-4"
+        ):
+            trained(path)
+    assert trained(path, resume=True).losses == trained(path, f"output={tmp_path / 'whole'}").losses
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_loses_nothing(processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_recipe(tmp_path, processor)
+    save = torch.save
+
+    def full(value: Any, file: Any, *args: Any, **options: Any) -> None:
+        if "checkpoint-6" in str(file):
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file") from OSError(errno.ENOSPC, "No space left on device")
+        save(value, file, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        result = CliRunner().invoke(app, ["train", "--config", str(path)])
+    assert result.exit_code == 1
+    assert "is full at step 6; the last whole checkpoint is" in result.output
+    assert "checkpoint-4: make room and run again with --resume" in result.output
+    assert trained(path, resume=True).losses == trained(path, f"output={tmp_path / 'whole'}").losses
+
+
+def test_broken_images_stop_the_run_or_are_skipped_and_counted(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 6})
+    (tmp_path / "9.png").write_bytes((tmp_path / "9.png").read_bytes()[:30])
+    result = CliRunner().invoke(app, ["train", "--config", str(path)])
+    assert result.exit_code == 1
+    assert "row 9" in result.output
+    assert "on_broken: skip" in result.output
+    done = trained(path, f"output={tmp_path / 'skip'}", "data.on_broken=skip")
+    assert done.num_broken == 1
+    assert trained(path, f"output={tmp_path / 'workers'}", "data.on_broken=skip", "training.workers=1").losses == done.losses
+
+
+def test_a_processor_of_another_model_is_refused(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"image_token_id": 7}))
+    result = CliRunner().invoke(app, ["train", "--config", str(path)])
+    assert result.exit_code == 1
+    assert "puts token 4 where an image stands, but the model expects 7" in result.output
+
+
+def test_errors_are_sentences(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    for overrides, message in (
+        (["training.stepps=3"], "unknown option 'stepps'; did you mean 'steps'?"),
+        (["training.steps"], "not of the form option=value"),
+        (["context=null"], "there is no context: name samples"),
+        (["training.batch_size=5", "training.micro_batch_size=2"], "expected a multiple of their product"),
+        (["training.save_every=3", "training.log_every=2"], "no multiple of log_every"),
+        (["training.keep_checkpoints=1"], "expected at least 2"),
+        (["model.path=no/such-model"], "set model.download to true"),
+        (["data.source=nothing.json"], "nothing.json"),
+        (["corda.train_fully=[language]"], "train_fully names 'model.language_model', which holds the planned layer"),
+        (["corda.train_fully=[head]"], "expected some of ['vision', 'projector', 'language']"),
+        (["training.log_to=paper"], "training.log_to is 'paper'"),
+    ):
+        result = CliRunner().invoke(app, ["train", "--config", str(path), *overrides, f"output={tmp_path / message[:8]}"])
+        assert result.exit_code == 1, overrides
+        assert message in result.output, result.output
+
+
+def test_losses_go_to_tensorboard(processor: Any, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path = write_recipe(tmp_path, processor, training={"log_to": "tensorboard", "steps": 3})
+    done = trained(path)
+    folders = {file.parent for file in done.output.rglob("events.out*")}
+    events = accumulator.EventAccumulator(str(folders.pop()))
+    events.Reload()
+    assert [one.value for one in events.Scalars("train/loss")] == pytest.approx([loss for _, loss in done.losses])
