@@ -19,7 +19,7 @@ processor = AutoProcessor.from_pretrained(model_path)
 base = AutoModelForImageTextToText.from_pretrained(model_path).to(accelerator.device)
 adapted = corda_vlm.prepare(base, Dataset.from_json(kept_path), mode="kpm", protect="start", rank=8, processor=processor)
 loader = torch.utils.data.DataLoader(
-    Dataset.from_json(training_path).shuffle(seed=0), 4 // accelerator.num_processes, collate_fn=Collator(processor, with_labels=True)
+    Dataset.from_json(training_path).shuffle(seed=0), 16 // accelerator.num_processes, collate_fn=Collator(processor, with_labels=True)
 )
 optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-3, weight_decay=0.0)  # decay would pull A and B to zero, not to their start
 model, optimizer, loader = accelerator.prepare(adapted.train(), optimizer, loader)

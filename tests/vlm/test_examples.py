@@ -48,10 +48,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, processo
         reader.save_pretrained(folder / name)
     for number, sample in enumerate(samples):
         sample["image"].save(folder / f"{number}.png")
-    learned = [{"image": str(folder / f"{i}.png"), "question": sample["question"], "answer": "one"} for i, sample in enumerate(samples)]
-    kept = [{**sample, "question": f"is this {word} ?", "answer": word} for sample, word in zip(learned, WORDS[7:], strict=False)]
+    images = [str(folder / f"{number}.png") for number in range(len(samples))]
+    kept = [{"image": image, "question": f"is this {word} ?", "answer": word} for image, word in zip(images, WORDS[7:], strict=False)]
     # Answers of different lengths, so that the processes have different numbers of tokens to learn.
-    learned = [{**sample, "answer": " ".join(["one", "two", "a"][: 1 + i % 3])} for i, sample in enumerate(learned)]
+    learned = [
+        {"image": images[i % 12], "question": samples[i % 12]["question"], "answer": " ".join(["one", "two", "a"][: 1 + i % 3])}
+        for i in range(32)
+    ]
     for name, rows in (("kept", kept), ("learned", learned)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         text = [{key: value for key, value in row.items() if key != "image"} for row in rows]
