@@ -28,7 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, attach_again, load_attachment, save_attachment
-from corda_core.distributed import process_rank
+from corda_core.distributed import from_first_process, num_processes, process_rank
 from corda_core.files import write_whole
 from corda_vlm.context import draw_contexts
 from corda_vlm.models import load_base
@@ -111,7 +111,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
         items.num_broken,
     )
     if process_rank() == 0:
-        summary = dataclasses.asdict(trained) | {"output": str(output), "num_processes": PartialState().num_processes}
+        summary = dataclasses.asdict(trained) | {"output": str(output), "num_processes": num_processes()}
         write_whole(output / SUMMARY, json.dumps(summary, indent=1).encode())
     return trained
 
@@ -137,7 +137,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ModuleNotFoundError: If the log asked for needs a package that is not installed.
         ValueError: If the batch cannot be shared out over the processes.
     """
-    options, world = recipe.training, PartialState().num_processes
+    options, world = recipe.training, _processes().num_processes
     checkpoints = options.gradient_checkpointing
     share, rest = divmod(options.batch_size, world)
     micro = options.micro_batch_size or share
@@ -224,7 +224,8 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
         ValueError: If the run that is to be gone on with has another recipe.
     """
     asked = yaml.safe_load(yaml.safe_dump(_plain(recipe)))
-    if not (output / RECIPE).exists():
+    is_new = from_first_process(not (output / RECIPE).exists())  # before that one writes it
+    if is_new:
         if resume:
             logger.warning("%s holds no run to go on with: starting one.", output)
         if process_rank() == 0:
@@ -236,12 +237,17 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
         different = _first_difference(found, asked)
         if different:
             raise ValueError(f"{output / RECIPE} has another {different}; resume with the recipe that was started, or name another output.")
-    PartialState().wait_for_everyone()
+    _processes().wait_for_everyone()
     if process_rank() == 0:
         for checkpoint in output.glob("checkpoint-*"):  # left half written when the process died
             if not (checkpoint / ATTACHMENT).exists():
                 shutil.rmtree(checkpoint)
-    PartialState().wait_for_everyone()
+    _processes().wait_for_everyone()
+
+
+def _processes() -> PartialState:
+    """Return the group of processes, which the first call joins; on CPUs it must be told that there is nothing else."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _last_whole(output: Path) -> str | None:

@@ -1,0 +1,29 @@
+"""Fine-tune a vision-language model with TRL's SFTTrainer, on JSON lines with `image` (a path), `question` and `answer`.
+
+python -m corda_vlm.examples.trl_vision_language my-llava kept.jsonl training.jsonl my-adapter
+"""
+
+import sys
+
+from datasets import Dataset, Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
+
+import corda_vlm
+
+model_path, kept_path, training_path, output = sys.argv[1:]
+# Unless told otherwise, SFTTrainer computes in bfloat16, and cuts samples, image tokens too, at 1024 tokens.
+config = SFTConfig(output, max_steps=50, per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", bf16=False, max_length=None)
+processor = AutoProcessor.from_pretrained(model_path)
+model = AutoModelForImageTextToText.from_pretrained(model_path).to(config.device)
+model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", protect="strict", rank=8, processor=processor)
+training = Dataset.from_json(training_path).map(
+    lambda row: {
+        "prompt": [{"role": "user", "content": row["question"]}],
+        "completion": [{"role": "assistant", "content": row["answer"]}],
+    }
+)
+trainer = SFTTrainer(model, config, train_dataset=training.cast_column("image", Image()), processing_class=processor)
+trainer.train()
+if trainer.is_world_process_zero():
+    corda_vlm.export(model, output)
