@@ -272,10 +272,11 @@ def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """
     A, B = (gathered_whole(one[adapter_name].weight) for one in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
     if adapter_name in getattr(layer, "lora_A0", {}):
-        A0, B0 = layer.lora_A0[adapter_name], layer.lora_B0[adapter_name]
+        # TRL keeps what trains in bfloat16 on quantised bases: rounded alike, the two still cancel at the start.
+        A0, B0 = layer.lora_A0[adapter_name].to(A.dtype), layer.lora_B0[adapter_name].to(B.dtype)
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
     if adapter_name in getattr(layer, "lora_Q", {}):
-        return shortened(A, layer.lora_Q[adapter_name], layer.lora_lengths[adapter_name]), B
+        return shortened(A, layer.lora_Q[adapter_name].to(A.dtype), layer.lora_lengths[adapter_name].to(A.dtype)), B
     return A, B
 
 

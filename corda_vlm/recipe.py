@@ -156,7 +156,7 @@ class Recipe:
     """Samples of what is to be kept (``corda.mode: kpm``), or learned (ipm); None takes ``data``, for ipm only."""
 
     evaluation: DataConfig | None = None
-    """Held-out samples whose loss is measured."""
+    """Held-out samples whose loss is measured: the mean over samples of each one's mean over its tokens; for CLIP over batches."""
 
     corda: CordaConfig = field(default_factory=CordaConfig)
     """How the adapter is prepared."""

@@ -35,6 +35,7 @@ from corda_vlm.models import load_base
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.recipe import Recipe
 from corda_vlm.sources import Items, load_items
+from corda_vlm.towers import has_two_towers
 from corda_vlm.train import losses_of, trainer_for
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
     start = time.time()
     model, processor, items = _loaded(recipe, arguments)
     evaluation = None if recipe.evaluation is None else load_items(recipe.evaluation, download=recipe.model.download)
+    if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
+        arguments.per_device_eval_batch_size = 1
     adapted = _adapted(model, processor, items, recipe, output)
     rates = {
         part: rate

@@ -98,7 +98,7 @@ def trainer_for(
     """
     base = base_of(model)
     collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
-    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else Trainer
+    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else ResponseTrainer
     if isinstance(collate, Collator):
         trims = "logits_to_keep" in inspect.signature(base.forward).parameters
         collate = Collator(processor, with_labels=True, trim_logits=trims)
@@ -135,6 +135,17 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
 def losses_of(trainer: Trainer) -> list[tuple[int, float]]:
     """Return the losses that a Trainer logged: (step, mean since the last one)."""
     return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class ResponseTrainer(Trainer):
+    """transformers' Trainer, whose held-out loss is the mean of its batches' means.
+
+    The Trainer weighs by tokens within what all processes read at once, so its held-out loss depends on how many they are.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the loss of a batch."""
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
 
 
 class DriftLog(TrainerCallback):

@@ -22,7 +22,10 @@ def write_recipe(folder: Path, processor: Any, **changes: Any) -> Path:
         color = list(COLORS)[number % 3]
         shade = tuple(min(255, value + number) for value in COLORS[color])
         Image.new("RGB", (16, 16), shade).save(folder / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nwhat color is this ?"}, {"from": "gpt", "value": color}]
+        turns = [
+            {"from": "human", "value": "<image>\nwhat color is this ?"},
+            {"from": "gpt", "value": color if number % 2 else f"a {color} circle"},
+        ]
         rows.append({"id": number, "image": f"{number}.png", "conversations": turns})
     kept = [{"text": "the shape in this is a circle"}, {"text": "what is one two ?"}, {"text": "assistant is in the circle"}] * 3
     (folder / "data.json").write_text(json.dumps(rows))

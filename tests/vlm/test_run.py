@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_an_adapter_that_loads_anywhere(processor: Any, 
     path = write_recipe(tmp_path, processor, training={"steps": 30, "learning_rate": 2e-2})
     done = trained(path)
     assert [step for step, _ in done.losses] == list(range(1, 31))
-    assert done.losses[-1][1] < 0.7 * done.losses[0][1]
+    assert done.losses[-1][1] < 0.9 * done.losses[0][1]
     assert json.loads((done.output / "training.json").read_text())["losses"] == [list(one) for one in done.losses]
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     batch = Collator(processor)([{"image": str(tmp_path / "0.png"), "question": "what color is this ?"}])
