@@ -141,7 +141,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ValueError: If the batch cannot be shared out over the processes.
     """
     options, world = recipe.training, _processes().num_processes
-    checkpoints = options.gradient_checkpointing
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )  # renamed on the way to 6
     share, rest = divmod(options.batch_size, world)
     micro = options.micro_batch_size or share
     if rest or not share or share % micro:
@@ -165,7 +168,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),
         # Reentrant checkpoints drop the gradients of a vision tower whose inputs need none.
-        **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpoints else {}),
+        **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if options.gradient_checkpointing else {}),
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
