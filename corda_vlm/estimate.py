@@ -5,15 +5,19 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from corda_core.modules import weight_shape
-from corda_vlm.models import describe_base
+from corda_vlm.data import encode, read_sample
+from corda_vlm.models import describe_base, read_processor
 from corda_vlm.recipe import Recipe
-from corda_vlm.sources import load_items
-from corda_vlm.towers import family_of, modules_of, select_layers
+from corda_vlm.sources import DataConfig, load_items
+from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
 
 TOKENS = 512
-"""Tokens of a sample, where there is no data to look at: an image of LLaVA's is 576."""
+"""Tokens of a sample, where there is none to look at: an image of LLaVA's is 576."""
+LOOKED_AT = 16
+"""How many samples are looked at for their length."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Estimate:
     num_trainable: int
     num_samples: int | None
     """Samples of training data; None if they are not here."""
+    num_tokens: int
+    """Of a training sample, on average."""
+    num_context_tokens: int
+    """Of a sample of context, on average."""
     steps: int | None
     base_bytes: int
     training_bytes: int
@@ -55,8 +63,9 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Return what a recipe will take.
 
-    Counted are products of matrices at ``TOKENS`` tokens a sample: 2 m n FLOPs a token and layer forwards, as many backwards, as the base
-    takes no gradient; attention's own products and activations are not. Layers that turn out not to reach the output are counted too.
+    Counted are products of matrices: 2 m n FLOPs a token and layer forwards, as many backwards, as the base takes no gradient; attention's
+    own products and activations are not. Layers that turn out not to reach the output are counted too. Samples have the mean length of
+    ``LOOKED_AT`` of them, or ``TOKENS`` where data or processor are not on this disk.
 
     Raises:
         ModuleNotFoundError: If an extra is needed that is not installed.
@@ -76,9 +85,10 @@ def estimate(recipe: Recipe) -> Estimate:
     trained = adapters if corda.protect != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
     num_base = sum(parameter.numel() for parameter in model.parameters())
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
-    samples = _num_samples(recipe)
+    samples, length = _look_at(recipe.data, recipe, model)
+    context_length = length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
     steps = recipe.training.steps or (None if samples is None else -(-samples * recipe.training.epochs // recipe.training.batch_size))
-    tokens = corda.num_samples * corda.num_candidates * TOKENS
+    tokens = corda.num_samples * corda.num_candidates * context_length
     distinct = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
     passes_backward = 3 if recipe.training.gradient_checkpointing else 2
     return Estimate(
@@ -87,6 +97,8 @@ def estimate(recipe: Recipe) -> Estimate:
         parts=parts,
         num_trainable=trained + whole,
         num_samples=samples,
+        num_tokens=length,
+        num_context_tokens=context_length,
         steps=None if steps is None else int(steps),
         base_bytes=int(num_base * bits / 8),
         training_bytes=4 * (adapters * (2 if corda.protect == "start" else 1) + 3 * (trained + whole) + whole),
@@ -96,7 +108,7 @@ def estimate(recipe: Recipe) -> Estimate:
         decomposition_flops=sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
         training_flops=None
         if steps is None
-        else steps * recipe.training.batch_size * TOKENS * (2 * num_base * passes_backward + 6 * adapters),
+        else steps * recipe.training.batch_size * length * (2 * num_base * passes_backward + 6 * adapters),
         flops_per_second=_speed(getattr(torch, recipe.model.dtype)),
     )
 
@@ -121,7 +133,8 @@ def describe(found: Estimate) -> str:
         samples = "" if found.num_samples is None else f", {found.num_samples:,} samples"
         lines.append(f"training: {found.steps:,} steps{samples}, {_work(found.training_flops or 0, found)}")
     lines.append(
-        f"(times for this process at {found.flops_per_second / 1e9:,.0f} GFLOP/s, measured just now, and {TOKENS} tokens a sample)"
+        f"(times: {found.flops_per_second / 1e9:,.0f} GFLOP/s, measured just now for one process; {found.num_tokens} tokens a sample, "
+        f"{found.num_context_tokens} of context)"
     )
     return "\n".join(lines)
 
@@ -136,12 +149,21 @@ def _part(shapes: list[tuple[int, int]], recipe: Recipe) -> Part:
     return Part(len(shapes), spread, sum((m + n) * rank for (m, n), rank in zip(shapes, ranks, strict=True)))
 
 
-def _num_samples(recipe: Recipe) -> int | None:
-    """Return how many samples of training data there are on this disk."""
+def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | None, int]:
+    """Return how many samples there are on this disk (None if they are not here), and how many tokens one has on average."""
     try:
-        return len(load_items(recipe.data))
+        items = load_items(data)
     except (FileNotFoundError, ValueError):
-        return None
+        return None, TOKENS
+    if recipe.model.library != "transformers" or has_two_towers(model):
+        return len(items), TOKENS
+    try:
+        processor = read_processor(recipe.model, model)
+    except (OSError, ValueError):
+        return len(items), TOKENS
+    places = range(0, len(items), max(1, len(items) // LOOKED_AT))[:LOOKED_AT]
+    lengths = [len(encode(read_sample(items[place], processor), processor)["input_ids"]) for place in places]
+    return len(items), round(sum(lengths) / len(lengths))
 
 
 def _speed(dtype: torch.dtype) -> float:

@@ -46,7 +46,7 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
                 bnb_4bit_compute_dtype=getattr(torch, config.dtype),
             )
         model = reader.from_pretrained(config.path, **known, **options).eval()
-        processor = (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **known)
+        processor = read_processor(config, model)
     except ImportError as error:
         raise ModuleNotFoundError(f"model.path {config.path} needs a package that is not installed: {error}") from error
     except (OSError, ValueError) as error:
@@ -73,6 +73,16 @@ def describe_base(config: ModelConfig) -> nn.Module:
             described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
         )
     return model
+
+
+def read_processor(config: ModelConfig, model: nn.Module) -> Any:
+    """Return what reads samples for a model of transformers: a tokenizer for text alone, else a processor.
+
+    Raises:
+        OSError: If it is not there.
+        ValueError: If it cannot be read.
+    """
+    return (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **_known(config))
 
 
 def check_processor(model: Any, processor: Any) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -287,10 +288,11 @@ class _WholeCheckpoints(TrainerCallback):
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that a disk is full; safetensors and torch.save have their own errors for it."""
+    """Return whether an error, or what it came from, says that a disk is full."""
     seen: BaseException | None = error
     while seen is not None:
-        if getattr(seen, "errno", None) == errno.ENOSPC or "No space left on device" in str(seen):
+        # Words: safetensors has an error of its own for it, and torch.save one of its container's writer.
+        if getattr(seen, "errno", None) == errno.ENOSPC or re.search("No space left on device|inline_container|StreamWriter", str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

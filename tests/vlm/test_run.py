@@ -1,6 +1,5 @@
 """Recipes run: trained, killed and gone on with, what stops a run with a sentence, and what is left then."""
 
-import errno
 import json
 import os
 import signal
@@ -172,7 +171,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_loses_nothing(processor: 
     def full(value: Any, file: Any, *args: Any, **options: Any) -> None:
         if "checkpoint-6" in str(file):
             Path(file).write_bytes(b"half")
-            raise RuntimeError("PytorchStreamWriter failed writing file") from OSError(errno.ENOSPC, "No space left on device")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 90816 vs 90704")  # what it says then
         save(value, file, *args, **options)
 
     with monkeypatch.context() as patch:
