@@ -1,6 +1,6 @@
 """CorDA adapters for vision-language models: prepare, train with any trainer, export an ordinary LoRA."""
 
-from corda_core import attach, export
+from corda_core import attach, export, load, save
 from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
@@ -22,10 +22,12 @@ __all__ = [
     "export",
     "fine_tune",
     "fuse_attention",
+    "load",
     "merge",
     "plan_adapters",
     "plan_contexts",
     "prepare",
+    "save",
     "select_layers",
     "split_attention",
     "write_plan_report",
