@@ -1,10 +1,10 @@
 """CorDA adapters for vision-language models: prepare, train with any trainer, export an ordinary LoRA."""
 
-from corda_core import attach, export, load, save
+from corda_core import attach, export, save
+from corda_vlm.adapted import load, merge
 from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
-from corda_vlm.merge import merge
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.plan_report import write_plan_report
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 import corda_core
 from corda_core.files import replacing_in
-from corda_vlm.attention import split_attention
+from corda_vlm.adapted import load
+from corda_vlm.adapted import merge as merged
 from corda_vlm.config import from_mapping
-from corda_vlm.merge import merge as merged
 from corda_vlm.models import load_base
 from corda_vlm.recipe import ModelConfig, read_recipe
 from corda_vlm.towers import is_open_clip
@@ -38,9 +38,7 @@ def deploy(
     if merge and compress is not None:
         raise ValueError("--compress and --merge were both given; a merged model has no rank: leave one of them out.")
     model, processor = load_base(_base_of(adapter, base))
-    if is_open_clip(model):
-        split_attention(model)
-    adapted = corda_core.load(model, adapter)
+    adapted = load(model, adapter)
     if not merge:
         done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
         lost = f"; compressing it lost {done.mean_lost:.1%} of the change (mean over {len(done.lost)} layers)" if compress else ""

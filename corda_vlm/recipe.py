@@ -17,7 +17,7 @@ class ModelConfig:
     """Where the base model comes from."""
 
     path: str
-    """A folder, or an id of the Hugging Face hub; for open_clip an architecture such as "ViT-B-32"."""
+    """A folder, or an id of the Hugging Face hub; for open_clip an architecture such as "ViT-B-32", or "local-dir:" and a folder."""
 
     library: str = "transformers"
     """"transformers" or "open_clip"."""
@@ -80,7 +80,7 @@ class TrainingConfig:
     """Peak rate of what trains in the vision tower; None takes ``learning_rate``."""
 
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's; it pulls A and B to zero, not to where they started, so ``protect: start`` drifts by it."""
 
     warmup: float = 0.03
     """Part of the steps in which the rate rises."""

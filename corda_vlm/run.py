@@ -28,9 +28,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
-from corda_core.checkpoint import ATTACHMENT, attach_again, load_attachment, save_attachment
+from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
 from corda_core.distributed import from_first_process, num_processes, process_rank
 from corda_core.files import write_whole
+from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts
 from corda_vlm.models import load_base
 from corda_vlm.prepare import attach_plan, plan_contexts
@@ -207,7 +208,7 @@ def context_items(recipe: Recipe, items: Items) -> Items:
 def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is gone on with, or a new one, which is written first."""
     if (output / ATTACHMENT).exists():
-        adapted = attach_again(model, load_attachment(output / ATTACHMENT))
+        adapted = attached_as(model, load_attachment(output / ATTACHMENT))
     else:
         contexts = draw_contexts(context_items(recipe, items), recipe.corda)
         adapted = attach_plan(model, plan_contexts(model, contexts, recipe.corda, processor), recipe.corda)

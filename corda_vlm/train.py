@@ -3,6 +3,7 @@
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def trainer_for(
         arguments,
         train_dataset=items,
         eval_dataset=evaluation,
-        data_collator=collate,
+        data_collator=partial(collate),  # the Trainer would save a collator's own tokenizer, which open_clip's cannot
         optimizer_cls_and_kwargs=(optimizer, options | {"params": groups}),
     )
     trainer.remove_callback(ProgressCallback)

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_llava
 from peft import PeftModel
 from recipes import write_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from typer.testing import CliRunner
 
@@ -232,3 +232,39 @@ def test_losses_go_to_tensorboard(processor: Any, tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(folders.pop()))
     events.Reload()
     assert [one.value for one in events.Scalars("train/loss")] == pytest.approx([loss for _, loss in done.losses])
+
+
+def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(processor: Any, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    path = write_recipe(tmp_path, processor)
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"size": 16}}))
+    torch.manual_seed(0)
+    base = open_clip.model.CLIP(**{key: value for key, value in shape.items()})
+    save_file({key: value.contiguous() for key, value in base.state_dict().items()}, folder / "open_clip_model.safetensors")
+    rows = [{"image": f"{number}.png", "text": f"a picture of {['red', 'green', 'blue'][number % 3]}"} for number in range(24)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    overrides = [f"{part}.source={tmp_path / 'pairs.json'}" for part in ("data", "context")]
+    overrides += [f"model.path=local-dir:{folder}", "model.library=open_clip", "corda.parts=null", "corda.train_fully=[]"]
+    overrides += ["training.batch_size=6", "training.save_every=4"]
+    whole = trained(path, *overrides, f"output={tmp_path / 'whole'}")
+    assert whole.losses[-1][1] < whole.losses[0][1]
+    result = CliRunner().invoke(app, ["prepare", "--config", str(path), *overrides])
+    assert result.exit_code == 0, result.output
+    assert trained(path, *overrides, resume=True).losses == whole.losses  # the attention is split again before the plan is attached
+    command = ["export", "--adapter", str(tmp_path / "output"), "--output", str(tmp_path / "plain"), "--merge"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    tuned = open_clip.create_model(f"local-dir:{folder}", pretrained=None)
+    state = load_file(tmp_path / "plain" / "open_clip_model.safetensors")
+    assert state.keys() == tuned.state_dict().keys()
+    tuned.load_state_dict(state)
+    assert not torch.equal(
+        tuned.visual.transformer.resblocks[0].attn.in_proj_weight, base.visual.transformer.resblocks[0].attn.in_proj_weight
+    )
