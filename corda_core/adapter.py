@@ -35,6 +35,7 @@ class ContextLora(LoraVariant):
     - ``protect="start"``: ``W x + s (B A − B0 A0) x``, computed as ``s [B − B0, B0] [A; A − A0] x``. The papers write
       ``(W − B0 A0) x + B A x``: the same function, but here the base weight is never written and the start is bit-identical to the
       base in any precision.
+    - ``protect="strict"``: ``W x + s B A x``, a plain LoRA whose A does not train.
     - ``protect="whitened"``: ``W x + s B (Ã P) x``.
 
     What is computed is what ``export`` writes: an exported adapter repeats these very operations.
@@ -48,6 +49,8 @@ class ContextLora(LoraVariant):
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Return the base's result plus the change."""
         down, up = _factors(module, active_adapter)
+        # On quantised bases TRL keeps what trains in bfloat16, and what is frozen as it was.
+        x, down = x.to(up.dtype), down.to(up.dtype)
         change = F.linear(F.linear(module.lora_dropout[active_adapter](x), down), up)
         return result + change * module.scaling[active_adapter]
 
@@ -238,6 +241,7 @@ def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Prote
         # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
         layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
         weight_a.requires_grad_(False)
+        layer.lora_variant[adapter_name] = ContextLora()
         return
     if protect == "whitened":
         assert init.whitening is not None, "_check_options sees to it"
@@ -272,7 +276,7 @@ def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """
     A, B = (gathered_whole(one[adapter_name].weight) for one in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
     if adapter_name in getattr(layer, "lora_A0", {}):
-        # TRL keeps what trains in bfloat16 on quantised bases: rounded alike, the two still cancel at the start.
+        # Rounded as what trains is, so that the two still cancel at the start.
         A0, B0 = layer.lora_A0[adapter_name].to(A.dtype), layer.lora_B0[adapter_name].to(B.dtype)
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
     if adapter_name in getattr(layer, "lora_Q", {}):

@@ -225,3 +225,21 @@ def test_what_cannot_be_quantised_is_refused_before_anything_changes() -> None:
     packed = quantized("nf4")
     with pytest.raises(ValueError, match="is quantised already"):
         attach(packed, plan(packed, collect(packed, [BATCH], select_linears(packed)), mode="kpm", rank=2), quantize="nf4")
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+@pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
+def test_what_trains_may_be_kept_in_bfloat16(protect: Any) -> None:
+    """As TRL does on quantised bases, leaving what is frozen in float32."""
+    model = plain_llama()
+    made = plan(model, collect(model, [BATCH], select_linears(model)), mode="kpm", rank=4, whiten=True)
+    adapted = attach(model, made, protect=protect, quantize="nf4").train()
+    with torch.no_grad():
+        expected = adapted(**BATCH).logits
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    result = adapted(**BATCH)
+    torch.testing.assert_close(result.logits, expected, rtol=0, atol=0)
+    result.logits.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in adapted.parameters() if p.requires_grad)
