@@ -148,12 +148,12 @@ def _is_right(example: Mapping[str, Any], method: str) -> bool:
     return prediction == answer
 
 
-def page(template: str, **values: Any) -> str:
-    """Return a page of this folder's templates, filled."""
+def page(template: str, folder: Path | None = None, **values: Any) -> str:
+    """Return a page filled from a template in this folder, or in another one that may include those of this."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([path for path in (folder, Path(__file__).parent) if path is not None]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

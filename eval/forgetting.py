@@ -1,6 +1,7 @@
 """What was gained and what was forgotten: the base's scores against the tuned model's, example by example."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,8 +12,8 @@ def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[floa
     Raises:
         ValueError: If the two do not have the same number of examples, at least one.
     """
-    drawn = _resample(before, after)
-    return _interval(100 * (drawn[1] - drawn[0]))
+    low, high = bootstrap_interval(before, after)
+    return round(100 * low, 2), round(100 * high, 2)
 
 
 def perplexity_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
@@ -25,22 +26,26 @@ def perplexity_interval(before: Sequence[float], after: Sequence[float]) -> tupl
     Raises:
         ValueError: If the two do not have the same number of windows, at least one.
     """
-    drawn = np.exp(_resample(before, after))
-    return _interval(drawn[1] - drawn[0])
+    low, high = bootstrap_interval(before, after, math.exp)
+    return round(low, 2), round(high, 2)
 
 
-def _resample(before: Sequence[float], after: Sequence[float]) -> np.ndarray:
-    """Return the means (2, 2000) of both over the same examples drawn with replacement, from a fixed seed."""
+def bootstrap_interval(before: Sequence[float], after: Sequence[float], metric: Callable[[float], float] = float) -> tuple[float, float]:
+    """Return the 95 % interval of ``metric(mean(after)) − metric(mean(before))``.
+
+    By paired bootstrap: 2,000 times as many examples are drawn with replacement, the same of both, from a fixed seed.
+
+    Raises:
+        ValueError: If the two do not have the same number of examples, at least one.
+    """
     if len(before) != len(after) or not before:
         raise ValueError(f"Before has {len(before)} examples, after {len(after)}: a paired comparison needs the same ones, at least one.")
     values = np.asarray([before, after], dtype=float)
     chosen = np.random.default_rng(0).integers(len(before), size=(2000, len(before)))
-    return values[:, chosen].mean(axis=2)
-
-
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+    means = values[:, chosen].mean(axis=2)
+    draws = [metric(mine) - metric(base) for base, mine in means.T]
     low, high = np.percentile(draws, [2.5, 97.5])
-    return round(float(low), 2), round(float(high), 2)
+    return float(low), float(high)
 
 
 def drop(before: float, after: float, *, higher_is_better: bool = True) -> float:

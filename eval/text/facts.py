@@ -6,22 +6,16 @@ Guessing gives 25: the right answer stands equally often in each of the four pla
 Note: in bfloat16 padding moves the scores by up to 0.2 nats, a question or so in a hundred; compare runs of one batch size.
 """
 
-import copy
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda_eval.text.perplexity import evaluation_mode
+from corda_eval.text.harness import run_tasks
 
 FACTS_FILE = Path(__file__).parent / "facts.jsonl"
 TASK_FILE = Path(__file__).parent / "facts.yaml"
@@ -68,28 +62,9 @@ def facts_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_
         ModuleNotFoundError: If lm_eval is not installed.
         ValueError: If ``limit`` is less than 1.
     """
-    if find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("lm_eval is not installed; run: pip install 'corda-vlm[eval]'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; ask at least one question, or all of them with None.")
-    # Imported here: it takes seconds, and most users of this package never need it.
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    with _errors_only("lm_eval"), evaluation_mode(model):
-        # Backend: LLaVA's class is not among those lm_eval knows as causal. Softmax: in bfloat16 the choices would often tie.
-        # Copy: lm_eval gives a tokenizer without a padding token one.
-        language = HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            backend="causal",
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
-        )
-        tasks = TaskManager(include_defaults=False).load([_task_config()])
-        # Not simple_evaluate: it reseeds the caller's random generators and runs pip and git to describe the machine.
-        report = evaluate(lm=language, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    report = run_tasks(model, tokenizer, [_task_config()], batch_size=batch_size, limit=limit)
     samples = sorted(report["samples"]["corda_facts"], key=lambda sample: sample["doc_id"])
     return _result(samples)
 
@@ -107,15 +82,3 @@ def _result(samples: list[dict[str, Any]]) -> FactsResult:
     scores = [[log_likelihood for log_likelihood, _ in sample["filtered_resps"]] for sample in samples]
     predictions = [choices.index(max(choices)) for choices in scores]
     return FactsResult(100 * sum(hits) / len(hits), len(hits), hits, predictions)
-
-
-@contextmanager
-def _errors_only(logger: str) -> Iterator[None]:
-    """Silence the warnings and the progress reports of a logger and restore its level afterwards."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -1,0 +1,189 @@
+"""Text benchmarks by lm-evaluation-harness, on a language model in memory or the language part of a vision-language model.
+
+Tasks by their usual names (nq_open, triviaqa, webqs, arc_easy, hellaswag, mmlu, wikitext, gsm8k, …), whose data come from the cache of
+``datasets``; or YAML files of one's own, whose data may be local: then nothing is fetched. Figures are the harness's own.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from corda_eval.task import TaskResult
+from corda_eval.text.perplexity import evaluation_mode
+
+
+def evaluate_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 1,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> list[TaskResult]:
+    """Return the results of tasks, in their order; a group such as mmlu is one task, with all its examples.
+
+    The headline is the metric that the task's own definition names first, with its first filter: ``exact_match,remove_whitespace`` for
+    nq_open, ``acc,none`` for arc_easy.
+
+    Args:
+        model: A transformers model that predicts text from ``input_ids`` alone, adapted or not; a LLaVA answers without an image.
+        tokenizer: The tokenizer of its language model.
+        tasks: Names of lm_eval, or paths of YAML files that define a task.
+        batch_size: Requests at once. In half precision padding moves log-likelihoods: 1 is the reference.
+        limit: Only the first examples of each task (of a group: of each of its tasks); None for all.
+        num_fewshot: Examples in the prompt; None takes the task's own number.
+
+    Raises:
+        ModuleNotFoundError: If lm_eval is not installed.
+        ValueError: If a task is unknown, or its data are not on this disk.
+    """
+    require_harness()
+    loaded = _load(tasks)
+    start = time.perf_counter()
+    report = run_tasks(model, tokenizer, loaded, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
+    count = sum(len({sample["doc_id"] for sample in samples}) for samples in report["samples"].values())
+    rate = count / (time.perf_counter() - start)
+    names = [_name_of(task) for task in tasks]
+    return [_result(name, report, rate) for name in names]
+
+
+def require_harness() -> None:
+    """Check for lm_eval.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; names the command that installs it.
+    """
+    if find_spec("lm_eval") is None:
+        raise ModuleNotFoundError("lm_eval is not installed; run: pip install 'corda-vlm[eval]'")
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str | Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    batch_size: int,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> dict[str, Any]:
+    """Return the harness's report on tasks that are loaded, or defined by these configs; with all samples.
+
+    Raises:
+        ModuleNotFoundError: If lm_eval is not installed.
+    """
+    require_harness()
+    # Imported here: it takes seconds, and most users of this package never need it.
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with _errors_only("lm_eval"), evaluation_mode(model):
+        loaded = tasks if isinstance(tasks, Mapping) else TaskManager(include_defaults=False).load(list(tasks))
+        if num_fewshot is not None:
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=num_fewshot)
+        # Backend: LLaVA's class is not among those lm_eval knows as causal. Softmax: in bfloat16 the choices would often tie.
+        # Copy: lm_eval gives a tokenizer without a padding token one.
+        language = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+        )
+        # Not simple_evaluate: it reseeds the caller's random generators and runs pip and git to describe the machine.
+        report: dict[str, Any] = evaluate(lm=language, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    return report
+
+
+def _load(tasks: Sequence[str]) -> Mapping[str, Any]:
+    """Return lm_eval's tasks; its own are looked through (some twenty seconds) only if one of them is asked for."""
+    from lm_eval.tasks import TaskManager
+
+    own = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    for path in own:
+        if not path.exists():
+            raise ValueError(f"The task {path} does not exist; expected a YAML file that defines a task of lm_eval.")
+    with _errors_only("lm_eval"):
+        manager = TaskManager(include_path=sorted({path.parent for path in own}) or None, include_defaults=len(own) < len(tasks))
+        names = [_name_of(task) for task in tasks]
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise ValueError(
+                f"lm_eval has no task {unknown[0]!r}; give one of its names (lm_eval ls tasks), or a YAML file that defines it."
+            )
+        try:
+            loaded: Mapping[str, Any] = manager.load(names)
+        except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
+            raise ValueError(
+                f"The data of {', '.join(names)} could not be read ({' '.join(str(error).split())[:200]}): fetch them once with a network "
+                "(HF_HUB_OFFLINE unset), or name local files in a task of your own."
+            ) from error
+    return loaded
+
+
+def _name_of(task: str) -> str:
+    return str(yaml.load(Path(task).read_text(), _AnyTag)["task"]) if task.endswith((".yaml", ".yml")) else task
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads lm_eval's YAML, whose tags ("!function") stand for code, without running any."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
+
+
+def _result(name: str, report: Mapping[str, Any], rate: float) -> TaskResult:
+    """Return one task's result from the harness's report."""
+    tasks = [name] if name in report["samples"] else _leaves(name, report)
+    figures = report["results"][name] if name in report["results"] else report["groups"][name]
+    metrics = {
+        key: float(value) for key, value in figures.items() if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    }
+    headline = next(iter(metrics))
+    metric, _, chosen_filter = headline.partition(",")
+    scores, records = [], []
+    for task in tasks:
+        samples = [sample for sample in report["samples"][task] if sample.get("filter", chosen_filter) == chosen_filter]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+            score = _score(sample[metric])
+            scores.append(score)
+            answers = [list(one) if isinstance(one, tuple) else one for one in sample["filtered_resps"]]
+            records.append({"id": f"{task}/{sample['doc_id']}", "prediction": answers, "answer": str(sample["target"]), "score": score})
+    return TaskResult(name, metrics, headline, scores, records, rate)
+
+
+def _score(value: Any) -> float:
+    """Return an example's score as a number: of a text's (log-likelihood, words) the nats a word."""
+    return -value[0] / value[1] if isinstance(value, tuple) else float(value)
+
+
+def _leaves(group: str, report: Mapping[str, Any]) -> list[str]:
+    """Return the tasks of a group, subgroups' included."""
+    found: list[str] = []
+    for name in report["group_subtasks"][group]:
+        found += [name] if name in report["samples"] else _leaves(name, report)
+    return found
+
+
+@contextmanager
+def _errors_only(logger: str) -> Iterator[None]:
+    """Silence the warnings and the progress reports of a logger and restore its level afterwards."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
