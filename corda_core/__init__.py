@@ -11,7 +11,7 @@ from corda_core.checkpoint import load, save
 from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
 from corda_core.covariance import Covariance
 from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
-from corda_core.drift import context_drift, output_energies
+from corda_core.drift import context_drift, output_energies, weight_change
 from corda_core.export import Exported, export, merge
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
@@ -69,6 +69,7 @@ __all__ = [
     "select_covariances",
     "select_linears",
     "spectrum",
+    "weight_change",
     "weight_digest",
     "weight_matrix",
     "whitening",

@@ -37,6 +37,16 @@ def context_drift(
     return drift
 
 
+def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """Return ``‖ΔW‖_F / ‖W‖_F`` per layer: the size of the change where there is no context; W as in ``context_drift``."""
+    found = {}
+    for name, layer in lora_layers(model, adapter_name).items():
+        A, B = change_factors(layer, adapter_name)
+        changed = _trace(B.T @ B, A @ A.T)
+        found[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
+    return found
+
+
 def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
     """Return ``‖W C^(1/2)‖_F`` of each adapted layer's base weight: the root mean square of ``W x`` on the context."""
     energies = {}

@@ -7,7 +7,8 @@ Note: in bfloat16 padding moves the scores by up to 0.2 nats, a question or so i
 """
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda_eval.text.harness import run_tasks
+from corda_eval.task import TaskResult
+from corda_eval.text.harness import result_of, run_tasks
 
 FACTS_FILE = Path(__file__).parent / "facts.jsonl"
 TASK_FILE = Path(__file__).parent / "facts.yaml"
@@ -67,6 +69,18 @@ def facts_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_
     report = run_tasks(model, tokenizer, [_task_config()], batch_size=batch_size, limit=limit)
     samples = sorted(report["samples"]["corda_facts"], key=lambda sample: sample["doc_id"])
     return _result(samples)
+
+
+def facts_task(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 1, limit: int | None = None) -> TaskResult:
+    """Return the same as a task of a suite, named "facts".
+
+    Raises:
+        ModuleNotFoundError: If lm_eval is not installed.
+    """
+    start = time.perf_counter()
+    report = run_tasks(model, tokenizer, [_task_config()], batch_size=batch_size, limit=limit)
+    count = len(report["samples"]["corda_facts"])
+    return replace(result_of("corda_facts", report, count / (time.perf_counter() - start)), task="facts")
 
 
 def _task_config() -> dict[str, Any]:

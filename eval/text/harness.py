@@ -55,7 +55,7 @@ def evaluate_text(
     count = sum(len({sample["doc_id"] for sample in samples}) for samples in report["samples"].values())
     rate = count / (time.perf_counter() - start)
     names = [_name_of(task) for task in tasks]
-    return [_result(name, report, rate) for name in names]
+    return [result_of(name, report, rate) for name in names]
 
 
 def require_harness() -> None:
@@ -144,8 +144,14 @@ class _AnyTag(yaml.SafeLoader):
 _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
 
 
-def _result(name: str, report: Mapping[str, Any], rate: float) -> TaskResult:
-    """Return one task's result from the harness's report."""
+def result_of(name: str, report: Mapping[str, Any], rate: float) -> TaskResult:
+    """Return one task's result from the harness's report.
+
+    Args:
+        name: The task, or a group of tasks.
+        report: As from ``run_tasks``.
+        rate: Examples a second.
+    """
     tasks = [name] if name in report["samples"] else _leaves(name, report)
     figures = report["results"][name] if name in report["results"] else report["groups"][name]
     metrics = {

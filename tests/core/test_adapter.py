@@ -14,7 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from corda_core import AdapterPlan, attach, base_digest, change_factors, collect, context_drift, export, lora_layers, plan, select_linears
+from corda_core import (
+    AdapterPlan,
+    attach,
+    base_digest,
+    change_factors,
+    collect,
+    context_drift,
+    export,
+    lora_layers,
+    plan,
+    select_linears,
+    weight_change,
+)
 
 RANK = 6
 IDS = torch.arange(2, 20).reshape(2, 9)
@@ -225,6 +237,16 @@ def test_context_drift_is_the_dense_ratio() -> None:
         A, B = change_factors(layer)
         expected = (B.double() @ A.double() @ root).norm() / (layer.get_base_layer().weight.double() @ root).norm()
         assert found == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_weight_change_is_the_dense_ratio() -> None:
+    adapted = attach(tiny_llama(), planned(tiny_llama()))
+    assert max(weight_change(adapted).values()) < 1e-6
+    trained(adapted)
+    for name, found in weight_change(adapted).items():
+        layer = lora_layers(adapted)[name]
+        A, B = change_factors(layer)
+        assert found == pytest.approx(float((B @ A).norm() / layer.get_base_layer().weight.norm()), rel=1e-4)
 
 
 def test_refusals() -> None:
