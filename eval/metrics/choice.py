@@ -1,0 +1,110 @@
+"""Answers out of a few: yes or no (POPE), letters (ScienceQA, MMBench, PMC-VQA)."""
+
+import re
+from collections.abc import Sequence
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SCIENCEQA_LETTERS = LETTERS[:5]
+LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[.):,]|\Z|(?=\s*\n))")
+
+
+def pope_answer(text: str) -> str:
+    """Return "no" if "No", "no" or "not" is a word of the first sentence, else "yes", as LLaVA reads its answers."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_scores(predictions: Sequence[str], labels: Sequence[str], categories: Sequence[str] | None = None) -> dict[str, float]:
+    """Return accuracy, precision, recall and F1 of "yes", and ``yes_ratio``, the share of answers that say yes.
+
+    With categories the same for each ("f1:popular"), and ``mean_f1`` over the categories: the figure that papers report. What would be
+    divided by zero is 0.
+
+    Args:
+        predictions: The answers as generated, or "yes" and "no".
+        labels: "yes" or "no".
+        categories: The category of each, for instance "adversarial".
+
+    Raises:
+        ValueError: If the lengths differ, there are none, or a label is neither "yes" nor "no".
+    """
+    if not len(predictions) == len(labels) == len(labels if categories is None else categories) or not labels:
+        raise ValueError(
+            f"There are {len(predictions)} predictions, {len(labels)} labels and {len(labels if categories is None else categories)} "
+            "categories; expected as many of each, at least one; join them by question id."
+        )
+    wrong = sorted({label for label in labels if label not in ("yes", "no")})
+    if wrong:
+        raise ValueError(f'labels has {wrong}; expected "yes" or "no"; mend the annotations.')
+    answers = [pope_answer(prediction) for prediction in predictions]
+    scores = _binary_scores(answers, labels)
+    if categories is None:
+        return scores
+    names = sorted(set(categories))
+    by_name = {
+        name: _binary_scores(
+            [answer for answer, category in zip(answers, categories, strict=True) if category == name],
+            [label for label, category in zip(labels, categories, strict=True) if category == name],
+        )
+        for name in names
+    }
+    scores |= {f"{metric}:{name}": value for name in names for metric, value in by_name[name].items()}
+    return scores | {"mean_f1": sum(by_name[name]["f1"] for name in names) / len(names)}
+
+
+def _binary_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    pairs = list(zip(answers, labels, strict=True))
+    hits, said, there = pairs.count(("yes", "yes")), list(answers).count("yes"), list(labels).count("yes")
+    return {
+        "accuracy": (hits + pairs.count(("no", "no"))) / len(pairs),
+        "precision": hits / said if said else 0.0,
+        "recall": hits / there if there else 0.0,
+        "f1": 2 * hits / (said + there) if said + there else 0.0,
+        "yes_ratio": said / len(pairs),
+    }
+
+
+def scienceqa_answer(prediction: str) -> str | None:
+    """Return the letter A … E that a prediction gives, by LLaVA's rule, or None if it gives none.
+
+    A letter alone; or a letter, a period and a space in front; or one single "The answer is X."; "A." is none of these.
+    """
+    if prediction in tuple(SCIENCEQA_LETTERS):
+        return prediction
+    if len(prediction) >= 3 and prediction[0] in SCIENCEQA_LETTERS and prediction[1:3] == ". ":
+        return prediction[0]
+    # Any sign may follow the letter: LLaVA's pattern does not escape its period.
+    found = re.findall(r"The answer is ([A-Z]).", prediction)
+    return found[0] if len(found) == 1 and found[0] in SCIENCEQA_LETTERS else None
+
+
+def scienceqa_accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the share of predictions whose letter is the answer's; one without a letter is wrong.
+
+    Raises:
+        ValueError: If the lengths differ or there are none.
+    """
+    if len(predictions) != len(answers) or not answers:
+        raise ValueError(f"There are {len(predictions)} predictions and {len(answers)} answers; expected as many, at least one.")
+    hits = [scienceqa_answer(prediction) == answer for prediction, answer in zip(predictions, answers, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def multiple_choice_answer(prediction: str, choices: Sequence[str]) -> int | None:
+    """Return the place of the choice that a prediction names, from 0, or None if it names none or several.
+
+    A letter alone or in front ("B", "B. a dog", "(B)"), else the text of one choice, but for case, white space and a final period.
+
+    Note:
+        The benchmarks' own tools let a language model guess what remains; here it counts as wrong.
+    """
+    text = prediction.strip()
+    letter = LEADING_LETTER.match(text)
+    if letter and letter[1] in LETTERS[: len(choices)]:
+        return LETTERS.index(letter[1])
+    same = [place for place, choice in enumerate(choices) if _plain(choice) == _plain(text)]
+    return same[0] if len(same) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".").lower()
