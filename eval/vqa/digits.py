@@ -31,7 +31,7 @@ def load_digit_questions(split: str) -> list[VqaExample]:
 
     scans = load_digits()
     order = np.random.default_rng(0).permutation(len(scans.target))[SPLITS[split]]
-    return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i])) for i in order]
+    return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i]), question_id=str(i)) for i in order]
 
 
 def _enlarged(scan: np.ndarray) -> Image.Image:
