@@ -24,7 +24,7 @@ NOTHING = ("", "nan", "none")
 
 
 def load(folder: str | Path, *, split: str = "mmbench_dev_20230712", limit: int | None = None) -> list[VqaExample]:
-    """Return the rows of the table ``split``.tsv in file order, all or the first.
+    """Return the rows of the table ``split``.tsv in file order, all or those of the first questions, with all their rotations.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -35,7 +35,8 @@ def load(folder: str | Path, *, split: str = "mmbench_dev_20230712", limit: int 
     table = csv.DictReader(io.StringIO(existing(path).read_text(encoding="utf-8"), newline=""), delimiter="\t")
     rows = rows_of(list(table), ("index", "question", "A", "B", "answer", "image"), path)
     by_index = by_key(rows, "index", path)
-    return checked([_example(row, by_index, path) for row in first(rows, limit)], path)
+    chosen = set(first(list(dict.fromkeys(_unrotated(str(row["index"])) for row in rows)), limit))
+    return checked([_example(row, by_index, path) for row in rows if _unrotated(str(row["index"])) in chosen], path)
 
 
 def _example(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, str | None]], path: Path) -> VqaExample:
@@ -74,16 +75,19 @@ def _image(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, st
     return image
 
 
+def _unrotated(index: str) -> str:
+    """Return the index of the question that a row asks, whatever the order of its choices."""
+    return str(int(index) % ROTATION) if index.isdecimal() else index
+
+
 def _filled(value: str | None) -> str | None:
     return None if value is None or value.strip().lower() in NOTHING else value.strip()
 
 
 def _circular(examples: Sequence[VqaExample], answers: Sequence[str]) -> Mapping[str, float]:
-    rounds: dict[int, list[float]] = defaultdict(list)
+    rounds: dict[str, list[float]] = defaultdict(list)
     for example, answer in zip(examples, answers, strict=True):
-        if not example.question_id.isdecimal():
-            return {}
-        rounds[int(example.question_id) % ROTATION].append(choice_score(answer, example))
+        rounds[_unrotated(example.question_id)].append(choice_score(answer, example))
     return {"circular_accuracy": sum(map(min, rounds.values())) / len(rounds)}
 
 

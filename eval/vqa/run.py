@@ -67,7 +67,7 @@ def evaluate(
         processor,
         path=predictions,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         pad_images=pad_images,
         progress=progress,
     )

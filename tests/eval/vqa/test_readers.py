@@ -313,6 +313,7 @@ def test_mmbench(tmp_path: Path) -> None:
         f"Which\none?\nA. cat\nB. dog{LETTER}",
         f"Look.\nWhich\none?\nA. dog\nB. cat\nC. cow{LETTER}",
     ]
+    assert mmbench.load(tmp_path, limit=1) == examples[:2]
     assert examples[0].image == examples[1].image
     picture_of_row = examples[1].open_image()
     assert picture_of_row is not None
