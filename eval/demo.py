@@ -295,7 +295,7 @@ def _examples(measured: Mapping[str, Measurement], suite: Suite, count: int = 6)
             example = examples[i]
             shown.append(
                 {"task": task, "question": example.question, "answer": example.answer}
-                | {"image": _as_png(example.image), "predictions": predictions}
+                | {"image": _as_png(example.open_image()), "predictions": predictions}
                 | {"correct": {method: measurement.hits[task][i] for method, measurement in measured.items()}}
             )
     return shown
@@ -306,8 +306,10 @@ def _agreement(answers: Mapping[str, list[str]], i: int) -> int:
     return -len({given[i].lower() for given in answers.values()})
 
 
-def _as_png(image: Image.Image) -> str:
-    """Return the picture as base64 text."""
+def _as_png(image: Image.Image | None) -> str:
+    """Return the picture, if there is one, as base64 text."""
+    if image is None:
+        return ""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

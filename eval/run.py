@@ -72,8 +72,8 @@ class SuiteTask:
     """One task of a suite."""
 
     task: str
-    """"digits", "easy_vqa", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; else a task of lm_eval, or a
-    YAML file that defines one."""
+    """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; a task of lm_eval, or a YAML file that
+    defines one."""
 
     role: str = "kept"
     """"target": it was trained; "kept": it should not suffer."""

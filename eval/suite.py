@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from corda_eval.metrics import exact_match
 from corda_eval.text.facts import facts_scores, load_facts
 from corda_eval.text.perplexity import held_out_text, text_windows, window_losses
-from corda_eval.vqa.answer import answer_questions, exact_match
+from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample

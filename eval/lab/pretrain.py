@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -178,7 +177,7 @@ def _named_images(processor: LlavaProcessor, examples: list[VqaExample]) -> tupl
     """
     words = (*COLOURS, *SHAPES)
     known: dict[int, dict[int, int]] = {}
-    images: dict[int, Image.Image] = {}
+    images: dict[int, object] = {}
     for example in examples:
         images[id(example.image)] = example.image
         if example.question.startswith("what"):

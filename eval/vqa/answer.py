@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
+from corda_eval.text.perplexity import evaluation_mode
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.data import Collator, tokenizer_of
 
 
-@torch.inference_mode()
 def answer_questions(
     model: Any, processor: Any, examples: Sequence[VqaExample], *, batch_size: int = 32, max_new_tokens: int = 5, progress: Any = iter
 ) -> list[str]:
@@ -23,25 +24,43 @@ def answer_questions(
         max_new_tokens: Where an answer that does not end by itself is cut.
         progress: Wraps the iterable of batches, a progress bar for instance.
     """
-    collate = Collator(processor)
-    tokenizer = tokenizer_of(processor)
     answers: list[str] = []
-    was_training = model.training
-    model.eval()
     starts: Iterable[int] = progress(range(0, len(examples), batch_size))
     for start in starts:
-        batch = collate([{"image": one.image, "question": one.question} for one in examples[start : start + batch_size]])
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        tokens = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-        answers += tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
+        answers += answer_batch(model, processor, examples[start : start + batch_size], max_new_tokens)
+    return answers
+
+
+@torch.inference_mode()
+def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], max_new_tokens: int, *, pad_images: bool = False) -> list[str]:
+    """Return the greedy answers to questions asked at once.
+
+    Args:
+        model: A LLaVA-type model, adapted or not.
+        processor: Its processor.
+        examples: The questions.
+        max_new_tokens: Where an answer that does not end by itself is cut.
+        pad_images: Pad images to squares with the processor's mean colour, as LLaVA-1.5 was trained; else take what the processor does,
+            which for its Hugging Face port is to cut off the sides.
+
+    Raises:
+        ValueError: If an image cannot be read; the text names its question.
+    """
+    images = [example.open_image() for example in examples]
+    if pad_images:
+        images = [image and _squared(image, processor) for image in images]
+    items = [{"image": image, "question": example.question} for example, image in zip(examples, images, strict=True)]
+    batch = {key: value.to(model.device) for key, value in Collator(processor)(items).items()}
+    with evaluation_mode(model):
+        tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
+    answers = tokenizer_of(processor).batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether the answers are equal once lower-cased and stripped of white space and a final period."""
-    return _plain(prediction) == _plain(answer)
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").strip().lower()
+def _squared(image: Image.Image, processor: Any) -> Image.Image:
+    """Return the image in the middle of a square of the mean colour."""
+    side = max(image.size)
+    red, green, blue = (int(255 * value) for value in processor.image_processor.image_mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

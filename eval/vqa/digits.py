@@ -4,12 +4,14 @@ Data: 1,797 scans of 8 x 8 pixels inside scikit-learn (UCI, Alpaydin and Kaynak 
 Split: shuffled once with a fixed seed: 1,200 to train, 200 to validate, 397 to test. Score: exact match.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
 
-from corda_eval.vqa.example import VqaExample
+from corda_eval.metrics import exact_match
+from corda_eval.vqa.example import VqaExample, VqaTask
 
 QUESTION = "What digit is written?"
 SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1400), "test": slice(1400, 1797)}
@@ -31,10 +33,23 @@ def load_digit_questions(split: str) -> list[VqaExample]:
 
     scans = load_digits()
     order = np.random.default_rng(0).permutation(len(scans.target))[SPLITS[split]]
-    return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i])) for i in order]
+    return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i]), question_id=str(i)) for i in order]
+
+
+def load(folder: None = None, *, split: str = "test", limit: int | None = None) -> list[VqaExample]:
+    """Return the digits of one split, all or the first; there is no folder to give.
+
+    Raises:
+        ValueError: If the split is unknown.
+        ModuleNotFoundError: If scikit-learn is not installed.
+    """
+    return [replace(example, question_id=str(place)) for place, example in enumerate(load_digit_questions(split)[:limit])]
 
 
 def _enlarged(scan: np.ndarray) -> Image.Image:
     """Return an 8 x 8 scan of ink 0 … 16 as a 64 x 64 picture, dark on white."""
     paper = (255 - scan * (255 / 16)).astype(np.uint8)
     return Image.fromarray(paper).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
+
+
+TASK = VqaTask("digits", load, "accuracy", lambda answer, example: float(exact_match(answer, example.answer)), max_new_tokens=5)

@@ -11,7 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from corda_eval.assets import package_folder
-from corda_eval.vqa.example import VqaExample
+from corda_eval.metrics import exact_match
+from corda_eval.vqa.example import VqaExample, VqaTask
+from corda_eval.vqa.files import first
 
 
 def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:
@@ -27,11 +29,24 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
         raise ValueError(f'easy-VQA has the splits "train" and "test", not "{split}".')
     folder = package_folder("easy_vqa") / "data" / split
     rows = json.loads((folder / "questions.json").read_text())
-    chosen = rows if indices is None else [rows[i] for i in indices]
-    images = {number: _open(folder / "images" / f"{number}.png") for number in {row[2] for row in chosen}}
-    return [VqaExample(images[number], question, answer) for question, answer, number in chosen]
+    chosen = range(len(rows)) if indices is None else [range(len(rows))[i] for i in indices]
+    images = {number: _open(folder / "images" / f"{number}.png") for number in {rows[i][2] for i in chosen}}
+    return [VqaExample(images[rows[i][2]], rows[i][0], rows[i][1], question_id=str(i)) for i in chosen]
+
+
+def load(folder: None = None, *, split: str = "test", limit: int | None = None) -> list[VqaExample]:
+    """Return the questions of a split in file order, all or the first; there is no folder to give.
+
+    Raises:
+        ValueError: If ``split`` is not "train" or "test".
+        ModuleNotFoundError: If the wheel ``easy-vqa`` is not installed.
+    """
+    return list(first(load_easy_vqa(split), limit))
 
 
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+TASK = VqaTask("easy_vqa", load, "accuracy", lambda answer, example: float(exact_match(answer, example.answer)), max_new_tokens=5)

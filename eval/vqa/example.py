@@ -1,18 +1,90 @@
-"""The one shape that every question about an image has here."""
+"""The one shape that every question about an image has here, and what makes a benchmark of them."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
+"""What LLaVA-1.5 was told in training and is told in its evaluations."""
 
 
 @dataclass(frozen=True)
 class VqaExample:
     """One question about one image."""
 
-    image: Image.Image
+    image: Image.Image | Path | bytes | None
+    """A picture, its file, what is in its file, or None for a question about text alone."""
+
     question: str
+    """The whole prompt: question, choices, and how to answer."""
+
     answer: str
+    """The right answer; where people disagree, the one that most gave. For a multiple choice its letter."""
+
+    question_id: str = ""
+    """Unique in its benchmark."""
+
+    answers: tuple[str, ...] = ()
+    """What each of several people answered."""
+
+    choices: tuple[str, ...] = ()
+    """What there is to choose from, the first being A."""
+
+    kind: str = ""
+    """What scores are also given by: type of answer, category."""
 
     def as_item(self) -> dict[str, object]:
         """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
-        return {"image": self.image, "question": self.question, "answer": self.answer}
+        image = self.open_image() if isinstance(self.image, bytes) else self.image
+        return {"image": image, "question": self.question, "answer": self.answer}
+
+    def open_image(self) -> Image.Image | None:
+        """Return the picture in RGB.
+
+        Raises:
+            ValueError: If it cannot be read.
+        """
+        if self.image is None:
+            return None
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        try:
+            with Image.open(BytesIO(self.image) if isinstance(self.image, bytes) else self.image) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            name = self.image if isinstance(self.image, Path) else f"of {len(self.image)} bytes"
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+            raise ValueError(
+                f"question {self.question_id!r}: the image {name} cannot be read ({reason}); get the file again, or mend it."
+            ) from error
+
+
+@dataclass(frozen=True)
+class VqaTask:
+    """A benchmark: where its examples come from, how answers are scored."""
+
+    name: str
+
+    load: Callable[..., list[VqaExample]]
+    """``load(folder, split=…, limit=…)``; the benchmark's file says what must be in the folder."""
+
+    headline: str
+    """Name of the mean score."""
+
+    score: Callable[[str, VqaExample], float]
+    """Score of one answer as the model gave it, from 0 to 1."""
+
+    max_new_tokens: int = 16
+    """Where an answer that does not end by itself is cut."""
+
+    more_metrics: Callable[[Sequence[VqaExample], Sequence[str]], Mapping[str, float]] = lambda examples, answers: {}
+    """What else is computed from all answers."""
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """Return a question with a lettered line for each choice."""
+    return question + "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", choices, strict=False))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corda_eval import metrics
+from corda_eval.metrics import recall
 from corda_eval.metrics.strings import edit_distance
 from corda_eval.metrics.vqa import MISSPELLINGS
 
@@ -237,8 +238,9 @@ def test_relaxed_accuracy(prediction: str, target: str, right: bool) -> None:
     assert metrics.relaxed_accuracy(prediction, target) is right
 
 
-def test_recall_counted_by_sorting() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_recall_counted_by_sorting(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "CHUNK", chunk)
     images, texts, owners = torch.randn(7, 4), torch.randn(20, 4), torch.arange(20) % 7
     scores = torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(images, dim=-1).T
     found = metrics.recall_at_k(images, texts, owners, ks=(1, 3))

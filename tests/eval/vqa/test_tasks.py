@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from conftest import tiny_llava
 
-from corda_eval.vqa.answer import answer_questions, exact_match
+from corda_eval.metrics import exact_match
+from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample

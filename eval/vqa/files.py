@@ -1,0 +1,136 @@
+"""Reading the benchmarks' files: what is missing or broken is named and counted."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from corda_eval.vqa.example import VqaExample
+
+Row = TypeVar("Row")
+
+
+def existing(path: Path) -> Path:
+    """Return the path of a file that is there.
+
+    Raises:
+        FileNotFoundError: If it is not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; put it there, or give the folder that holds it.")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not whole.
+    """
+    try:
+        return json.loads(existing(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}); get the file again.") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file with one a line.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is not whole.
+    """
+    values = []
+    for number, line in enumerate(existing(path).read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not whole JSON ({error}); get the file again, or mend the line.") from error
+    return values
+
+
+def rows_of(values: Any, keys: Iterable[str], where: object) -> list[Mapping[str, Any]]:
+    """Return the values, each of which must be an object with these keys.
+
+    Raises:
+        ValueError: If they are no list, or one of them is not; the text counts all.
+    """
+    if not isinstance(values, list):
+        raise ValueError(f"{where} holds a {type(values).__name__}; expected a list of objects; check that it is the benchmark's own file.")
+    wanted = list(keys)
+    wrong = [place for place, row in enumerate(values) if not isinstance(row, Mapping) or not set(wanted) <= set(row)]
+    if wrong:
+        raise ValueError(
+            f"{where} has {len(wrong)} row(s) of {len(values)} without all of {wanted}, first row {wrong[0]}, counted from 0; "
+            "check that it is the benchmark's own file, or mend it."
+        )
+    return values
+
+
+def first(rows: Sequence[Row], limit: int | None) -> Sequence[Row]:
+    """Return the first rows, or all with None.
+
+    Raises:
+        ValueError: If the limit is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1, or None for all questions.")
+    return rows[:limit]
+
+
+def by_key(rows: Sequence[Mapping[str, Any]], key: str, where: object) -> dict[str, Mapping[str, Any]]:
+    """Return the rows by what one key holds, as text.
+
+    Raises:
+        ValueError: If two rows hold the same.
+    """
+    _check_unique([str(row[key]) for row in rows], key, where)
+    return {str(row[key]): row for row in rows}
+
+
+def people(value: Any, where: str) -> tuple[str, ...]:
+    """Return what each person answered, from a list of texts or of objects with ``answer``.
+
+    Raises:
+        ValueError: If it is neither, or has fewer than two.
+    """
+    given = [one.get("answer") if isinstance(one, Mapping) else one for one in value] if isinstance(value, list) else []
+    answers = [answer for answer in given if isinstance(answer, str)]
+    if len(answers) < 2 or len(answers) < len(given):
+        raise ValueError(f"{where} has the answers {str(value)[:80]}; expected those of at least two people; mend the annotations.")
+    return tuple(answers)
+
+
+def most_common(answers: Sequence[str]) -> str:
+    """Return what most people answered; of equals, the first."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def checked(examples: Sequence[VqaExample], where: object) -> list[VqaExample]:
+    """Return the examples once their ids and image files are known to be right.
+
+    Raises:
+        FileNotFoundError: If an image is missing; the text counts all.
+        ValueError: If there are no examples, or two have one id.
+    """
+    if not examples:
+        raise ValueError(f"{where} has no questions; expected at least one.")
+    _check_unique([example.question_id for example in examples], "question id", where)
+    missing = [(one.question_id, one.image) for one in examples if isinstance(one.image, Path) and not one.image.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(examples)} questions of {where} have no image, the first is question {missing[0][0]!r} with "
+            f"{missing[0][1]}; put the images there, or take fewer questions with `limit`."
+        )
+    return list(examples)
+
+
+def _check_unique(ids: Sequence[str], key: str, where: object) -> None:
+    twice = [one for one, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{where} has {len(twice)} value(s) of {key} more than once, first {twice[0]!r}; expected each once; remove copies."
+        )

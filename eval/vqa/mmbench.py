@@ -1,0 +1,94 @@
+"""MMBench and what comes in its form: questions with up to four choices and an image, as a table.
+
+Folder: ``mmbench_dev_20230712.tsv`` (https://download.openmmlab.com/mmclassification/datasets/mmbench) or another .tsv with the columns
+index, question, A, B, answer and image (base64, or the index of a row whose image is meant); perhaps C, D, hint and category.
+Prompt: hint, question, lettered choices, and the request for a letter (LLaVA-1.5's). Scores: accuracy over rows, also by category; and
+``circular_accuracy``, the official one: a question's rows, with its choices rotated (index + 1,000,000 …), count only if all are right.
+The official tool lets a language model read answers without a letter; here they are wrong.
+"""
+
+import base64
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from corda_eval.vqa.example import LETTER_ANSWER, VqaExample, VqaTask, with_choices
+from corda_eval.vqa.files import by_key, checked, existing, first, rows_of
+from corda_eval.vqa.pmc_vqa import choice_score
+
+ROTATION = 1_000_000
+"""How far apart the indices of a question's rotations are."""
+NOTHING = ("", "nan", "none")
+
+
+def load(folder: str | Path, *, split: str = "mmbench_dev_20230712", limit: int | None = None) -> list[VqaExample]:
+    """Return the rows of the table ``split``.tsv in file order, all or those of the first questions, with all their rotations.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is broken, or has no answers, as tables of test splits.
+    """
+    path = Path(folder).expanduser() / f"{split}.tsv"
+    csv.field_size_limit(max(csv.field_size_limit(), 1 << 28))  # images are longer than the 128 KB that are allowed by default
+    table = csv.DictReader(io.StringIO(existing(path).read_text(encoding="utf-8"), newline=""), delimiter="\t")
+    rows = rows_of(list(table), ("index", "question", "A", "B", "answer", "image"), path)
+    by_index = by_key(rows, "index", path)
+    chosen = set(first(list(dict.fromkeys(_unrotated(str(row["index"])) for row in rows)), limit))
+    return checked([_example(row, by_index, path) for row in rows if _unrotated(str(row["index"])) in chosen], path)
+
+
+def _example(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, str | None]], path: Path) -> VqaExample:
+    where = f"{path}, index {row['index']}"
+    choices: list[str] = []
+    for letter in "ABCD":
+        choice = _filled(row.get(letter))
+        if choice is None:
+            break
+        choices.append(choice)
+    answer = (row["answer"] or "").strip()
+    if answer not in tuple("ABCD")[: len(choices)]:
+        raise ValueError(f"{where} has the answer {answer!r} and {len(choices)} choices; expected a letter among them; mend the row.")
+    hint = _filled(row.get("hint"))
+    question = f"{hint}\n{row['question']}" if hint else row["question"] or ""
+    return VqaExample(
+        _image(row, by_index, where),
+        with_choices(question, choices) + LETTER_ANSWER,
+        answer,
+        question_id=str(row["index"]),
+        choices=tuple(choices),
+        kind=_filled(row.get("category")) or "",
+    )
+
+
+def _image(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, str | None]], where: str) -> bytes:
+    value = row["image"] or ""
+    if value in by_index:
+        value = by_index[value]["image"] or ""
+    try:
+        image = base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where} has an image that is no base64 ({error}); get the file again.") from error
+    if not image:
+        raise ValueError(f"{where} has no image; expected one in base64, or the index of a row that has it; get the file again.")
+    return image
+
+
+def _unrotated(index: str) -> str:
+    """Return the index of the question that a row asks, whatever the order of its choices."""
+    return str(int(index) % ROTATION) if index.isdecimal() else index
+
+
+def _filled(value: str | None) -> str | None:
+    return None if value is None or value.strip().lower() in NOTHING else value.strip()
+
+
+def _circular(examples: Sequence[VqaExample], answers: Sequence[str]) -> Mapping[str, float]:
+    rounds: dict[str, list[float]] = defaultdict(list)
+    for example, answer in zip(examples, answers, strict=True):
+        rounds[_unrotated(example.question_id)].append(choice_score(answer, example))
+    return {"circular_accuracy": sum(map(min, rounds.values())) / len(rounds)}
+
+
+TASK = VqaTask("mmbench", load, "accuracy", choice_score, more_metrics=_circular)

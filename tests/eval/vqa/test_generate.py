@@ -1,0 +1,211 @@
+"""Answers of a tiny LLaVA: batches, files of predictions, runs that go on, and whole evaluations."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import tiny_llava
+from PIL import Image
+
+from corda_eval.vqa import generate
+from corda_eval.vqa.answer import answer_batch
+from corda_eval.vqa.example import VqaExample, VqaTask
+from corda_eval.vqa.generate import BatchCheck, check_batch_invariance, generate_answers
+from corda_eval.vqa.predictions import model_digest
+from corda_eval.vqa.run import evaluate
+
+QUESTIONS = ["what color is the shape ?", "is a circle red ?", "what is this ?", "is the shape in this blue ?", "two ?"]
+
+
+@pytest.fixture
+def examples() -> list[VqaExample]:
+    images: list[Image.Image | None] = [Image.new("RGB", (16, 24), (40 * i, 255 - 40 * i, 90)) for i in range(4)]
+    kinds = ["open", "binary", "open", "binary", "text"]
+    return [
+        VqaExample(image, question, "red", question_id=f"q{i}", kind=kind)
+        for i, (image, question, kind) in enumerate(zip([*images, None], QUESTIONS, kinds, strict=True))
+    ]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(count: int) -> Any:
+    def progress(batches: Iterable[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            if number == count:
+                raise Killed
+            yield batch
+
+    return progress
+
+
+TASK = VqaTask("tiny", list, "accuracy", lambda answer, example: float("red" in answer), max_new_tokens=3)
+
+
+def test_answers_alone_and_in_batches(processor: Any, examples: list[VqaExample]) -> None:
+    model = tiny_llava().double()
+    found = check_batch_invariance(examples, model, processor, batch_size=3, max_new_tokens=4)
+    assert found == BatchCheck(5, [])
+    assert found.share == 0
+    with pytest.raises(ValueError, match="batch_size is 1; expected at least 2"):
+        check_batch_invariance(examples, model, processor, batch_size=1)
+
+
+def test_batch_check_names_what_differs(processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "answer_batch", lambda model, processor, batch, *_, **__: [f"{len(batch) == 3}"] * len(batch))
+    found = check_batch_invariance(examples, tiny_llava(), processor, batch_size=3)
+    assert found.differing == [(f"q{i}", "False", "True") for i in range(3)]
+    assert found.share == 0.6
+
+
+def test_evaluate(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+    path, model = tmp_path / "runs" / "predictions.jsonl", tiny_llava().train()
+    result = evaluate(TASK, examples, model, processor, predictions=path)
+    assert model.training
+    hits = [float("red" in str(record["prediction"])) for record in result.records]
+    assert (result.task, result.headline, result.scores) == ("tiny", "accuracy", hits)
+    assert result.metrics == {
+        "accuracy": sum(hits) / 5,
+        "accuracy:binary": (hits[1] + hits[3]) / 2,
+        "accuracy:open": (hits[0] + hits[2]) / 2,
+        "accuracy:text": hits[4],
+    }
+    assert result.examples_per_second > 0
+    header, *lines = map(json.loads, path.read_text().splitlines())
+    assert (header["task"], header["batch_size"], header["max_new_tokens"]) == ("tiny", 1, 3)
+    assert [(line["question_id"], line["answer"]) for line in lines] == [(record["id"], record["prediction"]) for record in result.records]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_killed_run_goes_on(tmp_path: Path, processor: Any, examples: list[VqaExample], batch_size: int, caplog: Any) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    whole = generate_answers("tiny", examples, model, processor, batch_size=batch_size)
+    with pytest.raises(Killed):
+        generate_answers("tiny", examples, model, processor, path=path, batch_size=batch_size, progress=killed_after(2))
+    written = path.read_text()
+    assert len(written.splitlines()) == 1 + 2 * batch_size
+    path.write_text(written[:-9])  # killed while it wrote its last line
+    asked: list[Any] = []
+    resumed = generate_answers(
+        "tiny", examples, model, processor, path=path, batch_size=batch_size, progress=lambda batches: asked.extend(batches) or batches
+    )
+    assert "not whole" in caplog.text
+    assert [one.answer for one in resumed] == [one.answer for one in whole]
+    assert len(asked) == -(-5 // batch_size) - 1
+    ids = [json.loads(line)["question_id"] for line in path.read_text().splitlines()[1:]]
+    assert sorted(ids) == sorted(one.question_id for one in examples)
+    before = path.read_bytes()
+    assert generate_answers("tiny", examples, model, processor, path=path, batch_size=batch_size, progress=killed_after(0)) == resumed
+    assert path.read_bytes() == before
+
+
+def test_a_header_cut_off_starts_anew(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    generate_answers("tiny", examples, model, processor, path=path)
+    whole = path.read_text().splitlines()
+    path.write_text(whole[0][:40])
+    generate_answers("tiny", examples, model, processor, path=path)
+    assert path.read_text().splitlines()[0] == whole[0]
+
+
+def test_predictions_of_another_run_are_refused(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    generate_answers("tiny", examples, model, processor, path=path)
+    before = path.read_bytes()
+    other = tiny_llava()
+    with torch.no_grad():
+        other.lm_head.weight += 1e-3
+    for text, arguments in {
+        "task is 'tiny' there and 'small' here": {"task": "small"},
+        "questions is .*… there and .*… here": {"examples": examples[:4]},
+        "model is .*… there and .*… here": {"model": other},
+        "batch_size is 1 there and 2 here": {"batch_size": 2},
+        r"max_new_tokens is 16 there and 2 here \(and 1 more differ\)": {"max_new_tokens": 2, "pad_images": True},
+    }.items():
+        given = {"task": "tiny", "examples": examples, "model": model, "processor": processor, "path": path} | arguments
+        with pytest.raises(ValueError, match=f"predictions.jsonl holds predictions of another run: {text}") as caught:
+            generate_answers(**given)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 is not whole JSON"),
+        (lambda lines: [*lines, lines[1]], "line 7 answers question 'q0' a second time"),
+        (lambda lines: [*lines, lines[1].replace("q0", "q9")], "line 7 answers question 'q9' that is not in the task"),
+        (lambda lines: [*lines, '{"question_id": "q0"}'], "line 7 is no prediction"),
+        (lambda lines: lines[1:], "does not start as a file of predictions"),
+        (lambda lines: ["my notes", "to keep"], "line 1 is not whole JSON .*give another file"),
+    ],
+)
+def test_broken_predictions_are_refused(tmp_path: Path, processor: Any, examples: list[VqaExample], spoil: Any, text: str) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    generate_answers("tiny", examples, model, processor, path=path)
+    path.write_text("\n".join(spoil(path.read_text().splitlines())) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=text):
+        generate_answers("tiny", examples, model, processor, path=path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("one line without an end")
+    with pytest.raises(ValueError, match="line 1 is not whole JSON"):
+        generate_answers("tiny", examples, tiny_llava(), processor, path=path)
+    assert path.read_text() == "one line without an end"
+
+
+def test_model_digest_tells_adapters_apart() -> None:
+    base = model_digest(tiny_llava())
+    assert base == model_digest(tiny_llava()) != model_digest(tiny_llava().bfloat16())
+    model = peft.get_peft_model(tiny_llava(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted = model_digest(model)
+    assert adapted != base
+    with model.disable_adapter():
+        assert model_digest(model) != adapted
+    assert model_digest(model) == adapted
+
+
+def test_images_that_cannot_be_read_name_their_question(tmp_path: Path, processor: Any) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    for image, text in ((tmp_path / "broken.png", "broken.png cannot be read"), (b"abc", "of 3 bytes cannot be read .not an image")):
+        with pytest.raises(ValueError, match=f"question 'q7': the image .*{text}"):
+            answer_batch(tiny_llava(), processor, [VqaExample(image, "what ?", "", "q7")], 2)
+    with pytest.raises(FileNotFoundError, match="1 of 1 questions of tiny have no image"):
+        generate_answers("tiny", [VqaExample(tmp_path / "no.png", "what ?", "", "q7")], tiny_llava(), processor)
+
+
+def test_ids_must_be_there_and_differ(processor: Any, examples: list[VqaExample]) -> None:
+    with pytest.raises(ValueError, match="tiny has 1 value.s. of question id more than once, first 'q0'"):
+        generate_answers("tiny", [*examples, examples[0]], tiny_llava(), processor)
+    with pytest.raises(ValueError, match="tiny has no questions"):
+        generate_answers("tiny", [], tiny_llava(), processor)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        generate_answers("tiny", examples, tiny_llava(), processor, batch_size=0)
+
+
+def test_padded_images_keep_their_sides(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Image.Image] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(processor, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            seen.extend(kwargs["images"])
+            return processor(*args, **kwargs)
+
+    tall = VqaExample(Image.new("RGB", (10, 30), (255, 0, 0)), "what ?", "")
+    answer_batch(tiny_llava(), Watched(), [tall], 1, pad_images=True)
+    assert seen[0].size == (30, 30)
+    assert seen[0].getpixel((15, 0)) == (255, 0, 0)
+    assert seen[0].getpixel((0, 15)) == tuple(int(255 * value) for value in processor.image_processor.image_mean)
