@@ -109,6 +109,36 @@ def export(
         typer.echo(deploy(adapter, output, base=base, alpha=alpha, compress=compress, merge=merge))
 
 
+@app.command("eval")
+def evaluate(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the untouched base; for open_clip see --library.")],
+    adapter: Annotated[list[Path], typer.Option(help="Folder of `train`, or of an ordinary LoRA; may be given several times.")],
+    suite: Annotated[Path, typer.Option(help="YAML file with a list of tasks, such as configs/suite_lab.yaml.")],
+    output: Annotated[Path, typer.Option(help="Folder for results, predictions and report; tasks done there are not run again.")],
+    dtype: Annotated[str, typer.Option(help="Precision of the base: that which the adapter was made in.")] = "bfloat16",
+    library: Annotated[str, typer.Option(help="transformers or open_clip.")] = "transformers",
+    weights: Annotated[str | None, typer.Option(help="For open_clip: file or tag of the weights.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the base from the hub if it is not here.")] = False,
+) -> None:
+    """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
+    # Imported here: the evaluation's packages are extras, and take seconds.
+    from corda_eval.run import evaluate as run
+    from corda_eval.run import read_suite
+    from corda_vlm.recipe import ModelConfig
+
+    with _sentences("eval"):
+        names = [folder.resolve().name for folder in adapter]
+        if len(set(names)) < len(names) or "base" in names:
+            raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
+        model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download)
+        command = " ".join(["corda-vlm", *sys.argv[1:]])
+        found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, command)
+    for name, its in found.get("sentences", {}).items():
+        typer.echo(f"{name}: {'; '.join(its)}.")
+    if found:
+        typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({found['seconds']:.0f} s)")
+
+
 @contextmanager
 def _sentences(command: str) -> Iterator[None]:
     """Turn errors that users can do something about into one sentence and exit code 1."""

@@ -230,8 +230,8 @@ def _measured(name: str, base: ModelConfig, folder: Path | None, suite: Suite, o
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result)}
             write_whole(paths[task], json.dumps(held).encode())
     _wait()
-    held = [json.loads(paths[task].read_text()) for task in suite.tasks]
-    return [TaskResult(**one["result"]) for one in held], held[0]["change"]
+    kept = [json.loads(paths[task].read_text()) for task in suite.tasks]
+    return [TaskResult(**one["result"]) for one in kept], kept[0]["change"]
 
 
 def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
@@ -281,7 +281,7 @@ def _adapted(model: nn.Module, folder: Path) -> nn.Module:
     """Return the base with an adapter of ours on it, or an ordinary LoRA."""
     if (folder / "corda.safetensors").exists():
         return load(model, folder)
-    return PeftModel.from_pretrained(model, folder).eval()  # type: ignore[no-any-return]
+    return PeftModel.from_pretrained(model, folder).eval()
 
 
 def _digest(folder: Path) -> str:
