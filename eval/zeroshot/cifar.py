@@ -26,14 +26,7 @@ TEMPLATES = tuple(
     )
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR100 = (
-    "apple,aquarium fish,baby,bear,beaver,bed,bee,beetle,bicycle,bottle,bowl,boy,bridge,bus,butterfly,camel,can,castle,caterpillar,cattle,"
-    "chair,chimpanzee,clock,cloud,cockroach,couch,crab,crocodile,cup,dinosaur,dolphin,elephant,flatfish,forest,fox,girl,hamster,house,"
-    "kangaroo,keyboard,lamp,lawn mower,leopard,lion,lizard,lobster,man,maple tree,motorcycle,mountain,mouse,mushroom,oak tree,orange,"
-    "orchid,otter,palm tree,pear,pickup truck,pine tree,plain,plate,poppy,porcupine,possum,rabbit,raccoon,ray,road,rocket,rose,sea,seal,"
-    "shark,shrew,skunk,skyscraper,snail,snake,spider,squirrel,streetcar,sunflower,sweet pepper,table,tank,telephone,television,tiger,"
-    "tractor,train,trout,tulip,turtle,wardrobe,whale,willow tree,wolf,woman,worm"
-).split(",")
+CIFAR100 = tuple((Path(__file__).parent / "cifar100_names.txt").read_text().splitlines())
 
 
 def cifar10(source: str | Path | DataConfig, *, image: str = "image", label: str = "label") -> ClassifiedImages:
@@ -46,7 +39,7 @@ def cifar10(source: str | Path | DataConfig, *, image: str = "image", label: str
 def cifar100(source: str | Path | DataConfig, *, image: str = "image", label: str = "fine_label") -> ClassifiedImages:
     """Return the test images: of the folder that holds ``cifar-100-python``, or all rows of a table with these columns."""
     if _has(source, "cifar-100-python"):
-        return ClassifiedImages("cifar100", _official(torchvision.datasets.CIFAR100, source), tuple(CIFAR100), TEMPLATES)
+        return ClassifiedImages("cifar100", _official(torchvision.datasets.CIFAR100, source), CIFAR100, TEMPLATES)
     return table(source, image=image, label=label, class_names=CIFAR100, templates=TEMPLATES, task="cifar100")
 
 

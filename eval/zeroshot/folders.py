@@ -99,5 +99,7 @@ class TableImages(Sequence[LabelledImage]):
         try:
             number = int(item["text"]) if self.names is None else self.names.index(item["text"])
         except ValueError as error:
-            raise ValueError(f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}.") from error
+            raise ValueError(
+                f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}."
+            ) from error
         return LabelledImage(str(index), item["image"], number)

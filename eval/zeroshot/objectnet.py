@@ -65,7 +65,9 @@ def object_classes(mappings: Path) -> dict[str, list[int]]:
     for label, joined in _mapping(mappings / "objectnet_to_imagenet_1k.json").items():
         numbers = [by_name.get(name) for name in joined.split("; ")]
         if None in numbers:
-            raise ValueError(f"{mappings} gives {label!r} the classes {joined!r}, which it does not number; unpack all of `mappings` again.")
+            raise ValueError(
+                f"{mappings} gives {label!r} the classes {joined!r}, which it does not number; unpack all of `mappings` again."
+            )
         classes[label] = [number for number in numbers if number is not None]
     return classes
 
@@ -79,5 +81,7 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     if not file.is_file():
-        raise FileNotFoundError(f"There is no {file}; expected ObjectNet's own mapping, which comes in its zip file; unpack `mappings` too.")
+        raise FileNotFoundError(
+            f"There is no {file}; expected ObjectNet's own mapping, which comes in its zip file; unpack `mappings` too."
+        )
     return file.read_text()

@@ -17,7 +17,7 @@ POOLING_HEAD = "head."
 """SigLIP's, which vision-language models leave out: it stays the original's."""
 
 
-def transplanted(two_towers: nn.Module, language_model: nn.Module) -> Any:
+def transplanted(two_towers: Any, language_model: nn.Module) -> Any:
     """Return a copy of ``two_towers`` that has the vision tower of ``language_model``.
 
     Args:
@@ -28,7 +28,7 @@ def transplanted(two_towers: nn.Module, language_model: nn.Module) -> Any:
         ValueError: If the towers do not have the same weights of the same shapes.
     """
     original = getattr(two_towers, "vision_model", None)
-    if original is None:
+    if not isinstance(original, nn.Module):
         raise ValueError(f"{type(two_towers).__name__} has no vision_model; expected CLIP or SigLIP of transformers; give the original.")
     tuned = _plain(vision_tower(language_model).state_dict())
     wanted = _plain(original.state_dict())
@@ -47,7 +47,9 @@ def vision_tower(language_model: nn.Module) -> nn.Module:
         ValueError: If it has none, or carries an adapter.
     """
     if base_of(language_model) is not language_model:
-        raise ValueError(f"{type(language_model).__name__} carries an adapter; expected plain weights; merge it with corda_vlm.merge first.")
+        raise ValueError(
+            f"{type(language_model).__name__} carries an adapter; expected plain weights; merge it with corda_vlm.merge first."
+        )
     prefixes = family_of(language_model).vision
     if len(prefixes) != 1 or not prefixes[0]:
         raise ValueError(f"{type(language_model).__name__} has the vision towers {list(prefixes)}; expected one; give a LLaVA-type model.")
@@ -63,8 +65,8 @@ def _check(tuned: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     strange = [name for name in tuned if name not in wanted]
     if missing or strange:
         raise ValueError(
-            f"The vision tower lacks {len(missing)} of the original's weights (such as {(missing or [None])[0]}) and has {len(strange)} "
-            f"that it does not know (such as {(strange or [None])[0]}); expected the same; give the original that the tower came from."
+            f"The vision tower lacks the original's {missing[:3]} and has {strange[:3]}, which that does not know; expected the same weights; "
+            "give the original that the tower came from."
         )
     for name, weight in tuned.items():
         if weight.shape != wanted[name].shape:
