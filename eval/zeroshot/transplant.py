@@ -65,7 +65,7 @@ def _check(tuned: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     strange = [name for name in tuned if name not in wanted]
     if missing or strange:
         raise ValueError(
-            f"The vision tower lacks the original's {missing[:3]} and has {strange[:3]}, which that does not know; expected the same weights; "
+            f"The vision tower lacks the original's {missing[:3]} and has {strange[:3]} beside them; expected the same weights; "
             "give the original that the tower came from."
         )
     for name, weight in tuned.items():

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Subset
 from two_towers import coloured, hugging_clip, hugging_siglip, open_clips, real
 
 import corda_vlm
 from corda_eval.zeroshot.cifar import CIFAR10, TEMPLATES, cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches, evaluate
+from corda_eval.zeroshot.folders import table
 from corda_eval.zeroshot.imagenet import names, templates
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_eval.zeroshot.tally import Tally
@@ -40,11 +42,12 @@ def test_the_head_is_open_clips_with_imagenets_names_and_prompts() -> None:
 def open_clips_accuracy(logits: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...]) -> list[float]:
     """Return open_clip's ``accuracy`` of a batch, from its definition: the share whose label is among the k largest."""
     found = logits.topk(max(topk), 1, True, True)[1] == target[:, None]
-    return [found[:, :k].any(1).float().mean().item() for k in topk]
+    return [found[:, :k].any(1).double().mean().item() for k in topk]
 
 
 def test_accuracy_on_photographs_is_open_clips() -> None:
-    data = cifar10(DataConfig(str(real("cifar10-test.parquet")), limit=200))
+    data = cifar10(real("cifar10-test.parquet"))
+    data = replace(data, items=Subset(data.items, range(0, 5000, 25)))  # sorted by class
     model, pairs = open_clips()
     result = evaluate(model, data, pairs, batch_size=64, workers=2)
     classifier = open_clip.build_zero_shot_classifier(model, pairs.tokenizer, CIFAR10, TEMPLATES)  # type: ignore[attr-defined]
@@ -59,6 +62,7 @@ def test_accuracy_on_photographs_is_open_clips() -> None:
     acc1, acc5 = open_clips_accuracy(logits, labels, (1, 5))
     assert result.metrics["acc1"] == pytest.approx(acc1, abs=1e-9)
     assert result.metrics["acc5"] == pytest.approx(acc5, abs=1e-9)
+    assert labels.bincount().tolist() == [20] * 10
     hits = logits.argmax(1) == labels
     recalls = [hits[labels == number].double().mean() for number in labels.unique()]
     assert result.metrics["mean_per_class_recall"] == pytest.approx(torch.stack(recalls).mean().item(), abs=1e-9)
@@ -68,6 +72,19 @@ def test_accuracy_on_photographs_is_open_clips() -> None:
     assert result.num_examples == 200
     assert result.records[7]["answer"] == labels[7]
     assert result.examples_per_second > 0
+
+
+def test_a_thousand_classes_and_their_photographs() -> None:
+    data = table(DataConfig(str(real("imagenet1k-sample.parquet")), limit=40), class_names=names(), templates=templates()[:2])
+    model, pairs = open_clips()
+    expected = open_clip.build_zero_shot_classifier(model, pairs.tokenizer, names(), templates()[:2])  # type: ignore[attr-defined]
+    head = class_head(model, data, pairs)
+    torch.testing.assert_close(head, expected.T, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        logits = model(torch.stack([pairs.preprocess(item.image) for item in data.items]))[0] @ expected  # type: ignore[attr-defined]
+    found = torch.cat([cosines for _, _, cosines in cosine_batches(model, head, data, pairs, batch_size=16)])
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-6)
+    assert [record["answer"] for record in evaluate(model, data, pairs).records] == [item.label for item in data.items]
 
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
