@@ -84,7 +84,7 @@ def name_tokens(names: Sequence[str], processor: Any, question: str = QUESTION) 
 def name_scores(
     model: nn.Module, inputs: dict[str, Tensor], names: Sequence[Tensor], *, rows: int = 64, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return log p(name | image, question), summed over a name's tokens (images, names), float64.
+    """Return log p(name | image, question), summed over a name's tokens (images, names), float32.
 
     Args:
         model: A LLaVA-type model, adapted or not.
@@ -102,7 +102,7 @@ def name_scores(
     mask = inputs["attention_mask"]
     with precision(model, dtype):
         output = model(**inputs, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
-        first = output.logits[:, -1].double().log_softmax(-1)
+        first = output.logits[:, -1].float().log_softmax(-1)
         scores = first[:, torch.stack([name[0] for name in names]).to(device)]
         # By length: little padding, and names of one token are done.
         order = sorted((place for place, name in enumerate(names) if len(name) > 1), key=lambda place: len(names[place]))
@@ -124,7 +124,7 @@ def _continued(model: nn.Module, prefix: Any, mask: Tensor, tokens: Tensor) -> T
     positions = _positions(whole)[:, mask.shape[1] :]
     logits = model(input_ids=given, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True).logits
     wanted = tokens[:, 1:].clamp(min=0).repeat(images, 1)
-    found = logits.double().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+    found = logits.float().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
     return (found * real[:, 1:].repeat(images, 1)).sum(1).reshape(images, count)
 
 

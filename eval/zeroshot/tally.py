@@ -41,7 +41,7 @@ class Tally:
         self.ranks.extend(ranks.tolist())
         for name, scale in scales.items():
             # The probability of the largest: 1 / Σ exp(logit − largest).
-            above = scale * (logits - logits.max(1, keepdim=True).values).double()
+            above = scale * (logits - logits.max(1, keepdim=True).values)
             self.confidences.setdefault(name, []).extend((1 / above.exp().sum(1)).tolist())
 
     def result(self, task: str, num_classes: int, seconds: float, more: Mapping[str, float] | None = None) -> TaskResult:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils.data import Subset
 from two_towers import coloured, hugging_clip, hugging_siglip, open_clips, real
+from vlm.families import build
 
 import corda_vlm
 from corda_eval.zeroshot.cifar import CIFAR10, TEMPLATES, cifar10
-from corda_eval.zeroshot.classify import class_head, cosine_batches, evaluate
+from corda_eval.zeroshot.classify import class_head, cosine_batches, evaluate, image_features
 from corda_eval.zeroshot.folders import table
 from corda_eval.zeroshot.imagenet import names, templates
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
@@ -110,6 +111,14 @@ def test_transformers_models_give_the_same_logits_as_their_forward(make: Any) ->
     labels = torch.tensor([item.label for item in data.items])
     assert result.metrics["acc1"] == (expected.argmax(1) == labels).double().mean()
     assert "acc5" not in result.metrics
+
+
+def test_images_of_any_shape_come_with_their_masks() -> None:
+    model, batch = build("siglip2")
+    inputs = {key: value for key, value in batch.items() if key != "input_ids"}
+    with torch.no_grad():
+        expected = model(**batch).image_embeds
+    torch.testing.assert_close(image_features(model, inputs), expected)
 
 
 def test_adapted_models_are_evaluated_as_they_are() -> None:

@@ -9,6 +9,7 @@ from conftest import tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from two_towers import coloured
+from vlm.families import build
 
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_eval.zeroshot.likelihood import evaluate, name_scores, name_tokens
@@ -87,3 +88,19 @@ def test_models_with_their_own_positions_are_refused(processor: LlavaProcessor) 
     model.model.rope_deltas = None
     with pytest.raises(ValueError, match="numbers positions in three dimensions"):
         evaluate(model, pictures(1), processor, question=QUESTION)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "smolvlm", "paligemma"])
+def test_families_whose_images_take_several_tiles_or_read_both_ways(family: str) -> None:
+    model, batch = build(family)
+    names = [torch.tensor(name) for name in ([9, 2], [10, 11, 2], [12], [13, 14, 15, 2])]
+    found = name_scores(model, batch, names, rows=4)
+    for place, name in enumerate(names):
+        whole = dict(batch)
+        whole["input_ids"] = torch.cat([batch["input_ids"], name.repeat(2, 1)], 1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        if family == "paligemma":  # a prompt is read in both directions, an answer from left to right
+            whole["token_type_ids"] = torch.cat([batch["token_type_ids"], torch.ones_like(name).repeat(2, 1)], 1)
+        with torch.no_grad():
+            logits = model(**whole).logits[:, -len(name) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(found[:, place], logits.gather(2, name.repeat(2, 1)[..., None]).sum((1, 2)), rtol=0, atol=1e-4)
