@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100: photographs of 32 x 32 pixels, 10,000 in each test set (Krizhevsky 2009).
 
-Data: the official Python version (``cifar-10-batches-py``, ``cifar-100-python``), read by torchvision; or a table as in ``folders.py``.
-Nothing is downloaded. Prompts and names: those of CLIP's paper.
+Data: the official Python version (``cifar-10-batches-py``, ``cifar-100-python``), read by torchvision, which compares its pickles'
+checksums before it opens them; or a table as in ``folders.py``. Nothing is downloaded. Prompts and names: those of CLIP's paper.
 """
 
 from collections.abc import Sequence
