@@ -61,7 +61,7 @@ def karpathy(
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"There is no {missing[0]}, as for {len(missing)} of {path.name}'s {len(files)} images; expected all; name the folder they are in."
+            f"There is no {missing[0]}, as for {len(missing)} of {path.name}'s {len(files)} images; expected all; name their folder."
         )
     captions = [[caption] if isinstance(caption, str) else list(caption) for _, caption in pairs]
     return CaptionedImages(task or path.stem, OpenedImages(files), captions, captions_per_image)

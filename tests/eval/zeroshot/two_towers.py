@@ -14,6 +14,7 @@ from torchvision import transforms
 
 from corda_vlm.pairs import OpenClipPairs, PairCollator, TransformersPairs
 
+open_clip = pytest.importorskip("open_clip")
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 TEXT = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LENGTH = 40
