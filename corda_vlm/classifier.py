@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from corda_core.adapter import base_of
 
 Template = str | Callable[[str], str]
+PROMPTS_AT_ONCE = 800
+"""Ten classes with the 80 prompts of OpenAI's CLIP, as open_clip takes them."""
 
 
 class ZeroShotClassifier(nn.Module):
@@ -49,12 +51,13 @@ def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], class
         raise ValueError(f"There are {len(classes)} class(es) and {len(templates)} template(s); expected at least one of each.")
     base = base_of(model)
     device = next(base.parameters()).device
+    step = max(1, PROMPTS_AT_ONCE // len(templates))
     rows = []
-    for name in classes:
-        prompts = [template.format(name) if isinstance(template, str) else template(name) for template in templates]
+    for some in (classes[start : start + step] for start in range(0, len(classes), step)):
+        prompts = [template.format(name) if isinstance(template, str) else template(name) for name in some for template in templates]
         features = _length_one(_text_features(base, tokenize(prompts), device))
-        rows.append(_length_one(features.mean(0)))
-    return torch.stack(rows)
+        rows.append(_length_one(features.unflatten(0, (len(some), len(templates))).mean(1)))
+    return torch.cat(rows)
 
 
 def _image_features(base: Any, images: Tensor) -> Tensor:

@@ -16,6 +16,14 @@ class PairCollator(ABC):
     """Turns items into one batch of tensors for ``model(**batch)``."""
 
     @abstractmethod
+    def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return what the image tower reads."""
+
+    @abstractmethod
+    def tokenize(self, captions: list[str]) -> Any:
+        """Return what the text tower reads."""
+
+    @abstractmethod
     def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
         """Return the batch of these images and captions."""
 
@@ -35,11 +43,22 @@ class TransformersPairs(PairCollator):
 
     processor: Any
 
+    def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return ``pixel_values`` and what else the processor gives for images."""
+        return dict(self.processor.image_processor(images=images, return_tensors="pt"))
+
+    def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
+        """Return ``input_ids`` and what else the processor gives for text."""
+        return dict(self.processor(text=captions, padding=self._padding, truncation=True, return_tensors="pt"))
+
     def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
         """Return ``input_ids``, ``pixel_values`` and what else the processor gives."""
+        return dict(self.processor(text=captions, images=images, padding=self._padding, truncation=True, return_tensors="pt"))
+
+    @property
+    def _padding(self) -> str | bool:
         # SigLIP reads its padding: captions have the length that it was trained with.
-        padding = "max_length" if type(self.processor).__name__.startswith("Siglip") else True
-        return dict(self.processor(text=captions, images=images, padding=padding, truncation=True, return_tensors="pt"))
+        return "max_length" if type(self.processor).__name__.startswith("Siglip") else True
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,17 @@ class OpenClipPairs(PairCollator):
     dtype: torch.dtype = torch.float32
     """The image tower's precision: open_clip leaves it to the caller to convert images."""
 
+    def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return ``image`` (batch, 3, H, W)."""
+        return {"image": torch.stack([self.preprocess(image) for image in images]).to(self.dtype)}
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Return the tokens (batch, tokens)."""
+        return self.tokenizer(captions)
+
     def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
         """Return ``image`` (batch, 3, H, W) and ``text`` (batch, tokens)."""
-        return {"image": torch.stack([self.preprocess(image) for image in images]).to(self.dtype), "text": self.tokenizer(captions)}
+        return self.read(images) | {"text": self.tokenize(captions)}
 
 
 def read_pair(item: Item) -> tuple[Image.Image, str]:

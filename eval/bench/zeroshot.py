@@ -1,0 +1,141 @@
+"""Zero-shot classification: our loop against open_clip's own (``open_clip_train.zero_shot.run``), on the same photographs.
+
+    python -m corda_eval.bench.zeroshot cifar10-test.parquet --output runs/zeroshot.jsonl
+
+A random ViT of open_clip, CIFAR-10's test photographs, the same head. Both sides run in one process, in turns; the table gives medians and
+the medians of the pairs' ratios ours / theirs: in time, and in the processor's time of this process, which other work on the machine
+disturbs less (all of it without ``workers``). Images are decoded, prepared, encoded and compared with the classes on both sides; theirs
+counts top-1 and top-5, ours recall by class and calibration too.
+"""
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from corda_eval.zeroshot.cifar import cifar10
+from corda_eval.zeroshot.classify import class_head, cosine_batches
+from corda_eval.zeroshot.images import ClassifiedImages
+from corda_eval.zeroshot.tally import Tally
+from corda_vlm.pairs import OpenClipPairs
+
+VISION = {"image_size": 64, "patch_size": 16, "layers": 6, "width": 256, "head_width": 64}
+TEXT = {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}
+
+
+def bench(
+    source: Annotated[Path, typer.Argument(help="Parquet file of CIFAR-10's test images, with the columns image and label.")],
+    rounds: Annotated[int, typer.Option(help="How often each side runs.")] = 5,
+    images: Annotated[int, typer.Option(help="Photographs a round.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Photographs at once.")] = 256,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="JSON lines, one a run, are added here.")] = None,
+) -> None:
+    """Run the benchmark and print its table."""
+    torch.set_num_threads(threads)
+    data = spread(cifar10(source), images)
+    model, pairs = random_model()
+    head = class_head(model, data, pairs)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
+    sides = {
+        "ours": lambda: run_ours(model, head, data, pairs, **options),
+        "open_clip": lambda: run_theirs(model, head, data, pairs, **options),
+    }
+    for side in sides.values():
+        side()
+    runs = []
+    for turn in range(rounds):
+        for name in sides if turn % 2 == 0 else reversed(sides):
+            start, busy = time.perf_counter(), time.process_time()
+            accuracy = sides[name]()
+            spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - busy}
+            run = {"side": name, "round": turn, **spent, "acc1": accuracy, "images": len(data.items)}
+            runs.append({**run, **options, "threads": threads})
+            print(json.dumps(runs[-1]), flush=True)
+            if output is not None:
+                with output.open("a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    print(table(runs))
+
+
+def spread(data: ClassifiedImages, count: int) -> ClassifiedImages:
+    """Return some of the images, evenly over the whole: rows may be sorted by class."""
+    places = [number * len(data.items) // count for number in range(min(count, len(data.items)))]
+    return replace(data, items=Subset(data.items, places))
+
+
+def random_model() -> tuple[Any, OpenClipPairs]:
+    """Return a small model of open_clip with random weights, and what makes its inputs."""
+    # Imported here: it belongs to the extra `open-clip`.
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=128, vision_cfg=VISION, text_cfg=TEXT).eval()
+    preprocess = open_clip.image_transform(VISION["image_size"], is_train=False)
+    return model, OpenClipPairs(preprocess, open_clip.SimpleTokenizer(context_length=TEXT["context_length"]))
+
+
+def run_ours(model: Any, head: Tensor, data: ClassifiedImages, pairs: OpenClipPairs, *, batch_size: int, workers: int) -> float:
+    """Return the accuracy as ``corda_eval.zeroshot.classify.evaluate`` finds it, given the head."""
+    tally, start = Tally(), time.perf_counter()
+    scales = {"ece": model.logit_scale.exp().item(), "ece_scale_100": 100.0}
+    for ids, labels, cosines in cosine_batches(model, head, data, pairs, batch_size=batch_size, workers=workers):
+        tally.add(ids, labels, cosines, scales)
+    return tally.result(data.task, len(data.class_names), time.perf_counter() - start).metrics["acc1"]
+
+
+def run_theirs(model: Any, head: Tensor, data: ClassifiedImages, pairs: OpenClipPairs, *, batch_size: int, workers: int) -> float:
+    """Return the accuracy as open_clip's training script finds it."""
+    from open_clip_train import zero_shot
+
+    # Theirs fails with numpy 2.4, on an array of one number that is made a float.
+    zero_shot.accuracy = _accuracy
+    zero_shot.tqdm = lambda batches, **_: batches
+    loader = DataLoader(_Transformed(data.items, pairs.preprocess), batch_size=batch_size, num_workers=workers)
+    with torch.no_grad():
+        top1, _ = zero_shot.run(model, head.T, loader, Namespace(device="cpu", precision="fp32", batch_size=batch_size))
+    return float(top1)
+
+
+class _Transformed(Dataset[tuple[Tensor, int]]):
+    """Images prepared one by one, as open_clip's datasets do."""
+
+    def __init__(self, items: Any, preprocess: Any) -> None:
+        self.items, self.preprocess = items, preprocess
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        item = self.items[index]
+        return self.preprocess(item.image), item.label
+
+
+def _accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    found = output.topk(max(topk), 1, True, True)[1] == target[:, None]
+    return [found[:, :k].any(1).sum().item() for k in topk]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return medians and the ratio of the pairs as a Markdown table."""
+    ours, theirs = (sorted((run for run in runs if run["side"] == side), key=lambda run: run["round"]) for side in ("ours", "open_clip"))
+    ratios = [median(one[key] / other[key] for one, other in zip(ours, theirs, strict=True)) for key in ("seconds", "processor_seconds")]
+    lines = ["| | s | to open_clip | processor s | to open_clip | images/s | acc1 |", "|---|---|---|---|---|---|---|"]
+    for name, its, (wall, busy) in (("ours", ours, ratios), ("open_clip", theirs, (1.0, 1.0))):
+        seconds, processor = (median(run[key] for run in its) for key in ("seconds", "processor_seconds"))
+        rate = its[0]["images"] / seconds
+        lines.append(f"| {name} | {seconds:.2f} | {wall:.3f} | {processor:.2f} | {busy:.3f} | {rate:.0f} | {its[0]['acc1']:.4f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(bench)

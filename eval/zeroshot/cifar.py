@@ -1,0 +1,70 @@
+"""CIFAR-10 and CIFAR-100: photographs of 32 x 32 pixels, 10,000 in each test set (Krizhevsky 2009).
+
+Data: the official Python version (``cifar-10-batches-py``, ``cifar-100-python``), read by torchvision, which compares its pickles'
+checksums before it opens them; or a table as in ``folders.py``. Nothing is downloaded. Prompts and names: those of CLIP's paper.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+
+from corda_eval.zeroshot.folders import table
+from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
+from corda_vlm.sources import DataConfig
+
+ADJECTIVES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+TEMPLATES = tuple(
+    prompt
+    for article in ("a", "the")
+    for prompt in (
+        *(f"a {adjective}photo of {article} {{}}." for adjective in ADJECTIVES),
+        f"a photo of {article} small {{}}.",
+        f"a photo of {article} big {{}}.",
+    )
+)
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100 = tuple((Path(__file__).parent / "cifar100_names.txt").read_text().splitlines())
+
+
+def cifar10(source: str | Path | DataConfig, *, image: str = "image", label: str = "label") -> ClassifiedImages:
+    """Return the test images: of the folder that holds ``cifar-10-batches-py``, or all rows of a table with these columns."""
+    if _has(source, "cifar-10-batches-py"):
+        return ClassifiedImages("cifar10", _official(torchvision.datasets.CIFAR10, source), CIFAR10, TEMPLATES)
+    return table(source, image=image, label=label, class_names=CIFAR10, templates=TEMPLATES, task="cifar10")
+
+
+def cifar100(source: str | Path | DataConfig, *, image: str = "image", label: str = "fine_label") -> ClassifiedImages:
+    """Return the test images: of the folder that holds ``cifar-100-python``, or all rows of a table with these columns."""
+    if _has(source, "cifar-100-python"):
+        return ClassifiedImages("cifar100", _official(torchvision.datasets.CIFAR100, source), CIFAR100, TEMPLATES)
+    return table(source, image=image, label=label, class_names=CIFAR100, templates=TEMPLATES, task="cifar100")
+
+
+@dataclass(frozen=True)
+class TorchvisionImages(Sequence[LabelledImage]):
+    """A dataset of torchvision; ids are places, from 0."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the image at a place."""
+        image, label = self.dataset[index]
+        return LabelledImage(str(index), image, label)
+
+
+def _has(source: str | Path | DataConfig, folder: str) -> bool:
+    return not isinstance(source, DataConfig) and (Path(source).expanduser() / folder).is_dir()
+
+
+def _official(kind: Any, source: Any) -> TorchvisionImages:
+    try:
+        return TorchvisionImages(kind(str(Path(source).expanduser()), train=False, download=False))
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{source} does not hold all of {kind.__name__} ({error}); unpack its archive there again.") from error

@@ -1,0 +1,105 @@
+"""Any images with classes: a folder of class folders, parquet files, a folder of ``save_to_disk``, an id of the datasets hub."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corda_eval.zeroshot.images import PLAIN_TEMPLATE, ClassifiedImages, LabelledImage, class_folders, labelled_files
+from corda_vlm.classifier import Template
+from corda_vlm.sources import DataConfig, Items, load_items
+
+
+def image_folder(
+    folder: str | Path,
+    *,
+    class_names: Mapping[str, str] | None = None,
+    templates: Sequence[Template] = (PLAIN_TEMPLATE,),
+    task: str | None = None,
+) -> ClassifiedImages:
+    """Return the images of class folders, numbered in their sorted order.
+
+    Args:
+        folder: Has one subfolder a class.
+        class_names: Name of each subfolder's class; by default the subfolder's, with spaces for underscores.
+        templates: Prompts.
+        task: What the results are called; by default as the folder.
+
+    Raises:
+        FileNotFoundError: If there are no class folders or no images.
+        ValueError: If ``class_names`` lacks a folder.
+    """
+    found = class_folders(folder)
+    unnamed = [one.name for one in found if class_names is not None and one.name not in class_names]
+    if unnamed:
+        raise ValueError(f"class_names has no name for the folder {unnamed[0]!r} of {folder}; expected one for each; add it.")
+    chosen = [one.name.replace("_", " ") if class_names is None else class_names[one.name] for one in found]
+    items = labelled_files(folder, {one: number for number, one in enumerate(found)})
+    return ClassifiedImages(task or Path(folder).name, items, chosen, tuple(templates))
+
+
+def table(
+    source: str | Path | DataConfig,
+    *,
+    image: str = "image",
+    label: str = "label",
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[Template] = (PLAIN_TEMPLATE,),
+    task: str | None = None,
+) -> ClassifiedImages:
+    """Return the images of a table's rows.
+
+    Args:
+        source: A file, folder or id as ``DataConfig.source``; or a whole ``DataConfig``, for splits and limits.
+        image: Column of the image.
+        label: Column of the class: its number, or its name.
+        class_names: Names in order; by default those that the table's own type of column has.
+        templates: Prompts.
+        task: What the results are called; by default as the source.
+
+    Raises:
+        ValueError: If there are no names, or a column is missing.
+    """
+    given = source if isinstance(source, DataConfig) else DataConfig(str(source))
+    config = DataConfig(
+        given.source, given.split, given.subset, given.images, {"image": image, "text": label}, None, given.on_broken, given.limit
+    )
+    items = load_items(config)
+    stored = getattr(items.rows, "class_names", {}).get(label)
+    names = class_names if class_names is not None else stored
+    if not names:
+        raise ValueError(f"{config.source} does not name the classes of {label!r}; expected their names in order; give class_names.")
+    rows = TableImages(items, label, None if stored is None and isinstance(items.rows[0][label], int) else tuple(stored or names))
+    return ClassifiedImages(task or Path(config.source).stem, rows, tuple(names), tuple(templates))
+
+
+@dataclass(frozen=True)
+class TableImages(Sequence[LabelledImage]):
+    """Rows of a table; their ids are their numbers, from 0."""
+
+    items: Items
+    label: str
+    names: Sequence[str] | None
+    """What the column's texts are looked up in; None where it has numbers."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the image of a row.
+
+        Raises:
+            ValueError: If the row has no image, or its class has no name.
+        """
+        item = self.items[index]
+        where = f"{self.items.config.source}, row {index}"
+        if "image" not in item:
+            raise ValueError(f"{where} has no image; expected one; name its column with image, or remove the row.")
+        try:
+            number = int(item["text"]) if self.names is None else self.names.index(item["text"])
+        except ValueError as error:
+            raise ValueError(
+                f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}."
+            ) from error
+        return LabelledImage(str(index), item["image"], number)

@@ -1,0 +1,145 @@
+"""Labelled images, and their batches as worker processes make them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from corda_vlm.classifier import Template
+from corda_vlm.sources import UNREADABLE
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+PLAIN_TEMPLATE = "a photo of a {}."
+
+ImageBatch = tuple[list[str], Tensor, dict[str, Tensor]]
+"""Ids, labels (batch,), and what the image tower reads."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image of a test set."""
+
+    id: str
+    image: Image.Image
+    label: int
+
+
+@dataclass(frozen=True)
+class ClassifiedImages:
+    """A test set: images, and the names that they are told apart by."""
+
+    task: str
+    """Its usual name, such as "imagenet1k"."""
+
+    items: Any
+    """A sequence of ``LabelledImage``, each read when asked for; ``torch.utils.data.Subset`` takes some of them."""
+
+    class_names: Sequence[str]
+
+    templates: Sequence[Template] = (PLAIN_TEMPLATE,)
+    """Prompts, as texts with ``{}`` or functions of a name; a class's feature is their mean."""
+
+    groups: Sequence[Sequence[int]] | None = None
+    """Where several classes are one answer: the classes of each, whose highest logit counts; labels then are places in here."""
+
+
+@dataclass(frozen=True)
+class ImageFiles(Sequence[LabelledImage]):
+    """Images in files under one folder, which their ids start from."""
+
+    folder: Path
+    files: Sequence[Path]
+    labels: Sequence[int]
+    border: int = 0
+    """Pixels cut off on each side."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the image at a place."""
+        file = self.files[index]
+        image = open_image(file)
+        if self.border:
+            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
+        return LabelledImage(file.relative_to(self.folder).as_posix(), image, self.labels[index])
+
+
+def open_image(file: Path) -> Image.Image:
+    """Return the image of a file, in RGB.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        raise ValueError(f"{file} cannot be read as an image ({type(error).__name__}); expected a whole image; get it again.") from error
+
+
+def class_folders(folder: str | Path) -> list[Path]:
+    """Return a folder's subfolders, sorted by name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or none in it.
+    """
+    path = Path(folder).expanduser()
+    found = sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"{path} has no subfolders; expected one for each class, with its images inside; name the folder of these.")
+    return found
+
+
+def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int = 0) -> ImageFiles:
+    """Return the images inside class folders, by class folder and file name.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    pairs = [(file, label) for one, label in labels.items() for file in sorted(one.rglob("*")) if file.suffix.lower() in SUFFIXES]
+    if not pairs:
+        raise FileNotFoundError(f"The folders of {folder} hold no images; expected files that end in one of {list(SUFFIXES)}; unpack them.")
+    return ImageFiles(Path(folder).expanduser(), [file for file, _ in pairs], [label for _, label in pairs], border)
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Items -> batch; a class, so that worker processes can be given it."""
+
+    read: Callable[[list[Image.Image]], dict[str, Tensor]]
+    dtype: torch.dtype | None
+
+    def __call__(self, items: list[LabelledImage]) -> ImageBatch:
+        inputs = self.read([item.image for item in items])
+        if self.dtype is not None:
+            inputs = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        return [item.id for item in items], torch.tensor([item.label for item in items]), inputs
+
+
+def image_batches(
+    items: Any,
+    read: Callable[[list[Image.Image]], dict[str, Tensor]],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    dtype: torch.dtype | None = None,
+) -> DataLoader[ImageBatch]:
+    """Return the batches of a test set in its order.
+
+    Args:
+        items: A sequence of ``LabelledImage``.
+        read: Makes the image tower's inputs: ``read`` of a ``PairCollator``.
+        batch_size: Images in a batch.
+        workers: Processes that read and prepare images; 0 does it in this one.
+        dtype: Precision of the inputs; half of it halves what passes between processes.
+    """
+    return DataLoader(
+        items, batch_size=batch_size, num_workers=workers, collate_fn=_Collate(read, dtype), pin_memory=torch.cuda.is_available()
+    )
