@@ -1,0 +1,133 @@
+"""Suites from the command line: base and tuned, done once, gone on with, compared."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_llava
+from PIL import Image
+from typer.testing import CliRunner
+
+for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
+    pytest.importorskip(package)
+import corda_vlm
+from corda_eval import run
+from corda_vlm.cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
+
+
+@pytest.fixture
+def place(tmp_path: Path, processor: Any) -> Path:
+    """A tiny LLaVA, an adapter in training that changed it, the LoRA exported from that, data and a suite."""
+    tiny_llava().save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    samples = [(Image.new("RGB", (16, 16), color), "what color is this ?") for color in ("red", "green", "blue")]
+    adapted = corda_vlm.prepare(tiny_llava(), samples, rank=4, processor=processor)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.manual_seed(len(name))
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    corda_vlm.save(adapted, tmp_path / "tuned")
+    corda_vlm.export(adapted, tmp_path / "lora")
+    for color in ("red", "green", "blue"):
+        (tmp_path / "photos" / color).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), color).save(tmp_path / "photos" / color / f"{number}.png")
+    (tmp_path / "text.txt").write_text("what color is the shape in this ? red blue green circle a one two " * 200)
+    rows = [{"q": "what color is this ?", "choices": ["red", "blue"], "gold": number % 2} for number in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    tasks = [
+        {"task": "digits", "role": "target", "limit": 5},
+        {"task": "image_folder", "data": str(tmp_path / "photos")},
+        {"task": "perplexity", "data": str(tmp_path / "text.txt"), "limit": 3},
+        {"task": str(tmp_path / "own.yaml")},
+    ]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"tasks": tasks, "batch_size": 2}))
+    return tmp_path
+
+
+def called(place: Path, *adapters: str) -> Any:
+    given = [part for name in adapters for part in ("--adapter", str(place / name))]
+    common = ["--base", str(place / "base"), "--dtype", "float32", "--suite", str(place / "suite.yaml"), "--output", str(place / "out")]
+    return CliRunner().invoke(app, ["eval", *common, *given])
+
+
+def test_base_and_adapters_are_compared(place: Path) -> None:
+    done = called(place, "tuned", "lora")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "tuned: gain on targets" in done.output
+    found = json.loads((place / "out" / "summary.json").read_text())
+    rows = {name: {row["task"]: row for row in found["comparison"][name]["rows"]} for name in ("tuned", "lora")}
+    assert list(rows["tuned"]) == ["digits", "image_folder", "perplexity", "own"]
+    for task, row in rows["tuned"].items():  # the LoRA is the same function
+        assert row["after"] == pytest.approx(rows["lora"][task]["after"], rel=1e-4), task
+    assert rows["tuned"]["perplexity"]["before"] != rows["tuned"]["perplexity"]["after"]
+    assert rows["tuned"]["image_folder"]["num_examples"] == 9
+    assert found["comparison"]["tuned"]["change"] == pytest.approx(found["comparison"]["lora"]["change"], rel=1e-4)
+    assert found["models"]["base"]["results"]["own"]["acc,none"] == 0.5
+    for name in ("report.html", "report.md"):
+        text = (place / "out" / name).read_text()
+        assert all(word in text for word in ("digits", "perplexity", "tuned", "lora"))
+
+
+def test_what_is_done_is_not_done_again(place: Path, monkeypatch: Any) -> None:
+    assert called(place, "tuned").exit_code == 0
+    before = (place / "out" / "report.md").read_text()
+    asked: list[str] = []
+    real = run.run_task
+    monkeypatch.setattr(run, "run_task", lambda task, *args, **options: asked.append(task.task) or real(task, *args, **options))
+    (place / "out" / "tuned" / "perplexity.json").unlink()
+    assert called(place, "tuned").exit_code == 0
+    assert asked == ["perplexity"]
+    assert (place / "out" / "report.md").read_text() == before
+
+
+def test_what_belongs_to_another_run_is_refused(place: Path) -> None:
+    assert called(place, "tuned").exit_code == 0
+    shutil.copy(place / "lora" / "adapter_model.safetensors", place / "tuned")
+    done = called(place, "tuned")
+    assert done.exit_code == 1
+    assert "was made with another adapter" in done.output
+    suite = (place / "suite.yaml").read_text()
+    (place / "suite.yaml").write_text(suite.replace("limit: 5", "limit: 4"))
+    done = called(place, "lora")
+    assert "digits.json was made with another task" in done.output
+
+
+def test_errors_are_sentences(place: Path) -> None:
+    for text, message in (
+        ("tasks: []", "has no list of tasks"),
+        ("tasks: [{task: digits}, {task: digits}]", "names 'digits' twice"),
+        ("tasks: [{task: digits, rol: kept}]", "unknown option 'rol'; did you mean 'role'?"),
+        ("tasks: [{task: digits, role: main}]", "expected target or kept"),
+        ("tasks: [{task: vqav2}]", "vqav2 has no data; name its folder or file"),
+        ("tasks: [{task: vqav2, data: nowhere}]", "nowhere"),
+    ):
+        (place / "suite.yaml").write_text(text)
+        done = called(place, "tuned")
+        assert done.exit_code == 1, text
+        assert message in done.output, done.output
+    assert "does not exist" in called(place, "absent").output
+
+
+def test_the_shipped_suites_are_read() -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("suite_*.yaml")):
+        suite = run.read_suite(path)
+        assert {task.role for task in suite.tasks} == {"target", "kept"}
