@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 import transformers
