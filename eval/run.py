@@ -87,6 +87,14 @@ class SuiteTask:
     limit: int | None = None
     """Only the first examples."""
 
+    name: str | None = None
+    """What it is reported as; None takes the task's, or the file's, name."""
+
+    @property
+    def title(self) -> str:
+        """What it is reported as."""
+        return self.name or Path(self.task).stem
+
     def __post_init__(self) -> None:
         """Refuse values that cannot be right.
 
@@ -121,9 +129,9 @@ def read_suite(path: Path) -> Suite:
     if not isinstance(values, dict) or not isinstance(values.get("tasks"), list) or not values["tasks"]:
         raise ValueError(f"{path} has no list of tasks; expected tasks: [{{task: easy_vqa, role: kept}}, …].")
     tasks = [from_mapping(one if isinstance(one, dict) else {"task": one}, SuiteTask, f"{path}, tasks") for one in values["tasks"]]
-    names = [task.task for task in tasks]
+    names = [task.title for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice; name each task once.")
+        raise ValueError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice; give one of them another name.")
     return from_mapping(values | {"tasks": tasks}, Suite, str(path))
 
 
@@ -143,14 +151,16 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     """
     start = time.time()
     results, changes = {}, {}
-    for name, folder in {BASE: None, **adapters}.items():
-        done, change = _measured(name, base, folder, suite, output)
+    digests = {name: _digest(folder) for name, folder in adapters.items()}
+    for name in (BASE, *adapters):
+        who = {"base": dataclasses.asdict(base), "adapter": digests.get(name)}
+        done, change = _measured(output / name, who, base, adapters.get(name), suite)
         results[name] = done
         if change is not None:
             changes[name] = change
     if process_rank() != 0:
         return {}
-    roles = {Path(task.task).stem if task.task.endswith(".yaml") else task.task: task.role for task in suite.tasks}
+    roles = {task.title: task.role for task in suite.tasks}
     rows = {name: compare(results[BASE], results[name], roles) for name in adapters}
     means = {name: averages(its) for name, its in rows.items()}
     versions = {package: version(package) for package in ("corda-vlm", "torch", "transformers", "peft")}
@@ -210,10 +220,11 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
     return evaluate_text(model, tokenizer_of(processor), [name], batch_size=batch_size, limit=task.limit)[0]
 
 
-def _measured(name: str, base: ModelConfig, folder: Path | None, suite: Suite, output: Path) -> tuple[list[TaskResult], float | None]:
+def _measured(
+    output: Path, who: Mapping[str, Any], base: ModelConfig, folder: Path | None, suite: Suite
+) -> tuple[list[TaskResult], float | None]:
     """Return a model's results, and by what part its weights changed; it is loaded only if a task is not done yet."""
-    who = {"base": dataclasses.asdict(base), "adapter": None if folder is None else _digest(folder)}
-    paths = {task: output / name / f"{Path(task.task).stem}.json" for task in suite.tasks}
+    paths = {task: output / f"{task.title}.json" for task in suite.tasks}
     asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), "batch_size": suite.batch_size} | who)) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
     mine = open_tasks[process_rank() :: num_processes()]
@@ -227,7 +238,7 @@ def _measured(name: str, base: ModelConfig, folder: Path | None, suite: Suite, o
             result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=paths[task].with_suffix(".jsonl"))
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
-            held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result)}
+            held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
             write_whole(paths[task], json.dumps(held).encode())
     _wait()
     kept = [json.loads(paths[task].read_text()) for task in suite.tasks]

@@ -12,11 +12,12 @@ from conftest import tiny_llava
 from PIL import Image
 from typer.testing import CliRunner
 
-for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
-    pytest.importorskip(package)
 import corda_vlm
 from corda_eval import run
 from corda_vlm.cli import app
+
+for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
+    pytest.importorskip(package)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
 
