@@ -225,7 +225,8 @@ def _measured(
 ) -> tuple[list[TaskResult], float | None]:
     """Return a model's results, and by what part its weights changed; it is loaded only if a task is not done yet."""
     paths = {task: output / f"{task.title}.json" for task in suite.tasks}
-    asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), "batch_size": suite.batch_size} | who)) for task in suite.tasks}
+    common = {"batch_size": suite.batch_size, **who}
+    asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), **common})) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
     mine = open_tasks[process_rank() :: num_processes()]
     if mine:

@@ -1,6 +1,6 @@
 """Metrics as the benchmarks' own evaluations compute them: pure functions, fractions from 0 to 1; each variant goes by its name."""
 
-from corda_eval.metrics.calibration import expected_calibration_error, maximum_calibration_error, negative_log_likelihood
+from corda_eval.metrics.calibration import calibration_error, expected_calibration_error, maximum_calibration_error, negative_log_likelihood
 from corda_eval.metrics.choice import multiple_choice_answer, pope_answer, pope_scores, scienceqa_accuracy, scienceqa_answer
 from corda_eval.metrics.recall import recall_at_k
 from corda_eval.metrics.retention import (
@@ -20,6 +20,7 @@ __all__ = [
     "VARIANTS",
     "anls",
     "backward_transfer",
+    "calibration_error",
     "drops",
     "exact_match",
     "expected_calibration_error",

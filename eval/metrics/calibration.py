@@ -18,7 +18,16 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: 
     Note:
         torchmetrics 1.9 puts a confidence of exactly 1 into a bin of its own.
     """
-    shares, gaps = _bins(probabilities, labels, num_bins)
+    return calibration_error(*_top(probabilities, labels), num_bins)
+
+
+def calibration_error(confidences: Tensor, hits: Tensor, num_bins: int = 15) -> float:
+    """Return the same from the top labels' confidences (examples,) and whether they are right (examples,).
+
+    Raises:
+        ValueError: If there is no bin.
+    """
+    shares, gaps = _bins(confidences, hits, num_bins)
     return float((shares * gaps).sum())
 
 
@@ -28,7 +37,7 @@ def maximum_calibration_error(probabilities: Tensor, labels: Tensor, num_bins: i
     Raises:
         ValueError: If shapes do not fit or rows are no probabilities.
     """
-    return float(_bins(probabilities, labels, num_bins)[1].max())
+    return float(_bins(*_top(probabilities, labels), num_bins)[1].max())
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
@@ -41,16 +50,22 @@ def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
     return float(-probabilities.double().gather(1, labels[:, None]).log().mean())
 
 
-def _bins(probabilities: Tensor, labels: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Return the share of examples of each bin, and its gap between accuracy and confidence, 0 where empty."""
+def _top(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest probability of each example, and whether it is the right class's."""
     _check(probabilities, labels)
+    confidences, predicted = probabilities.double().max(dim=1)
+    return confidences, predicted == labels
+
+
+def _bins(confidences: Tensor, hits: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+    """Return the share of examples of each bin, and its gap between accuracy and confidence, 0 where empty."""
     if num_bins < 1:
         raise ValueError(f"num_bins is {num_bins}; expected at least 1.")
-    confidences, predicted = probabilities.double().max(dim=1)
+    confidences = confidences.double()
     place = (confidences * num_bins).long().clamp(max=num_bins - 1)
     counts = torch.bincount(place, minlength=num_bins)
-    surplus = torch.bincount(place, weights=(predicted == labels).double() - confidences, minlength=num_bins)
-    return counts / len(labels), surplus.abs() / counts.clamp(min=1)
+    surplus = torch.bincount(place, weights=hits.double() - confidences, minlength=num_bins)
+    return counts / len(hits), surplus.abs() / counts.clamp(min=1)
 
 
 def _check(probabilities: Tensor, labels: Tensor) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corda_eval.metrics import calibration_error
 from corda_eval.task import TaskResult
-
-NUM_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Tally:
         if num_classes >= 5:
             metrics["acc5"] = (ranks < 5).double().mean().item()
         metrics["mean_per_class_recall"] = recall.mean().item()
-        metrics |= {name: _expected_calibration_error(torch.tensor(values), hits) for name, values in self.confidences.items()}
+        metrics |= {name: calibration_error(torch.tensor(values), hits) for name, values in self.confidences.items()}
         return TaskResult(
             task=task,
             metrics=metrics | dict(more or {}),
@@ -89,10 +88,3 @@ def _check(ids: Sequence[str], labels: Tensor, logits: Tensor) -> None:
             f"Image {ids[outside[0]]} has the label {labels[outside[0]]}; expected 0 to {logits.shape[1] - 1}, as there are "
             f"{logits.shape[1]} classes; give the names of all classes, or correct the label."
         )
-
-
-def _expected_calibration_error(confidences: Tensor, hits: Tensor) -> float:
-    """Return ``Σ n_b / N |acc_b − conf_b|`` over 15 bins of equal width on [0, 1], each with its lower edge, the last with both."""
-    bins = (confidences * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-    gaps = torch.zeros(NUM_BINS, dtype=torch.double).index_add(0, bins, hits.double() - confidences.double())
-    return gaps.abs().sum().item() / len(hits)
