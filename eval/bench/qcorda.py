@@ -9,8 +9,10 @@ float32. All methods on the same layers with the same rank, alpha = rank:
     Q-CorDA      nf4(W − B0 A0), IPM, A and B train from A0 and B0 (arXiv 2506.13187)
 Text: Python's reference manual; the windows that train are IPM's context too, the loss is taken on topics that they do not hold.
 Training: one epoch, AdamW without weight decay, gradients clipped to norm 1, 3 % warm-up, cosine. A seed is an order of the windows
-and LoRA's A. The first seed runs every rate, the others only the rates that the two readings need: all methods at QLoRA's best, and
-each at its own best (lowest final held-out loss of the first seed). Finished runs are kept in the output file and not run again.
+and LoRA's A. The first seed runs every rate of a grid, and the next rate on the ladder where a method's best lies at the edge. The
+others run what three readings need: all methods at QLoRA's best rate (lowest final held-out loss of the first seed), all at Q-CorDA's
+best, and each at its own best; but not what ends above its own start with the first seed. Finished runs are kept in the output file and
+not run again.
 
 Steps to loss: the first crossing of QLoRA's final held-out loss of the same seed, by straight lines between the measurements.
 
@@ -38,13 +40,15 @@ from corda_eval.bench.cases import smollm2_model
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.train import attach_lora
 
-BASELINE = "QLoRA"
+BASELINE, CLAIMED = "QLoRA", "Q-CorDA"
 STEPS, BATCH, LENGTH = 48, 4, 64
 EVERY, HELD_OUT = 6, 16
 ERROR_RANKS = (32, 128)
 """For the errors by layer; 128 is the paper's."""
 ERRORS = ("base", "residual", "base_on_context", "residual_on_context")
 
+LADDER = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+GRID = LADDER[2:5]
 NEVER = float("inf")
 
 Run = dict[str, Any]
@@ -53,7 +57,6 @@ Run = dict[str, Any]
 def bench(
     output: Annotated[Path, typer.Option(help="JSON lines, one a finished run.")] = Path("runs/qcorda.jsonl"),
     plot: Annotated[Path | None, typer.Option(help="Where the curves are drawn.")] = None,
-    rates: Annotated[str, typer.Option(help="Learning rates, with commas between.")] = "3e-4,1e-3,3e-3",
     seeds: Annotated[int, typer.Option(help="Seeds; the first runs every rate.")] = 3,
     rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 32,
 ) -> None:
@@ -70,7 +73,6 @@ def bench(
     for one in ERROR_RANKS:
         if not any(line.get("errors_at_rank") == one for line in lines):
             add({"errors_at_rank": one, "layers": study.errors(one)})
-    grid = [float(rate) for rate in rates.split(",")]
     settings = {"rank": rank, "steps": STEPS, "tokens": BATCH * LENGTH}
 
     def runs() -> list[Run]:
@@ -81,11 +83,14 @@ def bench(
             if not _find(runs(), method, rate, seed):
                 add({"method": method, "rate": rate, "seed": seed, **settings, **study.run(method, rate, seed)})
 
-    complete([(method, rate) for rate in grid for method in METHODS], 0)
-    best = best_rates(runs())
-    wanted = dict.fromkeys((method, rate) for method in METHODS for rate in (best[BASELINE], best[method]))
+    complete([(method, rate) for rate in GRID for method in METHODS], 0)
+    while missing := beyond_the_edge(runs()):
+        complete(missing, 0)
+    wanted = dict.fromkeys((method, rate) for rates in chosen_rates(runs()).values() for method, rate in rates.items())
+    complete(wanted, 0)
+    repeated = [(method, rate) for method, rate in wanted if not _diverged(_find(runs(), method, rate, 0))]
     for seed in range(1, seeds):
-        complete(wanted, seed)
+        complete(repeated, seed)
     for line in lines:
         if "errors_at_rank" in line:
             print(f"\nRank {line['errors_at_rank']}\n\n{error_table(line['layers'])}")
@@ -175,7 +180,7 @@ def _qlora(model: nn.Module, made: AdapterPlan) -> PeftModel:
 METHODS: dict[str, Callable[[Any, AdapterPlan], PeftModel]] = {
     BASELINE: _qlora,
     "CorDA-IPM": lambda model, made: attach(model, made, residual="offset", quantize="nf4"),
-    "Q-CorDA": lambda model, made: attach(model, made, residual="subtract", quantize="nf4"),
+    CLAIMED: lambda model, made: attach(model, made, residual="subtract", quantize="nf4"),
 }
 
 
@@ -197,22 +202,37 @@ def best_rates(runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
+def beyond_the_edge(runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """Return the methods whose best rate has a neighbour on the ladder that has not run, with that rate."""
+    missing = []
+    for method, rate in best_rates(runs).items():
+        place = LADDER.index(rate)
+        near = LADDER[max(0, place - 1) : place + 2]
+        missing += [(method, one) for one in near if not _find(runs, method, one, 0)]
+    return missing
+
+
+def chosen_rates(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return the methods' rates by reading."""
+    best = best_rates(runs)
+    same = {f"{method}'s best rate": dict.fromkeys(METHODS, best[method]) for method in (BASELINE, CLAIMED)}
+    return {**same, "each at its own best rate": best}
+
+
 def readings(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     """Return the runs by reading and method, in the order of the seeds."""
-    best = best_rates(runs)
-    chosen = {"QLoRA's best rate": dict.fromkeys(METHODS, best[BASELINE]), "each at its own best rate": best}
     ordered = sorted(runs, key=lambda run: run["seed"])
     return {
         title: {method: [run for run in ordered if (run["method"], run["rate"]) == (method, rate)] for method, rate in rates.items()}
-        for title, rates in chosen.items()
+        for title, rates in chosen_rates(runs).items()
     }
 
 
 def steps_table(runs: Sequence[Run]) -> str:
     """Return steps to QLoRA's final loss, and the losses, as a Markdown table: medians over the seeds, (lowest to highest)."""
     lines = [
-        "| reading | method | rate | loss at step 0 | final held-out loss | training loss, last 10 | to QLoRA's final loss | faster |",
-        "|---" * 8 + "|",
+        "| reading | method | rate | seeds | loss at step 0 | final held-out loss | training, last 10 | to QLoRA's final loss | faster |",
+        "|---" * 9 + "|",
     ]
     for title, methods in readings(runs).items():
         base = {run["seed"]: run["held_out"] for run in methods[BASELINE]}
@@ -227,7 +247,7 @@ def steps_table(runs: Sequence[Run]) -> str:
                 _spread(steps, 1, {NEVER: "never"}),
                 _spread(ratios, 2, {0.0: "never", NEVER: "at once"}) + " ×",
             ]
-            lines.append(f"| {title} | {method} | {its[0]['rate']:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {title} | {method} | {its[0]['rate']:g} | {len(its)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -263,7 +283,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained", sharey=True)
     for axes, (title, methods) in zip(panels, readings(runs).items(), strict=True):
         for number, (method, its) in enumerate(methods.items()):
             steps = [step for step, _ in its[0]["held_out"]]
@@ -274,8 +294,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.axhline(final, color="grey", linestyle="--", linewidth=1, label="QLoRA's final loss")
         axes.set(xlabel="steps", title=title[0].upper() + title[1:])
         axes.legend(frameon=False)
-    panels[0].set_ylabel("held-out loss, nats a token")
+    losses = [loss for run in runs if not _diverged(run) for _, loss in run["held_out"]]
+    panels[0].set(ylabel="held-out loss, nats a token", ylim=(min(losses) - 0.05, max(losses) + 0.3))  # what diverged leaves the plot
     figure.savefig(path, dpi=120)
+
+
+def _diverged(run: Run | None) -> bool:
+    """Tell whether a run ended above its own start."""
+    return run is not None and run["held_out"][-1][1] > run["held_out"][0][1]
 
 
 def _find(runs: Iterable[Run], method: str, rate: float, seed: int) -> Run | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from corda_eval.bench.qcorda import METHODS, best_rates, error_table, rate_table, readings, steps_table, steps_to, train
+from corda_eval.bench.qcorda import METHODS, best_rates, beyond_the_edge, error_table, rate_table, readings, steps_table, steps_to, train
 
 
 @pytest.mark.parametrize(
@@ -30,19 +30,27 @@ def runs() -> list[dict[str, Any]]:
 
 def test_rates_are_chosen_by_the_first_seed() -> None:
     assert best_rates(runs()) == {"QLoRA": 3e-3, "CorDA-IPM": 1e-3, "Q-CorDA": 3e-3}
-    same, own = readings(runs()).values()
+    same, claimed, own = readings(runs()).values()
+    assert claimed == same
     assert [one["rate"] for method in METHODS for one in same[method]] == [3e-3] * 5
     assert own["CorDA-IPM"][0]["rate"] == 1e-3
     assert [one["seed"] for one in own["Q-CorDA"]] == [0, 1]
     assert "| QLoRA | 3.400 | 3.200 |" in rate_table(runs())
 
 
+def test_the_grid_grows_where_the_best_rate_lies_at_its_edge() -> None:
+    assert beyond_the_edge(runs()) == [("QLoRA", 1e-2), ("CorDA-IPM", 3e-4), ("Q-CorDA", 1e-2)]
+    inside = [*runs(), run("QLoRA", 1e-2, 0, 5.0), run("CorDA-IPM", 3e-4, 0, 5.0), run("Q-CorDA", 1e-2, 0, 5.0)]
+    assert beyond_the_edge(inside) == []
+
+
 def test_steps_are_counted_to_the_baseline_of_the_same_seed() -> None:
     table = steps_table([one for one in runs() if one["seed"] == 0])
     assert (
-        "| QLoRA | 0.003 | 4.000 (4.000 to 4.000) | 3.200 (3.200 to 3.200) | 3.200 (3.200 to 3.200) | 20.0 (20.0 to 20.0) | 1.00 " in table
+        "| QLoRA | 0.003 | 1 | 4.000 (4.000 to 4.000) | 3.200 (3.200 to 3.200) | 3.200 (3.200 to 3.200) | 20.0 (20.0 to 20.0) | 1.00 "
+        in table
     )
-    assert table.count("| 13.3 (13.3 to 13.3) | 1.50 (1.50 to 1.50) × |") == 2  # Q-CorDA in both readings: 4 to 2.8 passes 3.2 at 2/3
+    assert table.count("| 13.3 (13.3 to 13.3) | 1.50 (1.50 to 1.50) × |") == 3  # Q-CorDA in all readings: 4 to 2.8 passes 3.2 at 2/3
     both = [run("Q-CorDA", 3e-3, 2, 3.5), run("QLoRA", 3e-3, 2, 3.0), *runs()]
     own = steps_table(both).splitlines()[-1]
     assert own.endswith("| never (13.3 to never) | never (never to 1.50) × |")
