@@ -73,6 +73,8 @@ def bench(
     for one in ERROR_RANKS:
         if not any(line.get("errors_at_rank") == one for line in lines):
             add({"errors_at_rank": one, "layers": study.errors(one)})
+    if not any("unquantised" in line for line in lines):
+        add({"unquantised": study.unquantised()})
     settings = {"rank": rank, "steps": STEPS, "tokens": BATCH * LENGTH}
 
     def runs() -> list[Run]:
@@ -94,6 +96,7 @@ def bench(
     for line in lines:
         if "errors_at_rank" in line:
             print(f"\nRank {line['errors_at_rank']}\n\n{error_table(line['layers'])}")
+    print(f"\nHeld-out loss of the base before it is quantised: {next(line['unquantised'] for line in lines if 'unquantised' in line):.3f}")
     print(f"\n{rate_table(runs())}\n\n{steps_table(runs())}")
     if plot is not None:
         draw(runs(), plot)
@@ -114,6 +117,12 @@ class Study:
         assert self.model is not None
         found = quantization_errors(self.model, made, covariances=self.covariances, progress=_bar)
         return {name: {key: float(f"{getattr(one, key):.5g}") for key in ERRORS} for name, one in found.items()}
+
+    def unquantised(self) -> float:
+        """Return the held-out loss of the base in bfloat16."""
+        self._load()
+        assert self.model is not None
+        return _held_out_loss(self.model, self.held_out)
 
     def plan(self, rank: int) -> AdapterPlan:
         """Return IPM's plan of this rank."""
@@ -294,8 +303,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axes.axhline(final, color="grey", linestyle="--", linewidth=1, label="QLoRA's final loss")
         axes.set(xlabel="steps", title=title[0].upper() + title[1:])
         axes.legend(frameon=False)
-    losses = [loss for run in runs if not _diverged(run) for _, loss in run["held_out"]]
-    panels[0].set(ylabel="held-out loss, nats a token", ylim=(min(losses) - 0.05, max(losses) + 0.3))  # what diverged leaves the plot
+    shown = [loss for run in runs if not _diverged(run) for _, loss in run["held_out"]]
+    panels[0].set(ylabel="held-out loss, nats a token", ylim=(min(shown) - 0.05, max(shown) + 0.3))  # what diverged leaves the plot
     figure.savefig(path, dpi=120)
 
 
