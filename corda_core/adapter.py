@@ -29,6 +29,10 @@ NOT_PLAIN = "a CorDA adapter in training is no plain LoRA: write it with corda_c
 instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong."""
 
 
+FROZEN = ("lora_A0", "lora_B0", "lora_Q", "lora_lengths")
+"""Where a layer keeps what an adapter starts from, and what it trains in."""
+
+
 class ContextLora(LoraVariant):
     """LoRA whose factors are made from what trains and what is frozen, and whose change is zero at the start.
 
@@ -145,7 +149,7 @@ def attach(
     peft_model = _with_lora(model, config, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
-    _check_whole(peft_model, train_fully)
+    _check_whole(peft_model, train_fully, adapter_name)
     if residual == "subtract":
         for name, layer in layers.items():
             _subtract_(layer.get_base_layer(), plan.layers[name])
@@ -257,6 +261,7 @@ def _fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Prote
     for key, value in frozen.items():
         if not hasattr(layer, key):
             setattr(layer, key, BufferDict({}, persistent=True))
+            layer.other_param_names = (*layer.other_param_names, key)  # what PEFT's delete_adapter takes away
         getattr(layer, key)[adapter_name] = value
     if offset:
         layer.lora_variant[adapter_name] = ContextLora()
@@ -335,6 +340,11 @@ def _check_base(
             f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}… ({dtype}): "
             "attach it to the base it was made from, in the same dtype, or make a new plan."
         )
+    shared = [name for name in plan.layers if residual == "subtract" and _is_shared(base, name)]
+    if shared:
+        raise ValueError(
+            f'residual="subtract" would change {shared[0]}, whose weight another module uses too; leave it out with `exclude`.'
+        )
     packed = [name for name in plan.layers if is_quantized(base.get_submodule(name))]
     if packed and (residual == "subtract" or quantize is not None):
         raise ValueError(
@@ -345,8 +355,15 @@ def _check_base(
         check_quantizable(base, plan.layers)
 
 
-def _check_whole(model: PeftModel, train_fully: Sequence[str]) -> None:
-    found = {name for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper)}
+def _is_shared(base: nn.Module, name: str) -> bool:
+    """Return whether another module has the same weight, as a tied output layer has the embedding's."""
+    weight = base.get_submodule(name).weight
+    return any(one is weight for other, one in base.named_parameters(remove_duplicate=False) if other != f"{name}.weight")
+
+
+def _check_whole(model: PeftModel, train_fully: Sequence[str], adapter_name: str) -> None:
+    wrappers = {name: module for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    found = {name for name, module in wrappers.items() if adapter_name in module.modules_to_save}
     if found - set(train_fully):
         raise ValueError(f"PEFT trains {min(found - set(train_fully))} whole, asked for was {list(train_fully)}; please report this model.")
 

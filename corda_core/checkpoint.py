@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from corda_core.adapter import Attachment, attach, attachment_of
+from corda_core.adapter import FROZEN, Attachment, attach, attachment_of
 from corda_core.distributed import process_rank
 from corda_core.files import replacing_in
 from corda_core.modules import gathered_whole, unwrapped
@@ -24,8 +24,8 @@ from corda_core.store import read_plan, save_plan
 
 WEIGHTS = "adapter_model.safetensors"
 ATTACHMENT = "corda.safetensors"
-FROZEN = (".lora_A0", ".lora_B0", ".lora_Q", ".lora_lengths")
-"""What ``attach`` makes anew from the plan."""
+MADE_ANEW = tuple(f".{name}" for name in FROZEN)
+"""How names end of what ``attach`` makes from the plan."""
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default") -> Path:
@@ -38,8 +38,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str 
     """
     attachment = attachment_of(model, adapter_name)
     peft_model: Any = unwrapped(model)
-    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    trained = {key: gathered_whole(value).detach().cpu().contiguous() for key, value in state.items() if not key.endswith(FROZEN)}
+    # Embeddings are not trained here; to find out whether they were resized PEFT would ask the hub.
+    state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    trained = {key: gathered_whole(value).detach().cpu().contiguous() for key, value in state.items() if not key.endswith(MADE_ANEW)}
     if process_rank() == 0:
         with replacing_in(Path(folder)) as fresh:
             save_attachment(attachment, fresh / ATTACHMENT)
@@ -79,7 +80,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool
             f"{weights} lacks {missing[0]} ({len(missing)} in all), which {ATTACHMENT} plans; the two are of different adapters."
         )
     adapted = attach_again(model, attachment, adapter_name)
-    set_peft_model_state_dict(adapted, {key: value for key, value in state.items() if not key.endswith(FROZEN)}, adapter_name)
+    set_peft_model_state_dict(adapted, {key: value for key, value in state.items() if not key.endswith(MADE_ANEW)}, adapter_name)
     if not is_trainable:
         adapted.requires_grad_(False)
         adapted.eval()

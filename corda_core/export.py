@@ -60,6 +60,8 @@ def export(
     Raises:
         ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right.
     """
+    if (Path(path) / "corda.safetensors").exists():
+        raise ValueError(f"{path} holds an adapter in training, which the export would destroy; name another folder.")
     changes = _changes(model, alpha, adapter_name)
     if compress is not None and compress < 1:
         raise ValueError(f"compress is {compress}; expected a rank of at least 1, or None.")
@@ -113,6 +115,9 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     for name, (A, B) in changes.items():
         own = layers[name].get_base_layer()
         weight = weight_matrix(base, name).float() + B @ A
+        if any(one is own.weight for other, one in base.named_parameters(remove_duplicate=False) if f"{name}." not in other):
+            own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)  # the embedding that it is tied to stays
+            base.config.tie_word_embeddings = False
         if name in starts:  # "subtract": the base lacks what the change starts from
             weight += starts[name].to(weight)
         if not is_quantized(own):
@@ -121,7 +126,8 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
             layers[name].base_layer = _plain(own, weight)
     for wrapper in _whole_modules(model, adapter_name).values():
         wrapper.original_module.load_state_dict(_interpolated(wrapper, alpha, adapter_name))
-        wrapper.modules_to_save[adapter_name] = wrapper.original_module  # which of the two PEFT keeps is its affair
+        for name in wrapper.modules_to_save:  # which one PEFT keeps is its affair
+            wrapper.modules_to_save[name] = wrapper.original_module
     plain: nn.Module = model.unload()
     _dequantize_rest_(plain)
     return plain

@@ -1,10 +1,23 @@
 """Write files whole or not at all."""
 
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error, or what it came from, says that there was no room to write."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Words: safetensors has an error of its own for it, and torch.save one of its container's position.
+        if getattr(seen, "errno", None) == errno.ENOSPC or re.search("No space left on device|unexpected pos", str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from corda_core.distributed import process_rank
+from corda_core.files import is_disk_full
 
 app = typer.Typer(help="Fine-tune vision-language models without forgetting (CorDA).", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -98,6 +99,9 @@ def export(
     adapter: Annotated[Path, typer.Option(help="Folder that `train` wrote, or one of its checkpoints.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     base: Annotated[str | None, typer.Option(help="Folder or hub id of the base; by default that of the adapter's recipe.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the base: that which the adapter was made in; by default the recipe's.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT).")] = 1.0,
     compress: Annotated[int | None, typer.Option(help="Rank of the best approximation of the change, instead of all of it.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a plain model with the change in its weights.")] = False,
@@ -106,7 +110,7 @@ def export(
     from corda_vlm.deploy import deploy
 
     with _sentences("export"):
-        typer.echo(deploy(adapter, output, base=base, alpha=alpha, compress=compress, merge=merge))
+        typer.echo(deploy(adapter, output, base=base, dtype=dtype, alpha=alpha, compress=compress, merge=merge))
 
 
 @app.command("eval")
@@ -144,8 +148,16 @@ def _sentences(command: str) -> Iterator[None]:
     """Turn errors that users can do something about into one sentence and exit code 1."""
     try:
         yield
-    except (ModuleNotFoundError, OSError, ValueError, FloatingPointError) as error:
-        typer.echo(f"corda-vlm {command}: {error.strerror if isinstance(error, OSError) and error.errno == ENOSPC else error}", err=True)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            sentence = error.strerror
+        elif is_disk_full(error):
+            sentence = f"The disk is full ({error}): make room and run again; what was whole before still is."
+        elif isinstance(error, (ModuleNotFoundError, OSError, ValueError, FloatingPointError)):
+            sentence = str(error)
+        else:
+            raise
+        typer.echo(f"corda-vlm {command}: {sentence}", err=True)
         raise typer.Exit(1) from error
 
 

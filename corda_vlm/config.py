@@ -232,7 +232,7 @@ def from_mapping(values: Mapping[str, Any], schema: type[T], source: str) -> T:
         nested = next((one for one in (get_args(fields[key].type) or [fields[key].type]) if dataclasses.is_dataclass(one)), None)
         if nested is not None and isinstance(value, Mapping):
             value = from_mapping(value, nested, f"{source}, {key}")  # type: ignore[arg-type]
-        filled[key] = value
+        filled[key] = _as_declared(value, fields[key].type, f"{source}: {key}")
     missing = [name for name, field in fields.items() if name not in filled and _is_required(field)]
     if missing:
         raise ValueError(f"{source}: the option {missing[0]!r} is missing and has no default; add it.")
@@ -260,6 +260,35 @@ def overridden(values: Mapping[str, Any], overrides: Sequence[str], source: str)
                 raise ValueError(f"The override {override!r} goes into {parent!r}, which holds no options in {source}.")
         place[last] = yaml.safe_load(text)
     return result
+
+
+def _as_declared(value: Any, declared: Any, option: str) -> Any:
+    """Return a scalar as the type that its field declares: YAML takes 5e-4 for text, and 1 for no float.
+
+    Raises:
+        ValueError: If it cannot be that.
+    """
+    kinds = [kind for kind in (get_args(declared) or (declared,)) if kind in (bool, int, float, str, type(None))]
+    others = len(kinds) < len(get_args(declared) or (declared,))
+    if not isinstance(value, bool | int | float | str) or type(value) in kinds or (others and not isinstance(value, str)):
+        if value is None and type(None) not in kinds and not others:
+            raise ValueError(f"{option} is empty; expected {_in_words(kinds)}.")
+        return value
+    if float in kinds and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if others:
+        return value
+    raise ValueError(f"{option} is {value!r}; expected {_in_words(kinds)}.")
+
+
+def _in_words(kinds: Sequence[type]) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+    return " or ".join(words[kind] for kind in kinds)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -74,3 +74,10 @@ class ContrastiveTrainer(Trainer):
         features = features_of(model, inputs)
         loss = contrastive_loss(over_processes(features))
         return (loss, {"image_features": features.image, "text_features": features.text}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a held-out batch; the Trainer takes none of models that have no labels."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach().mean(), None, None

@@ -142,7 +142,7 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
     by_token: dict[str, list[Tensor]] = {}
     by_image: dict[str, list[Tensor]] = {}
     for number, segment in enumerate(sample.segments):
-        special = number == 0 and not sample.is_chat
+        special = number == 0 and not _starts_itself(sample, processor)
         count = segment.text.count(image_token(processor)) if remaining else 0
         if count:
             taken, remaining = remaining[:count], remaining[count:]
@@ -167,6 +167,12 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
         encoded["token_type_ids"] = encoded["is_response"]  # 0: read in both directions; 1: causal, what is learned
     nested = type(processor).__name__.startswith(("Idefics", "SmolVLM"))  # (1, images, …), where others have (images, …)
     return encoded | {key: _joined(values, axis=1 if nested else 0) for key, values in by_image.items()}
+
+
+def _starts_itself(sample: Sample, processor: Any) -> bool:
+    """Return whether the text has what its tokenizer puts before texts already: some chat templates write it, others leave it out."""
+    start = getattr(tokenizer_of(processor), "bos_token", None)
+    return sample.is_chat and (start is None or sample.segments[0].text.lstrip().startswith(start))
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -202,7 +208,10 @@ def _chat_segments(turns: list[tuple[str, str]], num_images: int, processor: Any
         done = whole
     if segments and turns[-1][0] == "assistant":
         # White space behind the last turn belongs to a next one that never comes.
-        return (*segments[:-1], Segment(segments[-1].text.rstrip(), is_response=True))
+        text = segments[-1].text.rstrip()
+        if text.endswith(turns[-1][1].rstrip()):  # the template puts no mark behind an answer: without one nobody learns to stop
+            text += getattr(tokenizer_of(processor), "eos_token", None) or ""
+        return (*segments[:-1], Segment(text, is_response=True))
     return (*segments, Segment(render(turns, True)[len(done) :], is_response=False))
 
 

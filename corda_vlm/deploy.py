@@ -10,16 +10,20 @@ import corda_core
 from corda_core.files import replacing_in
 from corda_vlm.adapted import load
 from corda_vlm.adapted import merge as merged
-from corda_vlm.config import from_mapping
 from corda_vlm.models import load_base
-from corda_vlm.recipe import ModelConfig, read_recipe
+from corda_vlm.recipe import RECIPE, ModelConfig, read_recipe
 from corda_vlm.towers import is_open_clip
-
-RECIPE = "recipe.yaml"
 
 
 def deploy(
-    adapter: Path, output: Path, *, base: str | None = None, alpha: float = 1.0, compress: int | None = None, merge: bool = False
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    alpha: float = 1.0,
+    compress: int | None = None,
+    merge: bool = False,
 ) -> str:
     """Write the adapter for others, and return a sentence that says what was written.
 
@@ -27,6 +31,7 @@ def deploy(
         adapter: Folder that ``train`` wrote, or one of its checkpoints.
         output: Folder to write: a LoRA in PEFT's form; with ``merge`` a model and its processor (open_clip: its weights).
         base: Where the base is; None takes the model of the recipe beside the adapter.
+        dtype: Precision to load it in: that which the adapter was made in; None takes the recipe's, or float32.
         alpha: How much of the change.
         compress: Rank of the best approximation of the change.
         merge: Whether to write a plain model.
@@ -37,7 +42,9 @@ def deploy(
     """
     if merge and compress is not None:
         raise ValueError("--compress and --merge were both given; a merged model has no rank: leave one of them out.")
-    model, processor = load_base(_base_of(adapter, base))
+    if merge and (output / "config.json").exists():
+        raise ValueError(f"{output} holds a model already, perhaps the base; name another folder.")
+    model, processor = load_base(_base_of(adapter, base, dtype))
     adapted = load(model, adapter)
     if not merge:
         done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
@@ -53,12 +60,12 @@ def deploy(
     return f"Wrote a plain model to {output}."
 
 
-def _base_of(adapter: Path, base: str | None) -> ModelConfig:
+def _base_of(adapter: Path, base: str | None, dtype: str | None) -> ModelConfig:
     """Return the base that an adapter's recipe names, at another place if one is given."""
     recipe = next((folder / RECIPE for folder in (adapter, adapter.parent) if (folder / RECIPE).exists()), None)
     if recipe is None:
         if base is None:
             raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
-        return from_mapping({"path": base, "dtype": "float32"}, ModelConfig, "--base")
+        return ModelConfig(base, dtype=dtype or "float32")
     config = read_recipe(recipe).model
-    return config if base is None else replace(config, path=base)
+    return replace(config, path=base or config.path, dtype=dtype or config.dtype)

@@ -153,8 +153,12 @@ def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | 
     """Return how many samples there are on this disk (None if they are not here), and how many tokens one has on average."""
     try:
         items = load_items(data)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None, TOKENS
+    except ValueError as error:
+        if "download" in str(error):  # on the hub, and not in the cache
+            return None, TOKENS
+        raise
     if recipe.model.library != "transformers" or has_two_towers(model):
         return len(items), TOKENS
     try:

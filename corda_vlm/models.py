@@ -1,9 +1,14 @@
 """From a model option to a base model and what reads its samples."""
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,8 +34,26 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
         ModuleNotFoundError: If an extra is needed that is not installed.
         ValueError: If the model is not there, is damaged, or its processor is of another model.
     """
-    if config.library == "open_clip":
-        return _load_open_clip(config)
+    with network_only_if(config.download):
+        return _load_open_clip(config) if config.library == "open_clip" else _load_transformers(config)
+
+
+@contextmanager
+def network_only_if(allowed: bool) -> Iterator[None]:
+    """Keep the libraries of the hub off the network, unless it is allowed; PEFT and open_clip would ask it by themselves."""
+    before = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    if not allowed:
+        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before[0]
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        if before[1] is not None:
+            os.environ["HF_HUB_OFFLINE"] = before[1]
+
+
+def _load_transformers(config: ModelConfig) -> tuple[nn.Module, Any]:
     known = _known(config)
     try:
         described = AutoConfig.from_pretrained(config.path, **known)
@@ -125,12 +148,21 @@ def _reader(described: Any) -> Any:
 def _load_open_clip(config: ModelConfig) -> tuple[nn.Module, Any]:
     open_clip = _open_clip()
     is_file = config.weights is not None and Path(config.weights).exists()
+    if config.path.startswith("hf-hub:") and not config.download:
+        raise ValueError(f"model.path is {config.path!r}, which is on the hub; set model.download to true to fetch it.")
     if config.weights is not None and not is_file and not config.download:
         raise ValueError(f"model.weights is {config.weights!r}, which is no file here; give one, or set model.download to true for a tag.")
     try:
         precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[config.dtype]
-        model, _, preprocess = open_clip.create_model_and_transforms(config.path, pretrained=config.weights, precision=precision)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            model, _, preprocess = open_clip.create_model_and_transforms(config.path, pretrained=config.weights, precision=precision)
         tokenizer = open_clip.get_tokenizer(config.path)
+    except UserWarning as error:
+        raise ValueError(
+            f"model.path {config.path} and model.weights {config.weights} have other activations ({error}); take the architecture "
+            "whose name ends in -quickgelu, or other weights."
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(_not_loaded(config, error)) from error
     return model.eval(), OpenClipPairs(preprocess, tokenizer, image_dtype(model))

@@ -7,6 +7,8 @@ from typing import Any
 from corda_vlm.config import CordaConfig, read_config
 from corda_vlm.sources import DataConfig
 
+RECIPE = "recipe.yaml"
+"""What a run's output holds of it."""
 DTYPES = ("float32", "bfloat16", "float16")
 LOGS = ("tensorboard", "wandb", "none")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")

@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import math
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -30,19 +29,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
 from corda_core.distributed import from_first_process, num_processes, process_rank
-from corda_core.files import write_whole
+from corda_core.files import is_disk_full, write_whole
+from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts
-from corda_vlm.models import load_base
+from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
-from corda_vlm.recipe import Recipe
+from corda_vlm.recipe import RECIPE, Recipe
 from corda_vlm.sources import Items, load_items
-from corda_vlm.towers import has_two_towers
+from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.train import losses_of, trainer_for
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "recipe.yaml"
 SUMMARY = "training.json"
 
 
@@ -78,14 +77,22 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
         OSError: If the disk is full; what was whole before still is.
         ValueError: If an option, a sample, a file or the model is not right.
     """
+    with network_only_if(recipe.model.download):
+        return _train(recipe, resume)
+
+
+def _train(recipe: Recipe, resume: bool) -> Trained:
     output = Path(recipe.output)
     arguments = training_arguments(recipe)  # before all else: joins the group of processes
     _claim(recipe, output, resume)
     start = time.time()
     model, processor, items = _loaded(recipe, arguments)
     evaluation = None if recipe.evaluation is None else load_items(recipe.evaluation, download=recipe.model.download)
+    _check_fits(model, recipe, arguments, len(items))
     if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
+    else:
+        arguments.dataloader_drop_last = True  # a smaller batch would be another loss
     adapted = _adapted(model, processor, items, recipe, output)
     rates = {
         part: rate
@@ -95,12 +102,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
     trainer = trainer_for(adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[_WholeCheckpoints(adapted)])
     try:
-        trainer.train(resume_from_checkpoint=_last_whole(output) if resume else None)
+        trainer.train(resume_from_checkpoint=from_first_process(_last_whole(output)) if resume else None)
         if evaluation is not None and recipe.training.evaluate_every is None:
             trainer.evaluate()
         save(trainer.model, output)
     except Exception as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             kept = _last_whole(output)
             raise OSError(
                 errno.ENOSPC,
@@ -183,7 +190,6 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        dataloader_drop_last=recipe.model.library == "open_clip",
         ddp_find_unused_parameters=True if world > 1 else None,  # a batch without images leaves the vision tower's adapters out
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -200,6 +206,36 @@ def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, An
     return model, processor, items
 
 
+def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: int) -> None:
+    """Refuse, before hours of preparation, what would fail or silently train something else after it.
+
+    Raises:
+        ValueError: If options do not go with each other or with the model.
+    """
+    corda, options = recipe.corda, recipe.training
+    modules_of(model, corda.train_fully)
+    if has_two_towers(model) and arguments.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "training.micro_batch_size splits a batch of pairs, each of which is told apart from all others: another loss; leave it out."
+        )
+    if corda.train_fully and recipe.model.dtype != "float32" and not options.bf16:
+        raise ValueError(
+            f"corda.train_fully trains weights of {recipe.model.dtype}, which small steps do not move; set training.bf16 to true (then "
+            "they are kept in float32), or model.dtype to float32."
+        )
+    if recipe.model.quantize is not None and (corda.quantize is not None or corda.residual == "subtract" or corda.train_fully):
+        raise ValueError(
+            "model.quantize loads the base in 4 bits, but corda.quantize, residual: subtract and train_fully need its float weights; use "
+            "corda.quantize instead, or leave them out."
+        )
+    if corda.quantize is not None:
+        check_quantizable(model, select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude))
+    if has_two_towers(model) and num_samples < options.batch_size:
+        raise ValueError(f"There are {num_samples} pairs to learn, but training.batch_size is {options.batch_size}; make it smaller.")
+    if options.gradient_checkpointing and is_open_clip(model):
+        raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
+
+
 def context_items(recipe: Recipe, items: Items) -> Items:
     """Return the samples of context: the recipe's, or for IPM the training data."""
     return items if recipe.context is None else load_items(recipe.context, download=recipe.model.download)
@@ -207,7 +243,7 @@ def context_items(recipe: Recipe, items: Items) -> Items:
 
 def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is gone on with, or a new one, which is written first."""
-    if (output / ATTACHMENT).exists():
+    if from_first_process((output / ATTACHMENT).exists()):
         adapted = attached_as(model, load_attachment(output / ATTACHMENT))
     else:
         contexts = draw_contexts(context_items(recipe, items), recipe.corda)
@@ -225,32 +261,47 @@ def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, out
 
 
 def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Write the recipe into an empty output; or check that what is there is this recipe's run.
+    """Write the recipe into an output of its own; or check that what is there is a run of this recipe, and drop what is half written.
 
     Raises:
-        FileExistsError: If there is another run.
+        FileExistsError: If there is another run, or what another program wrote.
         ValueError: If the run that is to be gone on with has another recipe.
     """
     asked = yaml.safe_load(yaml.safe_dump(_plain(recipe)))
-    is_new = from_first_process(not (output / RECIPE).exists())  # before that one writes it
-    if is_new:
+    has_begun = from_first_process((output / ATTACHMENT).exists() and (output / RECIPE).exists())
+    foreign = from_first_process(
+        sorted(file.name for file in output.glob("*") if file.name.startswith(("checkpoint-", "adapter_", "corda.")))
+    )
+    if not has_begun:
+        if foreign:
+            raise FileExistsError(f"{output} holds {foreign[0]}, which no run of a recipe left there; name another output.")
         if resume:
             logger.warning("%s holds no run to go on with: starting one.", output)
-        if process_rank() == 0:
-            write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
     elif not resume:
         raise FileExistsError(f"{output} holds a run already; go on with it (--resume), or name another output.")
     else:
         found = yaml.safe_load((output / RECIPE).read_text())
         different = _first_difference(found, asked)
         if different:
-            raise ValueError(f"{output / RECIPE} has another {different}; resume with the recipe that was started, or name another output.")
+            raise ValueError(
+                f"{output / RECIPE} has another {different}, on which plan or losses depend; resume with the recipe that was started, or "
+                "name another output."
+            )
     _processes().wait_for_everyone()
     if process_rank() == 0:
-        for checkpoint in output.glob("checkpoint-*"):  # left half written when the process died
-            if not (checkpoint / ATTACHMENT).exists():
-                shutil.rmtree(checkpoint)
+        write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
+        whole = _last_whole(output)
+        for left in (*output.glob("checkpoint-*"), *output.glob("tmp*")):  # by a process that died while it wrote or removed them
+            if str(left) != whole and (left.name.startswith("tmp") or not _is_whole(left)):
+                shutil.rmtree(left)
     _processes().wait_for_everyone()
+
+
+FREE = {
+    *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
+    *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
+}
+"""Options that may be others when a run is gone on with: the losses stay the same, but for what is skipped, or up to rounding."""
 
 
 def _processes() -> PartialState:
@@ -259,9 +310,14 @@ def _processes() -> PartialState:
 
 
 def _last_whole(output: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end."""
-    whole = [folder for folder in output.glob("checkpoint-*") if (folder / ATTACHMENT).exists()]
+    """Return the newest checkpoint that was written to its end; under several processes the first one's answer counts."""
+    whole = [folder for folder in output.glob("checkpoint-*") if _is_whole(folder)]
     return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end, and none of it removed since."""
+    return all((checkpoint / name).exists() for name in (ATTACHMENT, "trainer_state.json", "scheduler.pt", "adapter_model.safetensors"))
 
 
 class _WholeCheckpoints(TrainerCallback):
@@ -282,21 +338,16 @@ class _WholeCheckpoints(TrainerCallback):
                     f"at the samples of that step; the last whole checkpoint is {_last_whole(Path(str(args.output_dir))) or 'none yet'}."
                 )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the loss before the last checkpoint too, which the Trainer writes whatever the step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write what ``load`` needs beside the Trainer's files."""
+        """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs."""
+        _processes().wait_for_everyone()
         if state.is_world_process_zero:
             save_attachment(self.attachment, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / ATTACHMENT)
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that a disk is full."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Words: safetensors has an error of its own for it, and torch.save one of its container's writer.
-        if getattr(seen, "errno", None) == errno.ENOSPC or re.search("No space left on device|inline_container|StreamWriter", str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _plain(value: Any) -> Any:
@@ -316,7 +367,7 @@ def _first_difference(found: Any, asked: Any, at: str = "") -> str:
             if name:
                 return name
         return ""
-    return "" if found == asked else f"{at} ({found!r}, asked for is {asked!r})"
+    return "" if found == asked or at in FREE else f"{at} ({found!r}, asked for is {asked!r})"
 
 
 def _require_log(log_to: str) -> None:

@@ -13,6 +13,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 
 from corda_core import Covariance, context_drift, output_energies
 from corda_core.adapter import base_of
+from corda_core.collect import evaluating
 from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer
 from corda_vlm.data import Collator, Item
@@ -147,6 +148,11 @@ class ResponseTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the loss of a batch."""
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the Trainer does, with 4-bit layers left as they train: else bitsandbytes packs them anew on CPUs."""
+        with evaluating(base_of(model)):
+            return super().prediction_step(model, *args, **kwargs)
 
 
 class DriftLog(TrainerCallback):

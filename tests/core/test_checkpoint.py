@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapter import FAMILIES, IDS, logits, planned, trained
 
-from corda_core import attach, attachment_of, export, load, lora_layers, save
+from corda_core import attach, attachment_of, export, load, lora_layers, merge, save
 from corda_core.checkpoint import load_attachment
 
 FORMS = [
@@ -172,3 +172,23 @@ def test_refusals(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="expected the weights of an adapter"):
         load(tiny_llama(), folder)
+
+
+def test_a_deleted_adapter_leaves_nothing_behind() -> None:
+    model = tiny_llama()
+    base = logits(model)
+    adapted = trained(attach(model, planned(tiny_llama()), adapter_name="a"))
+    adapted = attach(adapted, planned(tiny_llama()), protect="strict", adapter_name="b")
+    adapted.delete_adapter("a")
+    adapted = attach(adapted, planned(tiny_llama()), protect="strict", adapter_name="a")
+    assert torch.equal(logits(adapted), base)
+
+
+def test_whole_modules_belong_to_their_adapter() -> None:
+    model = tiny_llama()
+    adapted = trained(attach(model, planned(tiny_llama()), train_fully=["model.norm"]))
+    expected = logits(adapted)
+    adapted = trained(attach(adapted, planned(tiny_llama()), train_fully=["model.norm"], adapter_name="two"))
+    adapted = attach(adapted, planned(tiny_llama()), adapter_name="three")
+    adapted.set_adapter("two")
+    torch.testing.assert_close(logits(merge(adapted)), expected, rtol=0, atol=1e-5)

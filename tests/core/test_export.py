@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import llama_config, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter import FAMILIES, IDS, logits, planned, trained
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from corda_core import attach, change_factors, export, lora_layers, merge, select_linears, weight_matrix
+from corda_core import attach, change_factors, collect, export, lora_layers, merge, plan, save, select_linears, weight_matrix
 from corda_core.export import compressed
 
 FORMS = [("start", "offset"), ("start", "subtract"), ("strict", "offset"), ("whitened", "offset")]
@@ -155,3 +156,27 @@ def test_a_module_that_is_no_part_of_the_change_stays(tmp_path: Path) -> None:
     head = model.get_base_model().lm_head.weight.clone()
     merged: nn.Module = merge(model)
     assert torch.equal(merged.lm_head.weight, head)
+
+
+def test_tied_weights_stay_with_the_other_module() -> None:
+    config = llama_config()
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    covariances = collect(model, [{"input_ids": torch.randint(2, 20, (8, 16))}], ["lm_head"])
+    made = plan(model, covariances, mode="kpm", rank=4)
+    with pytest.raises(ValueError, match="lm_head, whose weight another module uses too"):
+        attach(model, made, residual="subtract")
+    adapted = trained(attach(model, made))
+    expected, embedding = logits(adapted), model.model.embed_tokens.weight.detach().clone()
+    plain = merge(adapted)
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
+    assert torch.equal(plain.model.embed_tokens.weight, embedding)
+    assert not plain.config.tie_word_embeddings
+
+
+def test_an_adapter_in_training_is_not_written_over(tmp_path: Path) -> None:
+    model = tuned()
+    save(model, tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter in training"):
+        export(model, tmp_path)

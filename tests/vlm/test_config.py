@@ -8,7 +8,7 @@ from corda_eval.demo import LABELS, DemoConfig
 from corda_vlm import CordaConfig
 from corda_vlm.config import read_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("demo*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

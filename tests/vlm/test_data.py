@@ -1,11 +1,13 @@
 """Samples of every form become the tokens that the model sees when it is asked."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from corda_vlm.data import IGNORED_LABEL, Collator, read_sample
 
@@ -95,3 +97,24 @@ def test_mistakes_get_one_clear_sentence(processor: Any, tokenizer: Any) -> None
         read_sample({"conversations": [{"from": "robot", "value": "a"}]}, processor)
     with pytest.raises(ValueError, match="no response to learn"):
         Collator(processor, with_labels=True)([(IMAGE, "a")])
+
+
+@pytest.mark.parametrize(
+    ("template", "start", "end"),
+    [
+        ("{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}", 1, 1),
+        ("<s>{% for m in messages %}{{ m['content'] }}</s> {% endfor %}", 1, 1),
+        (None, 1, 1),
+    ],
+)
+def test_texts_begin_and_answers_end_once(template: str | None, start: int, end: int, tokenizer: Any) -> None:
+    """LLaVA 1.5's template writes neither mark, others both; a model that never saw the end does not learn to stop."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    own._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", own.bos_token_id)])
+    batch = Collator(own, with_labels=True)([{"question": "what color ?", "answer": "red"}])
+    ids = batch["input_ids"][0].tolist()
+    assert ids[0] == own.bos_token_id
+    assert ids.count(own.bos_token_id) == start
+    assert ids[-1] == batch["labels"][0, -1] == own.eos_token_id
+    assert ids[-2] != own.eos_token_id

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,3 +269,53 @@ def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(pro
     assert not torch.equal(
         tuned.visual.transformer.resblocks[0].attn.in_proj_weight, base.visual.transformer.resblocks[0].attn.in_proj_weight
     )
+
+
+def test_the_last_loss_is_looked_at_too(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 4, "log_every": 10, "save_every": 10})
+    result = CliRunner().invoke(app, ["train", "--config", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "Trained 4 steps" in result.output
+
+
+def test_folders_of_others_are_left_alone(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    (tmp_path / "output" / "checkpoint-500").mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds checkpoint-500, which no run of a recipe left there"):
+            trained(path, resume=resume)
+    assert (tmp_path / "output" / "checkpoint-500").exists()
+
+
+def test_a_start_that_failed_does_not_block_its_output(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 2})
+    with pytest.raises(ValueError, match="is no folder here"):
+        trained(path, "model.path=/no/such")
+    trained(path)
+
+
+def test_what_does_not_change_losses_may_change_on_resuming(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path, f"output={tmp_path / 'whole'}")
+    assert CliRunner().invoke(app, ["prepare", "--config", str(path)]).exit_code == 0
+    done = trained(path, "training.micro_batch_size=2", "data.on_broken=skip", "training.keep_checkpoints=3", resume=True)
+    assert [loss for _, loss in done.losses] == pytest.approx([loss for _, loss in whole.losses], abs=1e-5)
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_is_collected(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    for overrides, message in (
+        (["model.dtype=bfloat16"], "train_fully trains weights of bfloat16"),
+        (["corda.train_fully=[projektor]"], "train_fully names 'projektor'"),
+        (["training.learning_rate=fast"], "learning_rate is 'fast'; expected a number"),
+        (["training.steps=2.5"], "steps is 2.5; expected a whole number or null"),
+        (["corda.train_fully=[]", "corda.quantize=nf4"], "to be quantised it needs a multiple of 64"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            trained(path, *overrides)
+        assert not (tmp_path / "output" / "corda.safetensors").exists()
+
+
+def test_numbers_as_people_write_them(processor: Any, tmp_path: Path) -> None:
+    recipe = read_recipe(write_recipe(tmp_path, processor), ["training.learning_rate=5e-4", "training.epochs=2", "corda.max_memory=8GB"])
+    assert (recipe.training.learning_rate, recipe.training.epochs, recipe.corda.max_memory) == (5e-4, 2.0, "8GB")
