@@ -173,11 +173,15 @@ class Recipe:
         """Refuse a run that cannot be meant.
 
         Raises:
-            ValueError: If KPM has no context of what is to be kept.
+            ValueError: If KPM has no context of what is to be kept, or there is nothing to evaluate on.
         """
         if self.context is None and self.corda.mode == "kpm":
             raise ValueError(
                 "corda.mode is kpm, but there is no context: name samples of what the model is to keep, or set corda.mode to ipm."
+            )
+        if self.evaluation is None and self.training.evaluate_every is not None:
+            raise ValueError(
+                f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."
             )
 
 

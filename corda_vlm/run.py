@@ -36,7 +36,7 @@ from corda_vlm.context import draw_contexts
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.recipe import RECIPE, Recipe
-from corda_vlm.sources import Items, load_items
+from corda_vlm.sources import DataConfig, Items, load_items
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.train import losses_of, trainer_for
 
@@ -87,7 +87,7 @@ def _train(recipe: Recipe, resume: bool) -> Trained:
     _claim(recipe, output, resume)
     start = time.time()
     model, processor, items = _loaded(recipe, arguments)
-    evaluation = None if recipe.evaluation is None else load_items(recipe.evaluation, download=recipe.model.download)
+    evaluation = None if recipe.evaluation is None else _items(recipe.evaluation, recipe, model)
     _check_fits(model, recipe, arguments, len(items))
     if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
@@ -199,8 +199,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, Items]:
     """Return base, processor and training data."""
     set_seed(recipe.seed)
-    items = load_items(recipe.data, download=recipe.model.download)
     model, processor = load_base(recipe.model)
+    items = _items(recipe.data, recipe, model)
     if recipe.model.quantize is None:  # else it is where it is to be
         model.to(arguments.device)
     return model, processor, items
@@ -236,9 +236,8 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
         raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
 
 
-def context_items(recipe: Recipe, items: Items) -> Items:
-    """Return the samples of context: the recipe's, or for IPM the training data."""
-    return items if recipe.context is None else load_items(recipe.context, download=recipe.model.download)
+def _items(data: DataConfig, recipe: Recipe, model: nn.Module) -> Items:
+    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model))
 
 
 def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, output: Path) -> PeftModel:
@@ -246,7 +245,7 @@ def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, out
     if from_first_process((output / ATTACHMENT).exists()):
         adapted = attached_as(model, load_attachment(output / ATTACHMENT))
     else:
-        contexts = draw_contexts(context_items(recipe, items), recipe.corda)
+        contexts = draw_contexts(items if recipe.context is None else _items(recipe.context, recipe, model), recipe.corda)
         adapted = attach_plan(model, plan_contexts(model, contexts, recipe.corda, processor), recipe.corda)
         if process_rank() == 0:
             save_attachment(attachment_of(adapted), output / ATTACHMENT)

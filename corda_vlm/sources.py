@@ -112,9 +112,11 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         Images are taken as they are stored: EXIF's orientation is not applied, as elsewhere in this package.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: Path, config: DataConfig) -> None:
-        """Take rows, the column of each field, and the folder that relative paths of images start from."""
-        self.rows, self.columns, self.folder, self.config = rows, columns, folder, config
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: Path, config: DataConfig, needs_images: bool = False
+    ) -> None:
+        """Take rows, the column of each field, the folder that relative paths of images start from, and whether a row must have one."""
+        self.rows, self.columns, self.folder, self.config, self.needs_images = rows, columns, folder, config, needs_images
         # In shared memory: workers of a DataLoader mark rows for all.
         self._broken = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
@@ -161,13 +163,17 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         fields = _text_fields(values, self.columns, self.config, where)
         image = values.get(self.columns["image"]) if "image" in self.columns else None
         images = [_read_image(source, name, where) for source, name in _image_sources(image, self.folder, where)]
+        if not images and self.needs_images:
+            raise _BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
         if not images:
             return fields
         return fields | {"image": images if isinstance(image, (list, tuple)) else images[0]}
 
 
-def load_items(config: DataConfig, *, download: bool = False) -> Items:
+def load_items(config: DataConfig, *, download: bool = False, needs_images: bool = False) -> Items:
     """Return the items of a source; an id of the hub comes from the cache of ``datasets``, and from the network only with ``download``.
+
+    With ``needs_images`` a row without an image counts as one whose image cannot be read.
 
     Parquet files are written once, as Arrow files, to the cache of ``datasets``; rows are then read from the disk. Rows of JSON stay in
     memory; their texts are checked here, those of other sources when they are read.
@@ -197,7 +203,7 @@ def load_items(config: DataConfig, *, download: bool = False) -> Items:
     if not isinstance(rows, _ArrowRows):
         for number, row in enumerate(rows):
             _text_fields(row, columns, config, f"{config.source}, row {number}")
-    return Items(rows, columns, folder, config)
+    return Items(rows, columns, folder, config, needs_images)
 
 
 class _BrokenImageError(Exception):

@@ -469,3 +469,13 @@ def test_a_download_is_asked_for_by_name_only(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_items(DataConfig("org/small", subset="en"), download=True)[0] == {"text": "a"}
     assert asked == [(("org/small", "en"), {"split": "train"})]
+
+
+def test_rows_without_an_image_are_broken_where_one_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a circle", "image": None}, {"text": "red", "image": "red.png"}]))
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    assert "image" not in load_items(DataConfig(str(tmp_path / "rows.json")))[0]
+    with pytest.raises(ValueError, match="row 0: there is no image"):
+        load_items(DataConfig(str(tmp_path / "rows.json")), needs_images=True)[0]
+    items = load_items(DataConfig(str(tmp_path / "rows.json"), on_broken="skip"), needs_images=True)
+    assert (items[0]["text"], items.num_broken) == ("red", 1)
