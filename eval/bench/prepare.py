@@ -10,8 +10,6 @@ less what was resident before it (model loaded, one plain forward pass done); be
 
 import json
 import platform
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +25,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from corda_core import attach, collect, plan
 from corda_eval.bench.cases import CASES, Case, batched
 from corda_eval.bench.memory import reset_peak, status
+from corda_eval.bench.process import fresh_run
 
 
 def bench(
@@ -43,16 +42,8 @@ def bench(
     runs = []
     for pair in range(pairs):
         for one in ("ours", "peft") if pair % 2 == 0 else ("peft", "ours"):
-            command = [sys.executable, "-m", "corda_eval.bench.prepare", "--case", case, "--mode", mode, "--side", one]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise RuntimeError(f"The run of {one} failed:\n{result.stderr[-2000:]}")
-            run = {"case": case, "mode": mode, "side": one, "pair": pair, **json.loads(result.stdout.splitlines()[-1])}
-            runs.append(run)
-            print(json.dumps(run), flush=True)
-            if output is not None:
-                with output.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
+            about = {"case": case, "mode": mode, "side": one, "pair": pair}
+            runs.append(fresh_run("corda_eval.bench.prepare", ["--case", case, "--mode", mode, "--side", one], about, output))
     print(table(runs))
 
 

@@ -8,8 +8,6 @@ to LoRA.
 """
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -21,6 +19,7 @@ import typer
 from corda_core import attach, collect, plan
 from corda_eval.bench.cases import smollm2_model
 from corda_eval.bench.memory import peak_megabytes
+from corda_eval.bench.process import fresh_run
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.train import attach_lora
 
@@ -44,16 +43,8 @@ def bench(
     runs = []
     for turn in range(rounds):
         for one in SIDES if turn % 2 == 0 else reversed(SIDES):
-            command = [sys.executable, "-m", "corda_eval.bench.step", *options, "--side", one]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise RuntimeError(f"The run of {one} failed:\n{result.stderr[-2000:]}")
-            run = {"side": one, "round": turn, "rank": rank, "tokens": batch_size * length, **json.loads(result.stdout.splitlines()[-1])}
-            runs.append(run)
-            print(json.dumps(run), flush=True)
-            if output is not None:
-                with output.open("a") as file:
-                    file.write(json.dumps(run) + "\n")
+            about = {"side": one, "round": turn, "rank": rank, "tokens": batch_size * length}
+            runs.append(fresh_run("corda_eval.bench.step", [*options, "--side", one], about, output))
     print(table(runs))
 
 
