@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from corda_eval.text import facts
+from corda_eval.text import facts, harness
 from corda_eval.text.facts import FACTS_FILE, facts_scores, load_facts
 
 
@@ -112,7 +112,7 @@ def test_a_model_that_prefers_one_choice_is_read_right(shift: int, accuracy: flo
 
 
 def test_a_missing_lm_eval_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'corda-vlm\[eval\]'"):
         facts_scores(LlamaForCausalLM(tiny_config()), byte_tokenizer())
 
