@@ -122,12 +122,15 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="Precision of the base: that which the adapter was made in.")] = "bfloat16",
     library: Annotated[str, typer.Option(help="transformers or open_clip.")] = "transformers",
     weights: Annotated[str | None, typer.Option(help="For open_clip: file or tag of the weights.")] = None,
+    check_batch_invariance: Annotated[
+        int, typer.Option(help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ.")
+    ] = 0,
     download: Annotated[bool, typer.Option("--download", help="Fetch the base from the hub if it is not here.")] = False,
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
+    from corda_eval.run import batch_checks, read_suite
     from corda_eval.run import evaluate as run
-    from corda_eval.run import read_suite
     from corda_vlm.recipe import ModelConfig
 
     with _sentences("eval"):
@@ -136,6 +139,9 @@ def evaluate(
             raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
         model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download)
         command = " ".join(["corda-vlm", *sys.argv[1:]])
+        if check_batch_invariance:
+            for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
+                typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
         found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, command)
     for name, its in found.get("sentences", {}).items():
         typer.echo(f"{name}: {'; '.join(its)}.")

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import yaml
@@ -316,7 +317,9 @@ def _last_whole(output: Path) -> str | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint was written to its end, and none of it removed since."""
-    return all((checkpoint / name).exists() for name in (ATTACHMENT, "trainer_state.json", "scheduler.pt", "adapter_model.safetensors"))
+    names = (ATTACHMENT, "trainer_state.json", "scheduler.pt", "adapter_model.safetensors")
+    # What torch saves is a zip file, whose end tells that it is whole.
+    return all((checkpoint / name).exists() for name in names) and all(map(is_zipfile, checkpoint.glob("*.pt")))
 
 
 class _WholeCheckpoints(TrainerCallback):

@@ -99,12 +99,22 @@ def averages(rows: Sequence[Row]) -> Averages:
 def _row(base: TaskResult, mine: TaskResult, role: str) -> Row:
     before, after = base.metrics[base.headline], mine.metrics[mine.headline]
     name = base.headline.partition(",")[0]
-    interval = None
-    if name == "perplexity":
-        interval = bootstrap_interval(base.scores, mine.scores, math.exp)
-    elif name not in PERPLEXITIES and math.isclose(_mean(base.scores), before, abs_tol=1e-9):  # F1 and recall by class do not add up
-        interval = bootstrap_interval(base.scores, mine.scores)
+    # F1, recall by class and perplexities a word do not follow from the mean of the examples' scores: no interval then.
+    metric = next(
+        (one for one in (float, _of_losses, _of_likelihoods) if math.isclose(one(_mean(base.scores)), before, rel_tol=1e-6)), None
+    )
+    interval = None if metric is None else bootstrap_interval(base.scores, mine.scores, metric)
     return Row(base.task, role, base.headline, base.num_examples, before, after, interval, name not in PERPLEXITIES)
+
+
+def _of_losses(mean: float) -> float:
+    """Return the perplexity of a mean loss in nats."""
+    return math.exp(min(mean, 700.0))
+
+
+def _of_likelihoods(mean: float) -> float:
+    """Return the perplexity of a mean log-likelihood."""
+    return _of_losses(-mean)
 
 
 def _mean(values: Sequence[float]) -> float:

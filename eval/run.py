@@ -39,6 +39,8 @@ from corda_eval.text.harness import evaluate_text
 from corda_eval.text.perplexity import held_out_text, text_windows, window_losses
 from corda_eval.vqa import digits
 from corda_eval.vqa import run as vqa
+from corda_eval.vqa.example import VqaExample, VqaTask
+from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet
 from corda_eval.zeroshot.images import ClassifiedImages
 from corda_vlm.adapted import load
@@ -62,6 +64,9 @@ IMAGE_SETS: dict[str, Callable[..., ClassifiedImages]] = {
     "image_folder": folders.image_folder,
 }
 """Zero-shot classification: of models with two towers by similarity, of those that answer by the likelihood of the class's name."""
+
+BENCHMARKS: dict[str, VqaTask] = {**vqa.TASKS, "digits": digits.TASK}
+"""Questions about images."""
 
 WINDOW = 256
 BASE = "base"
@@ -133,6 +138,25 @@ def read_suite(path: Path) -> Suite:
     if len(set(names)) < len(names):
         raise ValueError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice; give one of them another name.")
     return from_mapping(values | {"tasks": tasks}, Suite, str(path))
+
+
+def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, BatchCheck]:
+    """Return for each benchmark of questions about images how many of its first answers depend on the suite's batch size.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If data are broken.
+    """
+    model, processor = load_base(base)
+    found = {}
+    for task in suite.tasks:
+        benchmark = BENCHMARKS.get(task.task)
+        if benchmark is not None:
+            examples = _examples(task, benchmark)[:count]
+            found[task.title] = check_batch_invariance(
+                examples, model, processor, batch_size=suite.batch_size, max_new_tokens=benchmark.max_new_tokens
+            )
+    return found
 
 
 def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path, command: str = "") -> dict[str, Any]:
@@ -208,10 +232,9 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
     name, bar = task.task, _bar(task.task)
     if name in IMAGE_SETS:
         return _zero_shot(task, model, processor, batch_size, bar)
-    benchmark = {**vqa.TASKS, "digits": digits.TASK}.get(name)
+    benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
-        options = {} if task.split is None else {"split": task.split}
-        examples = benchmark.load(_data_of(task) if name not in ("digits", "easy_vqa") else None, limit=task.limit, **options)
+        examples = _examples(task, benchmark)
         return vqa.evaluate(benchmark, examples, model, processor, predictions=predictions, batch_size=batch_size, progress=bar)
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
@@ -281,6 +304,12 @@ def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: i
     value = math.exp(sum(losses) / len(losses))
     records = [{"id": str(place), "loss": loss} for place, loss in enumerate(losses)]
     return TaskResult("perplexity", {"perplexity": value}, "perplexity", losses, records, len(losses) / (time.perf_counter() - start))
+
+
+def _examples(task: SuiteTask, benchmark: VqaTask) -> list[VqaExample]:
+    """Return a benchmark's examples; digits and easy-VQA come with their packages."""
+    options = {} if task.split is None else {"split": task.split}
+    return benchmark.load(None if task.task in ("digits", "easy_vqa") else _data_of(task), limit=task.limit, **options)
 
 
 def _data_of(task: SuiteTask) -> str:

@@ -46,6 +46,14 @@ def test_rows_are_gain_drop_retention_and_an_interval() -> None:
     assert pope.interval is None  # F1 is no mean over examples
 
 
+def test_perplexities_of_the_harness_come_from_log_likelihoods() -> None:
+    before = result("own", [-2.0, -3.0, -2.5, -2.2] * 5, "perplexity,none", math.exp(2.425))
+    after = result("own", [-1.0, -2.1, -1.5, -1.2] * 5, "perplexity,none", math.exp(1.45))
+    (row,) = compare([before], [after], {"own": "target"})
+    assert row.interval is not None
+    assert row.interval[0] < math.exp(1.45) - math.exp(2.425) < row.interval[1] < 0
+
+
 def test_averages() -> None:
     found = averages(compare(BEFORE, AFTER, ROLES))
     kept, target = 100 * (0.45 + 0.7) / 2, 60.0

@@ -88,6 +88,13 @@ def test_base_and_adapters_are_compared(place: Path) -> None:
         assert all(word in text for word in ("digits", "perplexity", "tuned", "lora"))
 
 
+def test_batches_are_held_against_single_questions(place: Path) -> None:
+    common = ["--base", str(place / "base"), "--dtype", "float32", "--suite", str(place / "suite.yaml"), "--output", str(place / "out")]
+    done = CliRunner().invoke(app, ["eval", *common, "--adapter", str(place / "tuned"), "--check-batch-invariance", "4"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "digits: 0 of 4 answers change with the batch size." in done.output
+
+
 def test_what_is_done_is_not_done_again(place: Path, monkeypatch: Any) -> None:
     assert called(place, "tuned").exit_code == 0
     before = (place / "out" / "report.md").read_text()

@@ -94,6 +94,16 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(processor: Any, tmp_path: 
         corda_core.load(tiny_llava(), checkpoint)
 
 
+def test_a_damaged_checkpoint_is_passed_over(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path)
+    for name in ("training.json", "adapter_model.safetensors"):  # as if it had died after the last checkpoint
+        (tmp_path / "output" / name).unlink()
+    optimizer = tmp_path / "output" / "checkpoint-8" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-500])
+    assert trained(path, resume=True).losses == whole.losses
+
+
 def test_other_runs_are_not_written_over(processor: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, processor, training={"steps": 2})
     trained(path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-from corda_eval.text import facts, harness
+from corda_eval.text import harness
 from corda_eval.text.facts import FACTS_FILE, facts_scores, load_facts
 
 
