@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial-"
+"""How folders of half-written files begin: a killed process leaves them behind."""
+
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error, or what it came from, says that there was no room to write."""
@@ -27,7 +30,7 @@ def replacing_in(folder: Path) -> Iterator[Path]:
     A process that is killed, or an error, leaves the old files or none, never half of one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as fresh:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as fresh:
         yield Path(fresh)
         for file in sorted(Path(fresh).iterdir(), reverse=True):
             os.replace(file, folder / file.name)

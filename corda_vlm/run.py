@@ -30,7 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
 from corda_core.distributed import from_first_process, num_processes, process_rank
-from corda_core.files import is_disk_full, write_whole
+from corda_core.files import PARTIAL, is_disk_full, write_whole
 from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts
@@ -89,7 +89,6 @@ def _train(recipe: Recipe, resume: bool) -> Trained:
     start = time.time()
     model, processor, items = _loaded(recipe, arguments)
     evaluation = None if recipe.evaluation is None else _items(recipe.evaluation, recipe, model)
-    _check_fits(model, recipe, arguments, len(items))
     if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
     else:
@@ -137,10 +136,11 @@ def prepare(recipe: Recipe) -> AdapterPlan:
         ValueError: If an option, a sample, a file or the model is not right.
     """
     output = Path(recipe.output)
-    arguments = training_arguments(recipe)
-    _claim(recipe, output, resume=False)
-    model, processor, items = _loaded(recipe, arguments)
-    return attachment_of(_adapted(model, processor, items, recipe, output)).plan
+    with network_only_if(recipe.model.download):
+        arguments = training_arguments(recipe)
+        _claim(recipe, output, resume=False)
+        model, processor, items = _loaded(recipe, arguments)
+        return attachment_of(_adapted(model, processor, items, recipe, output)).plan
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -202,6 +202,7 @@ def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, An
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
     items = _items(recipe.data, recipe, model)
+    _check_fits(model, recipe, arguments, len(items))
     if recipe.model.quantize is None:  # else it is where it is to be
         model.to(arguments.device)
     return model, processor, items
@@ -290,10 +291,10 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
     _processes().wait_for_everyone()
     if process_rank() == 0:
         write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
-        whole = _last_whole(output)
-        for left in (*output.glob("checkpoint-*"), *output.glob("tmp*")):  # by a process that died while it wrote or removed them
-            if str(left) != whole and (left.name.startswith("tmp") or not _is_whole(left)):
-                shutil.rmtree(left)
+        partial = [*output.glob(f"{PARTIAL}*"), *output.glob(f"checkpoint-*/{PARTIAL}*")]
+        half = [checkpoint for checkpoint in output.glob("checkpoint-*") if not _is_whole(checkpoint)]
+        for left in (*partial, *half):  # by a process that died while it wrote or removed them
+            shutil.rmtree(left, ignore_errors=True)
     _processes().wait_for_everyone()
 
 
