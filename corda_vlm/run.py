@@ -21,7 +21,6 @@ from zipfile import is_zipfile
 
 import torch
 import yaml
-from accelerate import PartialState
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -29,13 +28,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
-from corda_core.distributed import from_first_process, num_processes, process_rank
+from corda_core.distributed import from_first_process, process_rank
 from corda_core.files import PARTIAL, is_disk_full, write_whole
 from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
+from corda_vlm.processes import processes
 from corda_vlm.recipe import RECIPE, Recipe
 from corda_vlm.sources import DataConfig, Items, load_items
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
@@ -150,7 +150,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         ModuleNotFoundError: If the log asked for needs a package that is not installed.
         ValueError: If the batch cannot be shared out over the processes.
     """
-    options, world = recipe.training, _processes().num_processes
+    options, world = recipe.training, processes().num_processes
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -288,14 +288,14 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
                 f"{output / RECIPE} has another {different}, on which plan or losses depend; resume with the recipe that was started, or "
                 "name another output."
             )
-    _processes().wait_for_everyone()
+    processes().wait_for_everyone()
     if process_rank() == 0:
         write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
         partial = [*output.glob(f"{PARTIAL}*"), *output.glob(f"checkpoint-*/{PARTIAL}*")]
         half = [checkpoint for checkpoint in output.glob("checkpoint-*") if not _is_whole(checkpoint)]
         for left in (*partial, *half):  # by a process that died while it wrote or removed them
             shutil.rmtree(left, ignore_errors=True)
-    _processes().wait_for_everyone()
+    processes().wait_for_everyone()
 
 
 FREE = {
@@ -303,11 +303,6 @@ FREE = {
     *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
 }
 """Options that may be others when a run is gone on with: the losses stay the same, but for what is skipped, or up to rounding."""
-
-
-def _processes() -> PartialState:
-    """Return the group of processes, which the first call joins; on CPUs it must be told that there is nothing else."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _last_whole(output: Path) -> str | None:
@@ -348,7 +343,7 @@ class _WholeCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs."""
-        _processes().wait_for_everyone()
+        processes().wait_for_everyone()
         if state.is_world_process_zero:
             save_attachment(self.attachment, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / ATTACHMENT)
 

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
@@ -49,6 +48,7 @@ from corda_vlm.context import collator_for
 from corda_vlm.data import tokenizer_of
 from corda_vlm.models import load_base
 from corda_vlm.pairs import PairCollator
+from corda_vlm.processes import processes
 from corda_vlm.recipe import ModelConfig
 from corda_vlm.towers import has_two_towers
 
@@ -174,6 +174,7 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
         ValueError: If data, adapter or output are not right.
     """
     start = time.time()
+    processes()  # joins the others, if there are any
     results, changes = {}, {}
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
@@ -254,8 +255,8 @@ def _measured(
     mine = open_tasks[process_rank() :: num_processes()]
     if mine:
         model, processor = load_base(base)
-        if base.quantize is None and torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
+        if base.quantize is None:
+            model.to(processes().device)
         if folder is not None:
             model = _adapted(model, folder)
         for task in mine:
@@ -264,7 +265,7 @@ def _measured(
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
             write_whole(paths[task], json.dumps(held).encode())
-    _wait()
+    processes().wait_for_everyone()
     kept = [json.loads(paths[task].read_text()) for task in suite.tasks]
     return [TaskResult(**one["result"]) for one in kept], kept[0]["change"]
 
@@ -342,8 +343,3 @@ def _digest(folder: Path) -> str:
 
 def _bar(title: str) -> Callable[[Any], Any]:
     return lambda steps: tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)
-
-
-def _wait() -> None:
-    if num_processes() > 1:
-        torch.distributed.barrier()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,16 @@ def test_the_shipped_suites_are_read() -> None:
     for path in sorted((Path(__file__).parents[2] / "configs").glob("suite_*.yaml")):
         suite = run.read_suite(path)
         assert {task.role for task in suite.tasks} == {"target", "kept"}
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tasks_and_find_the_same(place: Path) -> None:
+    assert called(place, "tuned").exit_code == 0
+    expected = json.loads((place / "out" / "summary.json").read_text())["comparison"]
+    shutil.rmtree(place / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "corda_vlm.cli", "eval"]
+    command += ["--base", str(place / "base"), "--dtype", "float32", "--suite", str(place / "suite.yaml"), "--output", str(place / "out")]
+    done = subprocess.run([*command, "--adapter", str(place / "tuned")], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Report:") == 1
+    assert json.loads((place / "out" / "summary.json").read_text())["comparison"] == expected
