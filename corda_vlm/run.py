@@ -28,7 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
-from corda_core.distributed import from_first_process, process_rank
+from corda_core.distributed import from_first_process, num_processes, process_rank
 from corda_core.files import PARTIAL, is_disk_full, write_whole
 from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
