@@ -27,8 +27,8 @@ pytest.importorskip("datasets", reason="the examples read their data with it; it
 EXAMPLES = Path(corda_vlm.__file__).parent / "examples"
 Finished = Callable[[str], tuple[list[float], Path]]
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "__init__")
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+"""What `accelerate launch` starts on several GPUs; on CPUs it starts one process, whatever it is asked for."""
 
 
 def with_trl(name: str) -> None:
@@ -76,7 +76,13 @@ def arguments(name: str, workspace: Path, output: Path) -> list[str]:
 def run(name: str, workspace: Path, output: Path, launcher: tuple[str, ...] = ("-m",)) -> list[float]:
     """Run an example in a new process, and return the losses that it reports."""
     command = [sys.executable, *launcher, f"corda_vlm.examples.{name}", *arguments(name, workspace, output)]
-    settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(workspace / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(workspace / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=workspace, env={**os.environ, **settings}, timeout=300
     )
@@ -162,15 +168,15 @@ def test_two_processes_learn_what_one_does(workspace: Path, tmp_path: Path, fini
     expected, one = finished("accelerate_loop")
     losses = run("accelerate_loop", workspace, tmp_path / "two", (*LAUNCH, "-m"))
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
-    _compare(one, tmp_path / "two")
+    _compare(one, tmp_path / "two", 1e-4)  # sums in another order, of which AdamW makes more
 
 
-def _compare(first: Path, second: Path) -> None:
+def _compare(first: Path, second: Path, tolerance: float = 1e-5) -> None:
     """Check that two adapters change the same weights by the same."""
     expected, found = _changes(first), _changes(second)
     assert expected.keys() == found.keys()
     for key, change in expected.items():
-        torch.testing.assert_close(found[key], change, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[key], change, rtol=0, atol=tolerance)
 
 
 def _changes(folder: Path) -> dict[str, Tensor]:
