@@ -168,15 +168,18 @@ def test_two_processes_learn_what_one_does(workspace: Path, tmp_path: Path, fini
     expected, one = finished("accelerate_loop")
     losses = run("accelerate_loop", workspace, tmp_path / "two", (*LAUNCH, "-m"))
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
-    _compare(one, tmp_path / "two", 1e-4)  # sums in another order, of which AdamW makes more
+    expected_changes, found = _changes(one), _changes(tmp_path / "two")
+    assert expected_changes.keys() == found.keys()
+    for key, change in expected_changes.items():  # sums in another order, of whose small gradients AdamW makes steps of full size
+        assert float((found[key] - change).norm() / change.norm()) < 0.02, key
 
 
-def _compare(first: Path, second: Path, tolerance: float = 1e-5) -> None:
+def _compare(first: Path, second: Path) -> None:
     """Check that two adapters change the same weights by the same."""
     expected, found = _changes(first), _changes(second)
     assert expected.keys() == found.keys()
     for key, change in expected.items():
-        torch.testing.assert_close(found[key], change, rtol=0, atol=tolerance)
+        torch.testing.assert_close(found[key], change, rtol=0, atol=1e-5)
 
 
 def _changes(folder: Path) -> dict[str, Tensor]:
