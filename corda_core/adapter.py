@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from corda_core.decompose import Mode
-from corda_core.modules import LINEAR_TYPES, base_digest, gathered_whole, is_quantized, unwrapped
+from corda_core.modules import LINEAR_TYPES, base_digest, gathered_whole, is_quantized, is_shared, unwrapped
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.quantize import KINDS, check_quantizable, quantize_linears_
 from corda_core.whiten import shortened
@@ -192,6 +192,12 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
     return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
 
 
+def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, ModulesToSaveWrapper]:
+    """Return what trains whole beside this adapter, by full names in the base model."""
+    modules = base_of(model).named_modules()
+    return {name: one for name, one in modules if isinstance(one, ModulesToSaveWrapper) and adapter_name in one.modules_to_save}
+
+
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
     """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
     A, B = _factors(layer, adapter_name)
@@ -340,7 +346,7 @@ def _check_base(
             f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}… ({dtype}): "
             "attach it to the base it was made from, in the same dtype, or make a new plan."
         )
-    shared = [name for name in plan.layers if residual == "subtract" and _is_shared(base, name)]
+    shared = [name for name in plan.layers if residual == "subtract" and is_shared(base, base.get_submodule(name).weight)]
     if shared:
         raise ValueError(
             f'residual="subtract" would change {shared[0]}, whose weight another module uses too; leave it out with `exclude`.'
@@ -355,17 +361,10 @@ def _check_base(
         check_quantizable(base, plan.layers)
 
 
-def _is_shared(base: nn.Module, name: str) -> bool:
-    """Return whether another module has the same weight, as a tied output layer has the embedding's."""
-    weight = base.get_submodule(name).weight
-    return any(one is weight for other, one in base.named_parameters(remove_duplicate=False) if other != f"{name}.weight")
-
-
 def _check_whole(model: PeftModel, train_fully: Sequence[str], adapter_name: str) -> None:
-    wrappers = {name: module for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper)}
-    found = {name for name, module in wrappers.items() if adapter_name in module.modules_to_save}
-    if found - set(train_fully):
-        raise ValueError(f"PEFT trains {min(found - set(train_fully))} whole, asked for was {list(train_fully)}; please report this model.")
+    others = whole_modules(model, adapter_name).keys() - set(train_fully)
+    if others:
+        raise ValueError(f"PEFT trains {min(others)} whole, asked for was {list(train_fully)}; please report this model.")
 
 
 def _check_layers(found: dict[str, int], planned: dict[str, int]) -> None:

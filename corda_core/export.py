@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from corda_core.adapter import ContextLora, attachment_of, base_of, change_factors, lora_config, lora_layers
+from corda_core.adapter import ContextLora, attachment_of, base_of, change_factors, lora_config, lora_layers, whole_modules
+from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
 from corda_core.files import replacing_in
-from corda_core.modules import gathered_whole, is_quantized, unwrapped, weight_matrix
+from corda_core.modules import gathered_whole, is_quantized, is_shared, unwrapped, weight_matrix
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def export(
     Raises:
         ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right.
     """
-    if (Path(path) / "corda.safetensors").exists():
+    if (Path(path) / ATTACHMENT).exists():
         raise ValueError(f"{path} holds an adapter in training, which the export would destroy; name another folder.")
     changes = _changes(model, alpha, adapter_name)
     if compress is not None and compress < 1:
@@ -75,7 +76,7 @@ def export(
     for name, (A, B) in changes.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
-    whole = _whole_modules(model, adapter_name)
+    whole = whole_modules(model, adapter_name)
     for name, wrapper in whole.items():
         for key, value in _interpolated(wrapper, alpha, adapter_name).items():
             tensors[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
@@ -90,7 +91,7 @@ def export(
     folder = Path(path)
     if process_rank() == 0:
         with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
-            save_file(tensors, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
             config.save_pretrained(fresh)
     return Exported(folder, max(ranks.values()), lost)
 
@@ -115,7 +116,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     for name, (A, B) in changes.items():
         own = layers[name].get_base_layer()
         weight = weight_matrix(base, name).float() + B @ A
-        if any(one is own.weight for other, one in base.named_parameters(remove_duplicate=False) if f"{name}." not in other):
+        if is_shared(base, own.weight):
             own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)  # the embedding that it is tied to stays
             base.config.tie_word_embeddings = False
         if name in starts:  # "subtract": the base lacks what the change starts from
@@ -124,7 +125,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
             own.weight.data.copy_(weight.T if isinstance(own, Conv1D) else weight)
         else:
             layers[name].base_layer = _plain(own, weight)
-    for wrapper in _whole_modules(model, adapter_name).values():
+    for wrapper in whole_modules(model, adapter_name).values():
         wrapper.original_module.load_state_dict(_interpolated(wrapper, alpha, adapter_name))
         for name in wrapper.modules_to_save:  # which one PEFT keeps is its affair
             wrapper.modules_to_save[name] = wrapper.original_module
@@ -184,12 +185,6 @@ def _starts(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     if attachment.residual != "subtract":
         return {}
     return {name: init.B0 @ init.A0 for name, init in attachment.plan.layers.items()}
-
-
-def _whole_modules(model: nn.Module, adapter_name: str) -> dict[str, ModulesToSaveWrapper]:
-    """Return what trained whole beside the adapters, by name."""
-    modules = base_of(model).named_modules()
-    return {name: one for name, one in modules if isinstance(one, ModulesToSaveWrapper) and adapter_name in one.modules_to_save}
 
 
 def _interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str) -> dict[str, Tensor]:

@@ -118,6 +118,11 @@ def is_quantized(layer: Any) -> bool:
     return (kind == "Params4bit" and weight.quant_state is not None) or (kind == "Int8Params" and weight.dtype == torch.int8)
 
 
+def is_shared(model: nn.Module, weight: Tensor) -> bool:
+    """Return whether several modules have this very parameter, as a tied output layer has the embedding's."""
+    return sum(one is weight for _, one in model.named_parameters(remove_duplicate=False)) > 1
+
+
 def _dequantized(layer: Any, name: str) -> Tensor:
     """Return the weight (m, n) of a layer of bitsandbytes in floating point; the layer stays as it is."""
     if layer.weight.dtype != torch.int8:

@@ -22,12 +22,12 @@ from zipfile import is_zipfile
 import torch
 import yaml
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
-from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
+from corda_core.adapter import whole_modules
+from corda_core.checkpoint import ATTACHMENT, WEIGHTS, load_attachment, save_attachment
 from corda_core.distributed import from_first_process, num_processes, process_rank
 from corda_core.files import PARTIAL, is_disk_full, write_whole
 from corda_core.quantize import check_quantizable
@@ -252,9 +252,8 @@ def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, out
         if process_rank() == 0:
             save_attachment(attachment_of(adapted), output / ATTACHMENT)
     if recipe.training.bf16:  # what trains whole gets float32 copies, as PEFT gives adapters
-        for module in adapted.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                module.modules_to_save.float()
+        for wrapper in whole_modules(adapted).values():
+            wrapper.modules_to_save.float()
     logger.info(
         "%d adapters, %d parameters train", len(lora_layers(adapted)), sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     )
@@ -313,7 +312,7 @@ def _last_whole(output: Path) -> str | None:
 
 def _is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint was written to its end, and none of it removed since."""
-    names = (ATTACHMENT, "trainer_state.json", "scheduler.pt", "adapter_model.safetensors")
+    names = (ATTACHMENT, "trainer_state.json", "scheduler.pt", WEIGHTS)
     # What torch saves is a zip file, whose end tells that it is whole.
     return all((checkpoint / name).exists() for name in names) and all(map(is_zipfile, checkpoint.glob("*.pt")))
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from corda_core import lora_layers, weight_change
+from corda_core.adapter import base_of
+from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import num_processes, process_rank
 from corda_core.files import write_whole
 from corda_eval.comparison import averages, compare
@@ -44,7 +46,7 @@ from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, 
 from corda_eval.zeroshot.images import ClassifiedImages
 from corda_vlm.adapted import load
 from corda_vlm.config import from_mapping
-from corda_vlm.context import collator_for
+from corda_vlm.context import collator_for, progress_bar
 from corda_vlm.data import tokenizer_of
 from corda_vlm.models import load_base
 from corda_vlm.pairs import PairCollator
@@ -230,7 +232,7 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
         FileNotFoundError: If a file is missing.
         ValueError: If data are broken, or the task is not one for this model.
     """
-    name, bar = task.task, _bar(task.task)
+    name, bar = task.task, partial(progress_bar, title=task.task)
     if name in IMAGE_SETS:
         return _zero_shot(task, model, processor, batch_size, bar)
     benchmark = BENCHMARKS.get(name)
@@ -289,8 +291,8 @@ def _zero_shot(task: SuiteTask, model: nn.Module, processor: Any, batch_size: in
     data = IMAGE_SETS[task.task](_data_of(task))
     if task.limit is not None:
         data = dataclasses.replace(data, items=Subset(data.items, range(min(task.limit, len(data.items)))))
-    if has_two_towers(model if not isinstance(model, PeftModel) else model.get_base_model()):
-        pairs = collator_for(model if not isinstance(model, PeftModel) else model.get_base_model(), processor)
+    if has_two_towers(base_of(model)):
+        pairs = collator_for(base_of(model), processor)
         assert isinstance(pairs, PairCollator), "two towers have such"
         return classify.evaluate(model, data, pairs, batch_size=batch_size, progress=bar)
     return likelihood.evaluate(model, data, processor, batch_size=batch_size, progress=bar)
@@ -321,7 +323,7 @@ def _data_of(task: SuiteTask) -> str:
 
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:
     """Return the base with an adapter of ours on it, or an ordinary LoRA."""
-    if (folder / "corda.safetensors").exists():
+    if (folder / ATTACHMENT).exists():
         return load(model, folder)
     return PeftModel.from_pretrained(model, folder).eval()
 
@@ -332,14 +334,10 @@ def _digest(folder: Path) -> str:
     Raises:
         FileNotFoundError: If there are none.
     """
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     if not weights.exists():
         raise FileNotFoundError(f"{weights} does not exist; expected a folder that `corda-vlm train` or `export` wrote.")
     with safe_open(weights, "pt") as file:
         file.keys()  # damaged files are told here, not after hours
     with weights.open("rb") as raw:
         return hashlib.file_digest(raw, "sha256").hexdigest()
-
-
-def _bar(title: str) -> Callable[[Any], Any]:
-    return lambda steps: tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)

@@ -6,7 +6,7 @@ ImageNet "missile" and "sunglasses") has one row, so that both have the very sam
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from corda_core.adapter import base_of
 from corda_eval.task import TaskResult
+from corda_eval.text.perplexity import evaluation_mode
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.classifier import zero_shot_head
@@ -65,7 +66,7 @@ def class_head(model: nn.Module, data: ClassifiedImages, pairs: PairCollator, *,
     """Return the classes' features (classes, d), float32, of length 1; equal names have equal rows."""
     names = list(dict.fromkeys(data.class_names))
     place = {name: number for number, name in enumerate(names)}
-    with evaluated(model), precision(model, dtype):
+    with evaluation_mode(model), precision(model, dtype):
         rows = zero_shot_head(model, pairs.tokenize, names, data.templates)
     return F.normalize(rows.float(), dim=-1)[[place[name] for name in data.class_names]]
 
@@ -84,7 +85,7 @@ def cosine_batches(
     """Yield ids, labels (batch,) and cosines (batch, answers) of images with classes, the highest of a group where there are groups."""
     unique, inverse = torch.unique(head, dim=0, return_inverse=True)
     batches = image_batches(data.items, pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
-    with evaluated(model):
+    with evaluation_mode(model):
         for ids, labels, inputs in progress(batches):
             # Equal rows are multiplied once: a product's rounding depends on a row's place.
             cosines = (image_features(model, inputs, dtype) @ unique.T)[:, inverse]
@@ -118,17 +119,6 @@ def text_features(model: nn.Module, tokens: Any, dtype: torch.dtype | None = Non
 def precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Return automatic casting to a precision, or nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(next(model.parameters()).device.type, dtype)
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and back into what it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _length_one(output: Any) -> Tensor:
