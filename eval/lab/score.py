@@ -9,12 +9,11 @@ from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from corda_eval.lab.base import load_lab
+from corda_eval.lab.shapes import COLOURS, SHAPES
 from corda_eval.metrics import exact_match
 from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-SHAPES = ("circle", "rectangle", "triangle")
 KINDS = {"yes/no": ("yes", "no"), "shape": SHAPES, "colour": COLOURS}
 
 

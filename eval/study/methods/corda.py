@@ -1,0 +1,45 @@
+"""CorDA (arXiv 2406.05223) and CorDA++ (2506.13187): the package's own ``plan`` and ``attach``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from corda_core import allocate_ranks, attach, plan, resolved, select_covariances, weight_matrix
+from corda_core.adapter import Protect
+from corda_core.decompose import Mode, Split
+from corda_eval.study.method import Adapted
+from corda_eval.study.task import Task
+
+
+@dataclass(frozen=True)
+class Corda:
+    """Options of CorDA; see ``corda_core.plan`` and ``attach``."""
+
+    rank: int
+    mode: Mode = Mode.KPM
+    protect: Protect = "start"
+    split: Split = Split.BALANCED
+    context: Sequence[str] = ()
+    """Domains that the covariances are taken from, together; by default all that is kept (KPM), what is learned (IPM)."""
+
+    candidates: Sequence[Sequence[str]] = ()
+    """CorDA++: sets of domains of which each layer takes the one that suits it best, and a rank of the budget."""
+
+    def adapt(self, task: Task) -> Adapted:
+        """Return the model with the adapter on the task's layers."""
+        whiten = self.protect == "whitened"
+        if not self.candidates:
+            covariances, ranks = task.covariances(*(self.context or task.default_context(self.mode))), None
+        else:
+            sets = (task.covariances(*domains) for domains in self.candidates)
+            selection = resolved(task.model, select_covariances(task.model, sets))
+            covariances, shapes = selection.covariances, {name: weight_matrix(task.model, name).shape for name in task.layers}
+            best = {name: selection.best(name) for name in task.layers}
+            ranks = allocate_ranks(
+                {name: one.spectrum for name, one in best.items()},
+                {name: one.log_pi for name, one in best.items()},
+                {name: sum(shape) for name, shape in shapes.items()},
+                sum(min(self.rank, *shape) * sum(shape) for shape in shapes.values()),
+                self.mode,
+            )
+        made = plan(task.model, covariances, mode=self.mode, rank=self.rank, ranks=ranks, split=self.split, whiten=whiten)
+        return Adapted(attach(task.model, made, protect=self.protect))

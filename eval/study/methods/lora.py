@@ -1,0 +1,19 @@
+"""LoRA (arXiv 2106.09685), PEFT's: A Kaiming, B = 0, alpha = rank. With ``weight_decay`` the baseline "LoRA + weight decay"."""
+
+from dataclasses import dataclass
+
+from corda_eval.study.method import Adapted
+from corda_eval.study.task import Task
+from corda_vlm import attach_lora
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Options of LoRA."""
+
+    rank: int
+    weight_decay: float = 0.0
+
+    def adapt(self, task: Task) -> Adapted:
+        """Return the model with LoRA on the task's layers."""
+        return Adapted(attach_lora(task.model, task.layers, self.rank), weight_decay=self.weight_decay)

@@ -1,0 +1,101 @@
+"""One run of a study, in a process of its own: ``python -m corda_eval.study.run SPEC.json RESULT.json CACHE``."""
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from corda_core.files import write_whole
+from corda_eval.study.change import interpolated, linear_copies, relative_changes
+from corda_eval.study.method import Adapted
+from corda_eval.study.methods import METHODS
+from corda_eval.study.settings import SETTINGS
+from corda_eval.study.task import Score, Task
+from corda_eval.study.train import train
+from corda_vlm.config import from_mapping
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that decides a run's outcome."""
+
+    setting: Mapping[str, Any]
+    """``kind`` and its options."""
+
+    method: Mapping[str, Any] | None
+    """``method`` and its options; None measures the base."""
+
+    rate: float
+    """Peak learning rate."""
+
+    seed: int
+    alphas: Sequence[float]
+    """Interpolations with the base that are measured too (WiSE-FT)."""
+
+
+def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
+    """Return what one run found: scores, size of the change, losses on the way, parameters, seconds and memory.
+
+    Raises:
+        ValueError: If setting or method are unknown, or their options wrong.
+    """
+    torch.manual_seed(spec.seed)
+    task = _made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
+    if spec.method is None:
+        return {"spec": dataclasses.asdict(spec), "scores": _plain(task.measure(task.model)), "validation": task.validate(task.model)}
+    originals = linear_copies(task.model, task.layers)
+    start = time.perf_counter()
+    adapted: Adapted = _made(spec.method, "method", METHODS, "method").adapt(task)
+    prepared = time.perf_counter() - start
+    trained = train(adapted, task, spec.rate)
+    found = {
+        "spec": dataclasses.asdict(spec),
+        "trainable_parameters": sum(p.numel() for p in adapted.model.parameters() if p.requires_grad),
+        "diverged": trained.diverged,
+        "training_losses": [round(loss, 5) for loss in trained.training_losses],
+        "validation_losses": [[step, round(loss, 5)] for step, loss in trained.validation_losses],
+        "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
+    }
+    return found if trained.diverged else found | _measured(adapted, task, originals, spec.alphas)
+
+
+def _measured(adapted: Adapted, task: Task, originals: Mapping[str, torch.nn.Linear], alphas: Sequence[float]) -> dict[str, Any]:
+    """Return the scores of the trained model, of its interpolations with the base, and the size of the change."""
+    scores = _plain(task.measure(adapted.model))
+    between = {}
+    for alpha in alphas:
+        with interpolated(adapted.model, originals, alpha):
+            between[str(alpha)] = _plain(task.measure(adapted.model)) | {"validation": task.validate(adapted.model)}
+    on_context, plain = relative_changes(adapted.model, originals, task.covariances(*task.default_context("kpm")))
+    return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
+
+
+def _made(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
+    """Return the dataclass that a mapping names, filled with its other values."""
+    options = dict(values)
+    name = options.pop(key, None)
+    if name not in table:
+        raise ValueError(f"The {what} {name!r} is unknown; expected {key}: one of {', '.join(sorted(table))}.")
+    return from_mapping(options, table[name], f"{what} {name}")
+
+
+def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(score) for name, score in scores.items()}
+
+
+def main(spec: Path, result: Path, cache: Path) -> None:
+    """Run what a JSON file specifies and write the result whole."""
+    found = run(RunSpec(**json.loads(spec.read_text())), cache)
+    write_whole(result, (json.dumps(found, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,23 @@
+"""What a study can teach, one file each."""
+
+from pathlib import Path
+from typing import Protocol
+
+from corda_eval.study.settings.smollm2 import SmolLm2Addition
+from corda_eval.study.task import Task
+
+
+class Setting(Protocol):
+    """A base model and what it is to learn and to keep: a frozen dataclass of options."""
+
+    def task(self, seed: int, cache: Path) -> Task:
+        """Return model and data; the seed is of the training samples and their order, what is measured is always the same.
+
+        Raises:
+            ModuleNotFoundError: If a package with data is missing; names the command that installs it.
+        """
+        ...
+
+
+SETTINGS: dict[str, type[Setting]] = {"smollm2_addition": SmolLm2Addition}
+"""By the name that stands in a study's config."""

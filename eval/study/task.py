@@ -1,0 +1,78 @@
+"""What a study's methods are given: a base model, something to learn, samples of what to keep, and how both are measured."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from corda_core import Covariance, collect, data_digest, load_covariances, save_covariances
+
+Batch = Mapping[str, Any]
+TARGET = "target"
+"""The name of what is learned among the contexts and the scores; all other scores are of what is to be kept."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does one thing."""
+
+    loss: float | None
+    """Mean negative log-likelihood of the right answer, or of the text, in nats; None where it is not measured."""
+
+    accuracy: float | None = None
+    """In percent, where there are answers."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One setting with its data drawn, for one run."""
+
+    model: nn.Module
+    """The untouched base in float32 and evaluation mode, all parameters frozen. A method may change it in place."""
+
+    layers: tuple[str, ...]
+    """The linear layers that may change."""
+
+    loss: Callable[[nn.Module, Batch], Tensor]
+    """The mean loss of a training batch, of the base or of what PEFT made of it."""
+
+    batches: Sequence[Batch]
+    """What is trained on, one batch a step, in order."""
+
+    contexts: Mapping[str, Sequence[Batch]]
+    """Inputs of the model by domain, for covariances: those to be kept, and ``TARGET``, what is learned."""
+
+    validate: Callable[[nn.Module], float]
+    """The loss of what is learned, in nats, on samples that neither training nor ``measure`` has."""
+
+    measure: Callable[[nn.Module], dict[str, Score]]
+    """What was learned (``TARGET``) and each thing that is to be kept, on samples that no training and no context has."""
+
+    cache: Path
+    """Where covariances are kept for the next run."""
+
+    seed: int
+    """Of what the method draws."""
+
+    def default_context(self, mode: str) -> tuple[str, ...]:
+        """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
+        return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain != TARGET)
+
+    def covariances(self, *domains: str) -> dict[str, Covariance]:
+        """Return the covariances of one or several domains' samples taken together, from the cache where they are there.
+
+        Raises:
+            ValueError: If a domain is unknown.
+        """
+        unknown = [domain for domain in domains if domain not in self.contexts]
+        if unknown or not domains:
+            raise ValueError(f"The context {', '.join(unknown) or 'of a method'} is not one of this setting's: {', '.join(self.contexts)}.")
+        batches = [batch for domain in domains for batch in self.contexts[domain]]
+        digest = data_digest(batches)
+        path = self.cache / f"{'-'.join(domains)}-{digest[:12]}.safetensors"
+        if not path.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            save_covariances(collect(self.model, batches, self.layers), path, model=self.model, data=digest, options={})
+        return load_covariances(path, model=self.model, data=digest, options={})

@@ -1,0 +1,66 @@
+"""Train what a method has made ready: AdamW, cosine, the same batches in the same order for all methods."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from corda_eval.study.method import Adapted
+from corda_eval.study.task import Task
+
+VALIDATIONS = 10
+"""How often what was learned is measured on the way."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went."""
+
+    training_losses: list[float]
+    """Of each step, in nats, without penalties."""
+
+    validation_losses: list[tuple[int, float]]
+    """(steps done, loss) from step 0 on."""
+
+    seconds: float
+    """Of the steps alone."""
+
+    diverged: bool
+    """Whether a loss was not finite; the training then ends."""
+
+
+def train(adapted: Adapted, task: Task, rate: float) -> Trained:
+    """Train on each batch once. The peak rate is reached after 3 % of the steps; gradients are clipped to the norm 1."""
+    trainable = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=adapted.weight_decay)
+    count = len(task.batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * count)), count)
+    every = max(1, count // VALIDATIONS)
+    losses: list[float] = []
+    validation = [(0, task.validate(adapted.model))]
+    seconds = 0.0
+    for step, batch in enumerate(_bar(task.batches), 1):
+        start = time.perf_counter()
+        adapted.model.train()
+        loss = task.loss(adapted.model, batch)
+        losses.append(loss.item())
+        (loss if adapted.penalty is None else loss + adapted.penalty()).backward()
+        norm = nn.utils.clip_grad_norm_(trainable, 1.0)
+        if not torch.isfinite(norm):
+            return Trained(losses, validation, seconds, diverged=True)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - start
+        if step % every == 0 or step == count:
+            validation.append((step, task.validate(adapted.model)))
+    return Trained(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]))
+
+
+def _bar(batches: Iterable) -> Iterable:
+    return tqdm(batches, desc="train", disable=None)
