@@ -39,9 +39,11 @@ from corda_vlm.sources import DataConfig, load_items
 
 VOCABULARY = 6000
 CONTEXT_LENGTH = 24
+FEATURES = 256
+VISION = {"image_size": PIXELS, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64}
 MODEL = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": PIXELS, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
+    "embed_dim": FEATURES,
+    "vision_cfg": VISION,
     "text_cfg": {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": VOCABULARY,
@@ -83,7 +85,7 @@ def pretrain(
     pictures, captions = read_pictures(data / "train.parquet")
     names = [*dict.fromkeys([*captions, *wordnet_names(wordnet)])]
     tokenizer = train_tokenizer([phrase.format(name) for name in names for phrase in PHRASES[:2]])
-    model = open_clip.CLIP(**MODEL | {"vision_cfg": MODEL["vision_cfg"] | {"patch_dropout": PATCH_DROPOUT}})  # type: ignore[operator]
+    model = open_clip.CLIP(**MODEL | {"vision_cfg": VISION | {"patch_dropout": PATCH_DROPOUT}})
     optimise_text(model, tokenizer, names, epochs=text_epochs, batch_size=batch_size, record=record)
     write_model(model, tokenizer, output)
     optimise_images(model, tokenizer, pictures, captions, steps=image_steps, batch_size=batch_size, record=record)
@@ -122,7 +124,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def optimise_text(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     names: Sequence[str],
     *,
@@ -134,7 +136,7 @@ def optimise_text(
     """Draw the text tower's features of the names, in changing phrases, to the larger encoder's."""
     plain = encoder_features(names)
     mean = plain.mean(0)
-    directions = torch.linalg.svd(plain[:: max(1, len(plain) // 20000)] - mean, full_matrices=False).Vh[: MODEL["embed_dim"]].T  # type: ignore[misc]
+    directions = torch.linalg.svd(plain[:: max(1, len(plain) // 20000)] - mean, full_matrices=False).Vh[:FEATURES].T
     wanted = F.normalize((plain - mean) @ directions, dim=-1)
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(("visual", "logit"))]
     steps = epochs * (len(names) // batch_size)
@@ -171,7 +173,7 @@ def encoder_features(texts: Sequence[str]) -> Tensor:
 
 
 def optimise_images(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     pictures: Tensor,
     captions: Sequence[str],
@@ -209,7 +211,7 @@ def optimise_images(
 
 
 @torch.inference_mode()
-def caption_features(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+def caption_features(model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """Return the text tower's features (texts, 256) of length 1."""
     found = [model.encode_text(tokens(tokenizer, texts[start : start + 512])) for start in range(0, len(texts), 512)]
     return F.normalize(torch.cat(found), dim=-1).clone()
@@ -245,7 +247,7 @@ def augmented(pictures: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def write_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the folder that open_clip reads."""
     preprocessing = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     tokenizer.save_pretrained(folder)
