@@ -86,7 +86,7 @@ class SuiteTask:
     """"target": it was trained; "kept": it should not suffer."""
 
     data: str | None = None
-    """Folder or file of its data, where it has any of its own."""
+    """Folder or file of its data, where it has any of its own; of a benchmark also an id of the datasets hub."""
 
     split: str | None = None
     """Which part of the data; None takes the one that is reported."""
@@ -154,7 +154,7 @@ def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, Batch
     for task in suite.tasks:
         benchmark = BENCHMARKS.get(task.task)
         if benchmark is not None:
-            examples = _examples(task, benchmark)[:count]
+            examples = _examples(task, benchmark, base.download)[:count]
             found[task.title] = check_batch_invariance(
                 examples, model, processor, batch_size=suite.batch_size, max_new_tokens=benchmark.max_new_tokens
             )
@@ -180,7 +180,8 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     results, changes = {}, {}
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
-        who = {"base": dataclasses.asdict(base), "adapter": digests.get(name)}
+        # Whether the base was fetched then or is here by now makes no difference.
+        who = {"base": dataclasses.asdict(dataclasses.replace(base, download=False)), "adapter": digests.get(name)}
         done, change = _measured(output / name, who, base, adapters.get(name), suite)
         results[name] = done
         if change is not None:
@@ -218,7 +219,9 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     return found | {"sentences": {name: sentences(its) for name, its in means.items()}}
 
 
-def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: int = 1, predictions: Path | None = None) -> TaskResult:
+def run_task(
+    task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: int = 1, predictions: Path | None = None, download: bool = False
+) -> TaskResult:
     """Return one task's result.
 
     Args:
@@ -227,6 +230,7 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
         processor: A processor, a tokenizer for text alone, or ``OpenClipPairs``.
         batch_size: Examples at once.
         predictions: For questions about images, a file that a killed run goes on from.
+        download: Whether what is named by an id of the hub may be fetched.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -237,7 +241,7 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
         return _zero_shot(task, model, processor, batch_size, bar)
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
-        examples = _examples(task, benchmark)
+        examples = _examples(task, benchmark, download)
         return vqa.evaluate(benchmark, examples, model, processor, predictions=predictions, batch_size=batch_size, progress=bar)
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
@@ -262,7 +266,8 @@ def _measured(
         if folder is not None:
             model = _adapted(model, folder)
         for task in mine:
-            result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=paths[task].with_suffix(".jsonl"))
+            predictions = paths[task].with_suffix(".jsonl")
+            result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
@@ -309,10 +314,12 @@ def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: i
     return TaskResult("perplexity", {"perplexity": value}, "perplexity", losses, records, len(losses) / (time.perf_counter() - start))
 
 
-def _examples(task: SuiteTask, benchmark: VqaTask) -> list[VqaExample]:
+def _examples(task: SuiteTask, benchmark: VqaTask, download: bool) -> list[VqaExample]:
     """Return a benchmark's examples; digits and easy-VQA come with their packages."""
     options = {} if task.split is None else {"split": task.split}
-    return benchmark.load(None if task.task in ("digits", "easy_vqa") else _data_of(task), limit=task.limit, **options)
+    if task.task in ("digits", "easy_vqa"):
+        return benchmark.load(limit=task.limit, **options)
+    return benchmark.load(_data_of(task), limit=task.limit, download=download, **options)
 
 
 def _data_of(task: SuiteTask) -> str:

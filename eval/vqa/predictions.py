@@ -159,11 +159,12 @@ def _sample(tensor: Tensor) -> bytes:
 
 def _image_name(example: VqaExample) -> str | bytes:
     """Return what tells an image from others: its file's name, or its content."""
-    if isinstance(example.image, Path):
-        return example.image.name
-    if isinstance(example.image, bytes):
-        return hashlib.sha256(example.image).digest()
-    return b"" if example.image is None else hashlib.sha256(example.image.tobytes()).digest()
+    image = example.image() if callable(example.image) else example.image
+    if isinstance(image, Path):
+        return image.name
+    if image is None:
+        return b""
+    return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).digest()
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:
