@@ -42,8 +42,10 @@ from corda_eval.vqa import digits
 from corda_eval.vqa import run as vqa
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
-from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet
+from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet, retrieval
+from corda_eval.zeroshot.captions import karpathy
 from corda_eval.zeroshot.images import ClassifiedImages
+from corda_eval.zeroshot.transplant import transplanted
 from corda_vlm.adapted import load
 from corda_vlm.config import from_mapping
 from corda_vlm.context import collator_for, progress_bar
@@ -67,6 +69,9 @@ IMAGE_SETS: dict[str, Callable[..., ClassifiedImages]] = {
 }
 """Zero-shot classification: of models with two towers by similarity, of those that answer by the likelihood of the class's name."""
 
+RETRIEVAL = "retrieval"
+"""Images by captions and captions by images, of models with two towers."""
+
 BENCHMARKS: dict[str, VqaTask] = {**vqa.TASKS, "digits": digits.TASK}
 """Questions about images."""
 
@@ -79,8 +84,8 @@ class SuiteTask:
     """One task of a suite."""
 
     task: str
-    """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; a task of lm_eval, or a YAML file that
-    defines one."""
+    """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; "retrieval"; a task of lm_eval, or a
+    YAML file that defines one."""
 
     role: str = "kept"
     """"target": it was trained; "kept": it should not suffer."""
@@ -88,11 +93,18 @@ class SuiteTask:
     data: str | None = None
     """Folder or file of its data, where it has any of its own; of a benchmark also an id of the datasets hub."""
 
+    images: str | None = None
+    """For "retrieval": folder that the images' names in ``data`` start from; None takes that of ``data``."""
+
     split: str | None = None
     """Which part of the data; None takes the one that is reported."""
 
     limit: int | None = None
     """Only the first examples."""
+
+    tower_in: str | None = None
+    """For ``IMAGE_SETS`` and "retrieval", of a LLaVA-type model: folder or id of the CLIP or SigLIP that its vision tower came from. It is
+    measured with the model's tower in it."""
 
     name: str | None = None
     """What it is reported as; None takes the task's, or the file's, name."""
@@ -112,6 +124,10 @@ class SuiteTask:
             raise ValueError(f"{self.task}: role is {self.role!r}; expected target or kept.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"{self.task}: limit is {self.limit}; expected at least 1, or none for all.")
+        if self.images is not None and self.task != RETRIEVAL:
+            raise ValueError(f"{self.task}: images is {self.images!r}, which {RETRIEVAL} alone reads; leave it out.")
+        if self.tower_in is not None and self.task not in (RETRIEVAL, *IMAGE_SETS):
+            raise ValueError(f"{self.task}: tower_in is {self.tower_in!r}, but this is no task for two towers; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -237,8 +253,11 @@ def run_task(
         ValueError: If data are broken, or the task is not one for this model.
     """
     name, bar = task.task, partial(progress_bar, title=task.task)
-    if name in IMAGE_SETS:
-        return _zero_shot(task, model, processor, batch_size, bar)
+    if name in (RETRIEVAL, *IMAGE_SETS):
+        if task.tower_in is not None:
+            model, processor = _in_original(task.tower_in, model, download)
+        measure = _retrieval if name == RETRIEVAL else _zero_shot
+        return measure(task, model, processor, batch_size, bar)
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
         examples = _examples(task, benchmark, download)
@@ -297,10 +316,33 @@ def _zero_shot(task: SuiteTask, model: nn.Module, processor: Any, batch_size: in
     if task.limit is not None:
         data = dataclasses.replace(data, items=Subset(data.items, range(min(task.limit, len(data.items)))))
     if has_two_towers(base_of(model)):
-        pairs = collator_for(base_of(model), processor)
-        assert isinstance(pairs, PairCollator), "two towers have such"
-        return classify.evaluate(model, data, pairs, batch_size=batch_size, progress=bar)
+        return classify.evaluate(model, data, _pairs(model, processor), batch_size=batch_size, progress=bar)
     return likelihood.evaluate(model, data, processor, batch_size=batch_size, progress=bar)
+
+
+def _retrieval(task: SuiteTask, model: nn.Module, processor: Any, batch_size: int, bar: Any) -> TaskResult:
+    if not has_two_towers(base_of(model)):
+        raise ValueError(
+            f"{task.title}: {type(base_of(model)).__name__} has no text tower to compare images with; expected CLIP or its like; name in "
+            "tower_in what the vision tower came from, or leave the task out."
+        )
+    data = Path(_data_of(task)).expanduser()
+    captioned = karpathy(data, task.images or data.parent, split=task.split or "test", limit=task.limit)
+    return retrieval.evaluate(model, captioned, _pairs(model, processor), batch_size=batch_size, progress=bar)
+
+
+def _pairs(model: nn.Module, processor: Any) -> PairCollator:
+    pairs = collator_for(base_of(model), processor)
+    assert isinstance(pairs, PairCollator), "two towers have such"
+    return pairs
+
+
+def _in_original(original: str, model: nn.Module, download: bool) -> tuple[nn.Module, Any]:
+    """Return the model that a vision tower came from with this model's tower in it, in the same precision and place, and its processor."""
+    weight = next(base_of(model).parameters())
+    config = ModelConfig(original, dtype=str(weight.dtype).removeprefix("torch."), download=download)
+    two_towers, processor = load_base(config)
+    return transplanted(two_towers, model).to(weight.device), processor
 
 
 def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: int, bar: Any) -> TaskResult:
