@@ -5,8 +5,8 @@
     output/base/easy_vqa.json, output/first/easy_vqa.json, …   each task's figures and predictions, as soon as it is done
     output/summary.json, report.md, report.html               the comparison
 
-A task that is done is not run again, unless what is asked or who answers has changed: then another output is wanted. Under
-``accelerate launch`` the tasks are shared out over the processes.
+A task that is done is not run again, unless what is asked, who answers or a library's version has changed: then another output is wanted.
+Under ``accelerate launch`` the tasks are shared out over the processes.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from corda_core.distributed import num_processes, process_rank
 from corda_core.files import write_whole
 from corda_eval.comparison import averages, compare
 from corda_eval.comparison_page import html, markdown, sentences, summary
+from corda_eval.describe import library_versions
 from corda_eval.task import TaskResult
 from corda_eval.text.facts import facts_task
 from corda_eval.text.harness import evaluate_text
@@ -207,7 +207,6 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     roles = {task.title: task.role for task in suite.tasks}
     rows = {name: compare(results[BASE], results[name], roles) for name in adapters}
     means = {name: averages(its) for name, its in rows.items()}
-    versions = {package: version(package) for package in ("corda-vlm", "torch", "transformers", "peft")}
     facts = {
         "base": base.path,
         **{name: str(folder) for name, folder in adapters.items()},
@@ -216,7 +215,7 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
         },
         "precision": base.dtype,
         "batch size": str(suite.batch_size),
-        **versions,
+        **library_versions(),
         "command": command,
     }
     found = {
@@ -274,7 +273,7 @@ def _measured(
 ) -> tuple[list[TaskResult], float | None]:
     """Return a model's results, and by what part its weights changed; it is loaded only if a task is not done yet."""
     paths = {task: output / f"{task.title}.json" for task in suite.tasks}
-    common = {"batch_size": suite.batch_size, **who}
+    common = {"batch_size": suite.batch_size, **who, **library_versions()}
     asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), **common})) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
     mine = open_tasks[process_rank() :: num_processes()]
@@ -300,14 +299,15 @@ def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
     """Return whether a task's file is there.
 
     Raises:
-        ValueError: If it answers another question, or is of another model.
+        ValueError: If it answers another question, is of another model or was made with other versions.
     """
     if not path.exists():
         return False
     found = json.loads(path.read_text())["asked"]
     different = [key for key in asked if found.get(key) != asked[key]]
     if different:
-        raise ValueError(f"{path} was made with another {different[0]} ({found.get(different[0])}); name another output, or remove it.")
+        key = different[0]
+        raise ValueError(f"{path} was made with another {key} ({found.get(key, 'not recorded')}); name another output, or remove it.")
     return True
 
 
