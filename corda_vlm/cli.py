@@ -125,7 +125,7 @@ def evaluate(
     check_batch_invariance: Annotated[
         int, typer.Option(help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ.")
     ] = 0,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the base from the hub if it is not here.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")] = False,
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
