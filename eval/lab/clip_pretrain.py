@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from corda_eval.assets import package_folder
+from corda_eval.lab import clip
 from corda_eval.lab.clip_data import PIXELS
-from corda_vlm.sources import DataConfig, load_items
 
 VOCABULARY = 6000
 CONTEXT_LENGTH = 24
@@ -94,9 +94,9 @@ def pretrain(
 
 def read_pictures(path: Path) -> tuple[Tensor, list[str]]:
     """Return the pictures (n, 4, 64, 64) of bytes, the fourth plane their opacity, and their captions."""
-    items = load_items(DataConfig(str(path), columns={"image": "image", "text": "caption"}))
-    pictures = np.stack([np.asarray(item["image"].convert("RGBA")) for item in tqdm(items, desc="pictures")])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), [item["text"] for item in items]
+    table = clip.read_pictures(path)
+    pictures = np.stack([np.asarray(row["image"].convert("RGBA")) for row in tqdm(table, desc="pictures")])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), list(table["caption"])
 
 
 def wordnet_names(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from corda_core import Covariance, weight_matrix
 from corda_core.adapter import base_of
+from corda_core.symmetric import Symmetric
 
 
 def linear_copies(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
@@ -56,6 +57,11 @@ def relative_changes(model: nn.Module, originals: Mapping[str, nn.Linear], covar
         weight = original.weight
         change = effective_weight(model, name, weight.shape[1]) - weight
         C = covariances[name].packed
-        on_context.append(((change * C.times(change.T.contiguous()).T).sum() / (weight * C.times(weight.T.contiguous()).T).sum()).sqrt())
+        on_context.append((_energy(change, C) / _energy(weight, C)).sqrt())
         plain.append(change.norm() / weight.norm())
     return float(torch.stack(on_context).mean()), float(torch.stack(plain).mean())
+
+
+def _energy(weight: Tensor, C: Symmetric) -> Tensor:
+    """Return ``‖W C^(1/2)‖²_F = tr(W C Wᵀ)``, which rounding makes negative where W avoids C."""
+    return (weight * C.times(weight.T.contiguous()).T).sum().clamp(min=0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import typer
 
+from corda_core import Covariance
 from corda_core.files import write_whole
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
@@ -51,6 +52,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     if spec.method is None:
         return {"spec": dataclasses.asdict(spec), "scores": _plain(task.measure(task.model)), "validation": task.validate(task.model)}
     originals = linear_copies(task.model, task.layers)
+    kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()
     adapted: Adapted = _made(spec.method, "method", METHODS, "method").adapt(task)
     prepared = time.perf_counter() - start
@@ -64,17 +66,19 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
     }
-    return found if trained.diverged else found | _measured(adapted, task, originals, spec.alphas)
+    return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
 
 
-def _measured(adapted: Adapted, task: Task, originals: Mapping[str, torch.nn.Linear], alphas: Sequence[float]) -> dict[str, Any]:
+def _measured(
+    adapted: Adapted, task: Task, originals: Mapping[str, torch.nn.Linear], kept: Mapping[str, Covariance], alphas: Sequence[float]
+) -> dict[str, Any]:
     """Return the scores of the trained model, of its interpolations with the base, and the size of the change."""
     scores = _plain(task.measure(adapted.model))
     between = {}
     for alpha in alphas:
         with interpolated(adapted.model, originals, alpha):
             between[str(alpha)] = _plain(task.measure(adapted.model)) | {"validation": task.validate(adapted.model)}
-    on_context, plain = relative_changes(adapted.model, originals, task.covariances(*task.default_context("kpm")))
+    on_context, plain = relative_changes(adapted.model, originals, kept)
     return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
 
 

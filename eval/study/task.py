@@ -1,5 +1,6 @@
 """What a study's methods are given: a base model, something to learn, samples of what to keep, and how both are measured."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from corda_core import Covariance, collect, data_digest, load_covariances, save_covariances
+from corda_core.modules import LINEAR_TYPES
 
 Batch = Mapping[str, Any]
 TARGET = "target"
@@ -42,7 +44,8 @@ class Task:
     """What is trained on, one batch a step, in order."""
 
     contexts: Mapping[str, Sequence[Batch]]
-    """Inputs of the model by domain, for covariances: those to be kept, and ``TARGET``, what is learned."""
+    """Inputs of the model by domain, for covariances: those to be kept, and ``TARGET``, what is learned. All tokens count: none is padding.
+    One domain alone need not reach every layer; all that are to be kept together do, and so does ``TARGET``."""
 
     validate: Callable[[nn.Module], float]
     """The loss of what is learned, in nats, on samples that neither training nor ``measure`` has."""
@@ -64,15 +67,29 @@ class Task:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.
 
         Raises:
-            ValueError: If a domain is unknown.
+            ValueError: If a domain is unknown, the domains do not reach all layers, or the model carries adapters already.
         """
         unknown = [domain for domain in domains if domain not in self.contexts]
         if unknown or not domains:
             raise ValueError(f"The context {', '.join(unknown) or 'of a method'} is not one of this setting's: {', '.join(self.contexts)}.")
         batches = [batch for domain in domains for batch in self.contexts[domain]]
         digest = data_digest(batches)
-        path = self.cache / f"{'-'.join(domains)}-{digest[:12]}.safetensors"
+        key = hashlib.sha256("\n".join((digest, *self.layers)).encode()).hexdigest()[:12]
+        path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"
         if not path.exists():
+            found = self._collected(domains, batches)
             self.cache.mkdir(parents=True, exist_ok=True)
-            save_covariances(collect(self.model, batches, self.layers), path, model=self.model, data=digest, options={})
+            save_covariances(found, path, model=self.model, data=digest, options={})
         return load_covariances(path, model=self.model, data=digest, options={})
+
+    def _collected(self, domains: Sequence[str], batches: Sequence[Batch]) -> dict[str, Covariance]:
+        adapted = [name for name in self.layers if not isinstance(self.model.get_submodule(name), LINEAR_TYPES)]
+        if adapted:
+            raise ValueError(f"{adapted[0]} carries an adapter, but covariances are those of the base; ask for them before it is adapted.")
+        try:
+            return collect(self.model, batches, self.layers)
+        except ValueError as error:
+            raise ValueError(
+                f"The context {', '.join(domains)} does not do for all {len(self.layers)} layers: {error} This setting's contexts are "
+                f"{', '.join(self.contexts)}; several may be taken together."
+            ) from error

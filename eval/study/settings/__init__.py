@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Protocol
 
+from corda_eval.study.settings.lab_clip import LabClipClasses
+from corda_eval.study.settings.lab_llava import LabLlavaDigits
 from corda_eval.study.settings.smollm2 import SmolLm2Addition
 from corda_eval.study.task import Task
 
@@ -19,5 +21,9 @@ class Setting(Protocol):
         ...
 
 
-SETTINGS: dict[str, type[Setting]] = {"smollm2_addition": SmolLm2Addition}
+SETTINGS: dict[str, type[Setting]] = {
+    "lab_clip_classes": LabClipClasses,
+    "lab_llava_digits": LabLlavaDigits,
+    "smollm2_addition": SmolLm2Addition,
+}
 """By the name that stands in a study's config."""
