@@ -32,6 +32,7 @@ def refuse_shared(task: Task, method: str) -> None:
     Raises:
         ValueError: If there is one.
     """
-    shared = [name for name in task.layers if is_shared(task.model, task.model.get_submodule(name).weight)]
+    weights = {name: task.model.get_parameter(f"{name}.weight") for name in task.layers}
+    shared = [name for name, weight in weights.items() if is_shared(task.model, weight)]
     if shared:
         raise ValueError(f"{method} would change {shared[0]}, whose weight another module uses too; leave it out of the task's layers.")

@@ -42,7 +42,9 @@ class Eva:
         most = round(self.rank * self.rho)
         small = [name for name in task.layers if min(weight_shape(task.model, name)) < most]
         if small:
-            raise ValueError(f"{small[0]} has no {most} directions, the most that rank {self.rank} and rho {self.rho:g} ask for; lower them.")
+            raise ValueError(
+                f"{small[0]} has no {most} directions, the most that rank {self.rank} and rho {self.rho:g} ask for; lower them."
+            )
         config = replace(config_for(task, self.rank), init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho))
         model, batches = attach_variant(task, config), list(task.contexts[TARGET])
         left = PASSES * len(batches)

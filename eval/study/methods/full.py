@@ -21,5 +21,5 @@ class Full:
         """
         refuse_shared(task, "Full fine-tuning")
         for name in task.layers:
-            task.model.get_submodule(name).weight.requires_grad_(True)
+            task.model.get_parameter(f"{name}.weight").requires_grad_(True)
         return Adapted(task.model, weight_decay=self.weight_decay)

@@ -1,7 +1,7 @@
 """OSF (arXiv 2504.07097), PEFT's: the last r singular triples of W train, with gradients off the span of all others.
 
-``W' = U_high Σ_high V_highᵀ + U_low diag(s) V_lowᵀ``; U_low (m, r), s (r,), V_low (n, r) start as W's own. The gradients of U_low and V_low are
-projected off U_high and V_high.
+``W' = U_high Σ_high V_highᵀ + U_low diag(s) V_lowᵀ``; U_low (m, r), s (r,), V_low (n, r) start as W's own, and their gradients are
+projected off the spans of U_high and V_high.
 
 Note:
     PEFT's ``effective_rank`` is what is kept, ``min(m, n) − r`` in each layer. AdamW divides the projected gradient entry by entry, so

@@ -4,6 +4,7 @@ The function at the start is that of the quantised weights, not the base's.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from corda_core import quantize_linears_
 from corda_eval.study.method import Adapted
@@ -24,12 +25,13 @@ class Qlora:
             ModuleNotFoundError: If bitsandbytes is not installed; names the extra that brings it.
             ValueError: If a layer cannot be held in 4 bits.
         """
+        base: Any = task.model
         config = config_for(task, self.rank)
-        quantize_linears_(task.model, task.layers, "nf4")
+        quantize_linears_(base, task.layers, "nf4")
         for name in task.layers:
             # bitsandbytes' own switch: else some CPUs pack the weights anew when they are measured, and no gradient passes them then.
-            task.model.get_submodule(name).support_avx512bf16_for_cpu = False
-        task.model.is_loaded_in_4bit = True  # where PEFT looks for whether to take its own layers for them
+            base.get_submodule(name).support_avx512bf16_for_cpu = False
+        base.is_loaded_in_4bit = True  # where PEFT looks for whether to take its own layers for them
         model = attach_variant(task, config)
-        task.model.is_loaded_in_4bit = False  # transformers would look for its own quantiser
+        base.is_loaded_in_4bit = False  # transformers would look for its own quantiser
         return Adapted(model)
