@@ -80,6 +80,7 @@ class SmolLm2Addition:
             measure=measure,
             cache=cache,
             seed=seed,
+            kept_loss=text_loss,
         )
 
 
@@ -92,6 +93,12 @@ def training_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean loss (nats a token) of the sums in a batch."""
     with casting():
         return model(**batch, use_cache=False).loss
+
+
+def text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss (nats a token) of a context batch's texts, each token after those before it."""
+    with casting():
+        return model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
 
 def additions(tokenizer: Any, count: int, seed: str) -> dict[str, Tensor]:
