@@ -143,15 +143,29 @@ def test_penalty(tmp_path: Path, form: Form, start: Literal["lora", "corda"]) ->
 @pytest.mark.parametrize("form", FORMS)
 def test_a_larger_penalty_changes_less_of_what_is_kept(tmp_path: Path, form: Form, start: Literal["lora", "corda"]) -> None:
     moved = []
-    for strength in (0, 10, 1000):
+    for strength in (0, 100, 10000):
         task = tiny_task(tmp_path)
         context = {"x": torch.cat([batch["x"] for batch in task.contexts["first"]])}
         before = outputs(task.model, context)
         adapted = Lalora(RANK, strength=strength, curvature=form, start=start).adapt(task)
         trained = train(adapted, task, 1e-2)
-        assert trained.validation_losses[-1][1] < trained.validation_losses[0][1]
+        assert strength > 100 or trained.validation_losses[-1][1] < trained.validation_losses[0][1]
         moved.append(float((outputs(adapted.model, context) - before).norm()))
     assert moved[0] > 1.2 * moved[1] > 1.5 * moved[2]
+
+
+def test_kfac_forms_agree_from_loras_start(tmp_path: Path) -> None:
+    """At B₀ = 0 the block between A and B is zero."""
+    penalties = []
+    for form in FORMS[1:]:
+        torch.manual_seed(0)
+        adapted = Lalora(RANK, strength=1, curvature=form).adapt(tiny_task(tmp_path))
+        assert adapted.penalty is not None
+        with torch.no_grad():
+            for parameter in adapted.model.parameters():
+                parameter += 0.1 * parameter.requires_grad
+        penalties.append(adapted.penalty())
+    torch.testing.assert_close(*penalties)
 
 
 def test_no_penalty_is_plain_lora(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ class Lalora:
             ValueError: If an option or a domain is unknown, λ negative, or the setting does not say what the contexts' loss is.
 
         Note:
-            Λ is taken once, at θ₀. From LoRA's start, where B₀ = 0, the gradients of A vanish, and with them A's part of Λ: only B is held.
+            Λ is taken once, at θ₀. From LoRA's start, where B₀ = 0, the gradients of A vanish, and with them all of Λ but B's block: only B
+            is held, and "kfac" and "tridiagonal" are the same.
             The sample's loss counts as its mean over tokens. λ multiplies the mean over samples, not their sum.
         """
         if self.start not in ("lora", "corda") or self.curvature not in ("diagonal", "kfac", "tridiagonal"):
