@@ -59,6 +59,10 @@ class Task:
     seed: int
     """Of what the method draws."""
 
+    kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a
+    classifier its own predictions; None where the setting has no such loss."""
+
     def default_context(self, mode: str) -> tuple[str, ...]:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
         return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain != TARGET)

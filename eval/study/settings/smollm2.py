@@ -77,7 +77,14 @@ class SmolLm2Addition:
             measure=measure,
             cache=cache,
             seed=seed,
+            kept_loss=text_loss,
         )
+
+
+def text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss (nats a token) of a context batch's texts, each token after those before it."""
+    with casting():
+        return model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
 
 def additions(tokenizer: Any, count: int, split: str, seed: int = 0) -> dict[str, Tensor]:
