@@ -11,7 +11,7 @@ from corda_core import Covariance, collect, data_digest, load_covariances, save_
 
 Batch = Mapping[str, Any]
 TARGET = "target"
-"""The name of what is learned among the contexts and the scores; all other scores are of what is to be kept."""
+"""The name of what is learned among the contexts and the scores; all others, but for ``Task.learned``, are of what is to be kept."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Task:
     """What is trained on, one batch a step, in order."""
 
     contexts: Mapping[str, Sequence[Batch]]
-    """Inputs of the model by domain, for covariances: those to be kept, and ``TARGET``, what is learned."""
+    """Inputs of the model by domain, for covariances: those to be kept, and what is learned, ``TARGET`` and perhaps its parts."""
 
     validate: Callable[[nn.Module], float]
     """The loss of what is learned, in nats, on samples that neither training nor ``measure`` has."""
 
     measure: Callable[[nn.Module], dict[str, Score]]
-    """What was learned (``TARGET``) and each thing that is to be kept, on samples that no training and no context has."""
+    """What was learned (``TARGET``, perhaps its parts) and each thing to be kept, on samples that no training and no context has."""
 
     cache: Path
     """Where covariances are kept for the next run."""
@@ -56,9 +56,13 @@ class Task:
     seed: int
     """Of what the method draws."""
 
+    learned: tuple[str, ...] = ()
+    """Where several tasks are learned at once: their names among the contexts and the scores; ``TARGET`` is then their mixture. They are
+    not to be kept."""
+
     def default_context(self, mode: str) -> tuple[str, ...]:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
-        return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain != TARGET)
+        return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain not in (TARGET, *self.learned))
 
     def covariances(self, *domains: str) -> dict[str, Covariance]:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from corda_eval.study.settings.smollm2 import SmolLm2Addition
+from corda_eval.study.settings.two_tasks import SmolLm2AdditionAndSorting
 from corda_eval.study.task import Task
 
 
@@ -19,5 +20,8 @@ class Setting(Protocol):
         ...
 
 
-SETTINGS: dict[str, type[Setting]] = {"smollm2_addition": SmolLm2Addition}
+SETTINGS: dict[str, type[Setting]] = {
+    "smollm2_addition": SmolLm2Addition,
+    "smollm2_addition_and_sorting": SmolLm2AdditionAndSorting,
+}
 """By the name that stands in a study's config."""

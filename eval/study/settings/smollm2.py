@@ -7,6 +7,7 @@ its data sets (``descriptions``), nats a token on windows that no context has; a
 """
 
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ from corda_eval.text.perplexity import held_out_text, mean_loss, text_windows
 SOURCES = ("argparse", "ast", "datetime", "decimal", "inspect", "locale", "mailbox", "optparse", "pickle", "tarfile", "typing", "zipfile")
 LENGTH, WINDOW = 64, 128
 """Tokens of a window of additions, and of text."""
+Draw = Callable[[random.Random], tuple[str, str]]
+"""Draws a question and its answer, which ends the line."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,7 @@ class SmolLm2Addition:
         contexts = {name: text_windows(first, tokenizer, WINDOW, self.context_windows) for name, (first, _) in texts.items()}
         kept = {name: text_windows(second, tokenizer, WINDOW, self.kept_windows) for name, (_, second) in texts.items()}
         training = additions(tokenizer, self.steps * self.batch_size, f"train {seed}")
-        batches = [
-            {key: rows[start : start + self.batch_size] for key, rows in training.items()}
-            for start in range(0, len(training["input_ids"]), self.batch_size)
-        ]
+        batches = batched(training, self.batch_size)
         test, validation = (additions(tokenizer, self.test_windows, part) for part in ("test", "validation"))
 
         def measure(adapted: nn.Module) -> dict[str, Score]:
@@ -94,21 +94,34 @@ def training_loss(model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch, use_cache=False).loss
 
 
-def additions(tokenizer: Any, count: int, seed: str) -> dict[str, Tensor]:
-    """Return ``count`` windows of additions, ``input_ids`` and ``labels`` (count, 64): -100 where nothing is to be predicted."""
+def addition(generator: random.Random, low: int = 0, high: int = 1000) -> tuple[str, str]:
+    """Return question and answer of one addition: operands of low … high − 1, the digits of the sum reversed."""
+    a, b = generator.randrange(low, high), generator.randrange(low, high)
+    return f"{a}+{b}=", f"{str(a + b)[::-1]}\n"
+
+
+def additions(tokenizer: Any, count: int, seed: str, draw: Draw = addition) -> dict[str, Tensor]:
+    """Return ``count`` windows of additions, ``input_ids`` and ``labels`` (count, 64): -100 where nothing is to be predicted.
+
+    With another ``draw`` they are of other questions and answers.
+    """
     generator = random.Random(seed)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for _ in range(count):
         ids: list[int] = []
         labels: list[int] = []
         while len(ids) < LENGTH:
-            a, b = generator.randrange(1000), generator.randrange(1000)
-            question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{a}+{b}=", f"{str(a + b)[::-1]}\n"))
+            question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in draw(generator))
             ids += question + answer
             labels += [-100] * len(question) + answer
         rows["input_ids"].append(ids[:LENGTH])
         rows["labels"].append(labels[:LENGTH])
     return {key: torch.tensor(value) for key, value in rows.items()}
+
+
+def batched(windows: Mapping[str, Tensor], batch_size: int) -> list[Batch]:
+    """Return windows as batches, in order."""
+    return [dict(zip(windows, rows, strict=True)) for rows in zip(*(one.split(batch_size) for one in windows.values()), strict=True)]
 
 
 def addition_score(model: nn.Module, windows: dict[str, Tensor]) -> Score:
