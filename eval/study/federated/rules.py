@@ -111,7 +111,7 @@ class FedSmooth:
 
     Note:
         From the authors' code: the truncations, and that the gradient is taken at the start. With ζ = 1 throughout, and r large enough,
-        clients never meet: each goes on alone, and the server's W is the mean of them all.
+        no client's start holds anything of the others' work: each goes on alone, and the server's W is the mean of them all.
     """
 
     merges: ClassVar[bool] = True
@@ -129,7 +129,7 @@ class FedSmooth:
         gradients = turn.gradients(matched)
         ranks = {name: len(own.A) for name, own in turn.own.items()}
         towards = {name: aligned(gradients[name], rank, self.gamma) for name, rank in ranks.items()}
-        return Start({name: truncated(towards[name] + matched[name], rank) for name, rank in ranks.items()}, removed=towards)
+        return Start({name: _matched_start(towards[name], matched[name], rank) for name, rank in ranks.items()}, removed=towards)
 
     def upload(self, trained: Change, removed: Change | None) -> Change:
         """Return ``SVD_r(B A − Ŵ_ga)``."""
@@ -139,3 +139,12 @@ class FedSmooth:
     def serve(self, uploads: Sequence[Change]) -> Change:
         """Return ``SVD_r`` of ``average_changes``."""
         return truncated(average_changes(uploads), len(uploads[0].A))
+
+
+def _matched_start(towards: Change, matched: Change, rank: int) -> Change:
+    """Return ``SVD_r(Ŵ_ga + ζ W_rm)``, or Ŵ_ga as it is where there is nothing to match: in the first round, or with a single client.
+
+    All singular values of Ŵ_ga are equal: its SVD would turn the factors at the whim of rounding errors, which Adam would follow.
+    """
+    nothing = matched.norm() <= 1e-5 * towards.norm()
+    return towards if nothing else truncated(towards + matched, rank)
