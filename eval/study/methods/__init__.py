@@ -17,6 +17,7 @@ from corda_eval.study.methods.osf import Osf
 from corda_eval.study.methods.pissa import Pissa
 from corda_eval.study.methods.qlora import Qlora
 from corda_eval.study.methods.sc_lora import ScLora
+from corda_eval.study.methods.thanora import Thanora
 
 METHODS: dict[str, type[Method]] = {
     "corda": Corda,
@@ -35,5 +36,6 @@ METHODS: dict[str, type[Method]] = {
     "pissa": Pissa,
     "qlora": Qlora,
     "sc_lora": ScLora,
+    "thanora": Thanora,
 }
 """By the name that stands in a study's config."""
