@@ -62,15 +62,20 @@ def gain_of(run: Run, base: Run) -> float:
     return -math.inf if run.diverged else base.result["validation"] - run.result["validation_losses"][-1][1]
 
 
-def kept_losses(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Return the losses of the things that are to be kept."""
-    return {name: score["loss"] for name, score in scores.items() if name != TARGET and score["loss"] is not None}
+def kept_scores(base: Run) -> dict[str, Any]:
+    """Return the base's scores of the things that are to be kept."""
+    return {name: score for name, score in base.result["scores"].items() if name not in (TARGET, *base.result.get("learned", ()))}
+
+
+def kept_losses(base: Run) -> dict[str, float]:
+    """Return the base's losses of the things that are to be kept."""
+    return {name: score["loss"] for name, score in kept_scores(base).items() if score["loss"] is not None}
 
 
 def forgetting_of(scores: Mapping[str, Any], base: Run, names: Iterable[str] | None = None) -> float:
     """Return the mean rise of the kept things' losses, of all or of some, in nats."""
-    before, after = kept_losses(base.result["scores"]), kept_losses(scores)
-    return mean(after[name] - before[name] for name in (before if names is None else names))
+    before = kept_losses(base)
+    return mean(scores[name]["loss"] - before[name] for name in (before if names is None else names))
 
 
 def tuned_rate(runs: Sequence[Run], base: Run) -> float | None:
@@ -147,11 +152,11 @@ def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], arm: 
         accuracy=None if None in accuracies else mean(accuracies),
         forgetting=spread(list(lost.values())),
         ratio=spread(ratios) if ratios else None,
-        kept={name: mean(run.result["scores"][name]["loss"] - loss for run in its) for name, loss in kept_losses(before).items()},
+        kept={name: mean(run.result["scores"][name]["loss"] - loss for run in its) for name, loss in kept_losses(base).items()},
         accuracy_drops={
             name: mean(score["accuracy"] - run.result["scores"][name]["accuracy"] for run in its)
-            for name, score in before.items()
-            if name != TARGET and score["accuracy"] is not None
+            for name, score in kept_scores(base).items()
+            if score["accuracy"] is not None
         },
         change_on_context=mean(run.result["change_on_context"] for run in its),
         change=mean(run.result["change"] for run in its),

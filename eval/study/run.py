@@ -13,7 +13,6 @@ import torch
 import typer
 
 from corda_core import Covariance
-from corda_core import Covariance
 from corda_core.files import write_whole
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
@@ -51,9 +50,9 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     torch.manual_seed(spec.seed)
     task = _made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     if spec.method is None:
-        return {"spec": dataclasses.asdict(spec), "scores": _plain(task.measure(task.model)), "validation": task.validate(task.model)}
+        scores = _plain(task.measure(task.model))
+        return {"spec": dataclasses.asdict(spec), "scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
     originals = linear_copies(task.model, task.layers)
-    context = task.covariances(*task.default_context("kpm"))  # while the base is what it is
     kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()
     adapted: Adapted = _made(spec.method, "method", METHODS, "method").adapt(task)
