@@ -24,7 +24,7 @@ def load(source: str | Path, *, split: str = "testdev_balanced", limit: int | No
         ValueError: If a file is broken, or a question of a table has no image.
     """
     folder = Path(source).expanduser()
-    if is_table(source) or is_table(folder / f"{split}_instructions"):
+    if is_table(source) or (folder / f"{split}_instructions").is_dir():
         return checked(_from_tables(source, split, limit, download), source)
     path = folder / "questions" / f"{split}_questions.json"
     path = path if path.exists() else folder / f"{split}_questions.json"
