@@ -207,6 +207,12 @@ def test_rank_limits_how_smooth_it_is() -> None:
     assert sum(map(abs, jumps[2])) > sum(map(abs, jumps[FULL]))
 
 
+def test_small_aligned_part_leaves_room_for_matching() -> None:
+    clients = [_client(seed) for seed in range(3)]
+    jumps = [[abs(one.jump or 0.0) for one in _run(FedSmooth(1.0, 1.0, gamma), *clients)[0][1:]] for gamma in (4.0, 64.0)]
+    assert sum(jumps[1]) < 0.5 * sum(jumps[0])
+
+
 def test_matched_throughout_clients_never_meet() -> None:
     """With ζ = 1 and nothing truncated, a client's start is the same whoever else takes part; from the server's model it is not."""
     own, some, other = (_client(seed) for seed in range(3))

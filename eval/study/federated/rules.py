@@ -111,7 +111,9 @@ class FedSmooth:
 
     Note:
         From the authors' code: the truncations, and that the gradient is taken at the start. With ζ = 1 throughout, and r large enough,
-        no client's start holds anything of the others' work: each goes on alone, and the server's W is the mean of them all.
+        no client's start holds anything of the others' work: each goes on alone, and the server's W is the mean of them all. With a small
+        r the truncation is what limits how smooth it is: the r equal singular values of Ŵ_ga, √(m / γ²), crowd out what is to be matched
+        where that is smaller; a larger γ leaves more room.
     """
 
     merges: ClassVar[bool] = True

@@ -50,7 +50,8 @@ class Round:
     jump: float | None
     """Mean rise of a client's loss from the end of the last round to the start of this one; None in the first."""
     aggregation_error: float
-    """Mean over layers of ``‖mean_c(B_c A_c) − B_s A_s‖_F / ‖mean_c(B_c A_c)‖_F``."""
+    """Mean over layers of ``‖mean_c(B_c A_c) − B_s A_s‖_F / ‖mean_c(B_c A_c)‖_F``. Where the server merges, B_c A_c is a change since the
+    last round, else (FedAvg) since the base, so that its error counts for less from round to round: compare rounds, not the two kinds."""
 
 
 def federate(federation: Federation, rule: Rule, *, rank: int, rate: float, gradient_batches: int = 8) -> Iterator[Round]:
