@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from corda_core import Covariance
 from corda_core.files import write_whole
@@ -103,4 +103,4 @@ def main(spec: Path, result: Path, cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(*map(Path, sys.argv[1:]))
