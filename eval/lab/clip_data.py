@@ -204,11 +204,10 @@ def _write_table(path: Path, found: Iterable[Captioned]) -> None:
         "label": ClassLabel(names=names),
         "source": Value("string"),
     }
-    data = [
-        {"image": {"bytes": _png(one.image), "path": None}, "caption": one.caption, "label": one.caption, "source": one.source}
-        for one in rows
-    ]
-    Dataset.from_list(data, features=Features(kinds)).to_parquet(str(path))
+    captions = [one.caption for one in rows]
+    pictures = [{"bytes": _png(one.image), "path": None} for one in rows]
+    columns = {"image": pictures, "caption": captions, "label": captions, "source": [one.source for one in rows]}
+    Dataset.from_dict(columns, features=Features(kinds)).to_parquet(str(path))
 
 
 def _png(image: Image.Image) -> bytes:

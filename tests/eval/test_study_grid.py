@@ -8,6 +8,12 @@ import pytest
 
 from corda_eval.study import grid
 from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
+from corda_eval.study.methods import METHODS
+from corda_eval.study.run import _made
+from corda_eval.study.settings import SETTINGS
+from corda_vlm.config import read_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def study(folder: Path, **changes: object) -> StudyConfig:
@@ -104,6 +110,16 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
 def test_a_wrong_study_is_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check(study(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_name_what_there_is(path: Path) -> None:
+    config = read_config(path, StudyConfig)
+    check(config)
+    for options in config.settings.values():
+        _made({key: value for key, value in options.items() if key != "arms"}, "kind", SETTINGS, "setting")
+    for options in config.arms.values():
+        _made({key: value for key, value in options.items() if key != "rates"}, "method", METHODS, "method")
 
 
 def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
