@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from corda_eval.assets import package_folder
 from corda_eval.lab import clip
 from corda_eval.lab.base import load_lab
 from corda_eval.metrics import exact_match
+from corda_eval.study.run import RunSpec, run
 from corda_eval.study.settings import SETTINGS, lab_clip, lab_llava, smollm2
 from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
@@ -365,6 +367,20 @@ def test_heads_stay_those_of_the_untouched_model(tmp_path: Path) -> None:
         if not name.startswith(("visual", "logit_scale")):
             parameter.data.zero_()
     assert task.measure(task.model) == before
+
+
+@pytest.mark.usefixtures("clip_folder")
+def test_a_run_with_an_empty_cache_leaves_the_covariances_of_the_base_there(tmp_path: Path) -> None:
+    options = {"steps": 3, "batch_size": 2, "context_images": 4, "kept_images": 3, "test_images": 3, "validation_images": 2}
+    setting = {"kind": "lab_clip_classes", **options}
+    found = run(RunSpec(setting, {"method": "lora", "rank": 2}, rate=0.1, seed=0, alphas=[0.0]), tmp_path / "ours")
+    base = run(RunSpec(setting, None, rate=0.0, seed=0, alphas=[]), tmp_path / "ours")
+    assert found["interpolated"]["0.0"] == base["scores"] | {"validation": base["validation"]} != found["scores"]
+    assert found["change_on_context"] > 0.01
+    task = LabClipClasses(**options).task(0, tmp_path / "fresh")
+    ours = replace(task, cache=tmp_path / "ours").covariances("shapes")
+    assert len(list((tmp_path / "ours").iterdir())) == 1
+    assert all(torch.equal(one.matrix, ours[name].matrix) for name, one in task.covariances("shapes").items())
 
 
 @pytest.mark.usefixtures("clip_folder")

@@ -67,7 +67,7 @@ class LabLlavaDigits:
         questions = {name: [collate(items[start : start + 16]) for start in range(0, len(items), 16)] for name, items in asked.items()}
         known, held_out = held_out_text()
         windows = text_windows(held_out, processor.tokenizer, WINDOW, self.kept_windows)
-        contexts = {
+        contexts: dict[str, Sequence[Batch]] = {
             "easy_vqa": unpadded(self._some(load_easy_vqa("train"), self.context_questions), Collator(processor)),
             "docs": [
                 {"input_ids": ids} for ids in torch.stack(text_windows(known, processor.tokenizer, WINDOW, self.context_windows)).split(8)
