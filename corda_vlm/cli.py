@@ -125,7 +125,7 @@ def evaluate(
     check_batch_invariance: Annotated[
         int, typer.Option(help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ.")
     ] = 0,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the base from the hub if it is not here.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")] = False,
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
@@ -147,6 +147,33 @@ def evaluate(
         typer.echo(f"{name}: {'; '.join(its)}.")
     if found:
         typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({found['seconds']:.0f} s)")
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
+    overrides: OVERRIDES = None,
+    output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
+    only_report: Annotated[bool, typer.Option("--only-report", help="Run nothing: report on the runs that are finished.")] = False,
+) -> None:
+    """Run methods at several rates and seeds on tasks with kept tasks: which forgets less at equal gain? Finished runs are kept."""
+    # Imported here: the evaluation's packages are extras, and take seconds.
+    from corda_eval.study.grid import StudyConfig, check, complete, finished
+    from corda_eval.study.report import write_study
+    from corda_vlm.config import read_config
+
+    with _sentences("compare"):
+        study = read_config(config, StudyConfig, overrides or [])
+        check(study)
+        failures = [] if only_report else complete(study, typer.echo)
+        command = " ".join(["corda-vlm", *sys.argv[1:]])
+        runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
+        write_study(runs, {"Command": command, "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
+    typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
+    for failure in failures:
+        typer.echo(f"corda-vlm compare: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @contextmanager

@@ -171,12 +171,30 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
 
 
 def load_items(config: DataConfig, *, download: bool = False, needs_images: bool = False) -> Items:
-    """Return the items of a source; an id of the hub comes from the cache of ``datasets``, and from the network only with ``download``.
+    """Return the items of a source (``load_rows``).
 
-    With ``needs_images`` a row without an image counts as one whose image cannot be read.
+    With ``needs_images`` a row without an image counts as one whose image cannot be read. Texts of JSON are checked here, those of other
+    sources when they are read.
 
-    Parquet files are written once, as Arrow files, to the cache of ``datasets``; rows are then read from the disk. Rows of JSON stay in
-    memory; their texts are checked here, those of other sources when they are read.
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ModuleNotFoundError: If ``datasets`` is needed and not installed.
+        ValueError: If the source is broken, empty or of an unknown kind, or an option does not fit it.
+    """
+    rows, folder = load_rows(config, download=download)
+    columns = _columns_of_fields(config, rows.names if isinstance(rows, _ArrowRows) else {name: None for row in rows for name in row})
+    if not isinstance(rows, _ArrowRows):
+        for number, row in enumerate(rows):
+            _text_fields(row, columns, config, f"{config.source}, row {number}")
+    return Items(rows, columns, folder, config, needs_images)
+
+
+def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[Mapping[str, Any]], Path]:
+    """Return a source's rows as plain values, and the folder that relative paths of their images start from.
+
+    An id of the hub comes from the cache of ``datasets``, and from the network only with ``download``. Parquet files are written once, as
+    Arrow files, to that cache; rows are then read from the disk when they are asked for, their images as ``bytes`` and ``path``. Rows of
+    JSON stay in memory.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -199,11 +217,7 @@ def load_items(config: DataConfig, *, download: bool = False, needs_images: bool
             raise FileNotFoundError(f"images is {config.images!r}, but there is no such folder; correct the path.")
     if not rows:
         raise ValueError(f"{config.source} holds no rows; expected at least one.")
-    columns = _columns_of_fields(config, rows.names if isinstance(rows, _ArrowRows) else {name: None for row in rows for name in row})
-    if not isinstance(rows, _ArrowRows):
-        for number, row in enumerate(rows):
-            _text_fields(row, columns, config, f"{config.source}, row {number}")
-    return Items(rows, columns, folder, config, needs_images)
+    return rows, folder
 
 
 class _BrokenImageError(Exception):

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "lm_eval", "corda-vlm")
+LIBRARIES = ("corda-vlm", "torch", "transformers", "peft")
+"""What answers may depend on."""
+PACKAGES = (*LIBRARIES, "accelerate", "safetensors", "lm_eval")
 
 
 def describe_run(config: Any, command: str, start: float) -> dict[str, Any]:
@@ -36,6 +38,11 @@ def describe_run(config: Any, command: str, start: float) -> dict[str, Any]:
         # Linux counts in KiB.
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that answers may depend on."""
+    return {package: version(package) for package in LIBRARIES}
 
 
 def _commit() -> str:

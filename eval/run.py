@@ -5,8 +5,8 @@
     output/base/easy_vqa.json, output/first/easy_vqa.json, …   each task's figures and predictions, as soon as it is done
     output/summary.json, report.md, report.html               the comparison
 
-A task that is done is not run again, unless what is asked or who answers has changed: then another output is wanted. Under
-``accelerate launch`` the tasks are shared out over the processes.
+A task that is done is not run again, unless what is asked, who answers or a library's version has changed: then another output is wanted.
+Under ``accelerate launch`` the tasks are shared out over the processes.
 """
 
 import dataclasses
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from corda_core.distributed import num_processes, process_rank
 from corda_core.files import write_whole
 from corda_eval.comparison import averages, compare
 from corda_eval.comparison_page import html, markdown, sentences, summary
+from corda_eval.describe import library_versions
 from corda_eval.task import TaskResult
 from corda_eval.text.facts import facts_task
 from corda_eval.text.harness import evaluate_text
@@ -42,8 +42,10 @@ from corda_eval.vqa import digits
 from corda_eval.vqa import run as vqa
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
-from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet
+from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet, retrieval
+from corda_eval.zeroshot.captions import karpathy
 from corda_eval.zeroshot.images import ClassifiedImages
+from corda_eval.zeroshot.transplant import transplanted
 from corda_vlm.adapted import load
 from corda_vlm.config import from_mapping
 from corda_vlm.context import collator_for, progress_bar
@@ -67,6 +69,9 @@ IMAGE_SETS: dict[str, Callable[..., ClassifiedImages]] = {
 }
 """Zero-shot classification: of models with two towers by similarity, of those that answer by the likelihood of the class's name."""
 
+RETRIEVAL = "retrieval"
+"""Images by captions and captions by images, of models with two towers."""
+
 BENCHMARKS: dict[str, VqaTask] = {**vqa.TASKS, "digits": digits.TASK}
 """Questions about images."""
 
@@ -79,20 +84,27 @@ class SuiteTask:
     """One task of a suite."""
 
     task: str
-    """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; a task of lm_eval, or a YAML file that
-    defines one."""
+    """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; "retrieval"; a task of lm_eval, or a
+    YAML file that defines one."""
 
     role: str = "kept"
     """"target": it was trained; "kept": it should not suffer."""
 
     data: str | None = None
-    """Folder or file of its data, where it has any of its own."""
+    """Folder or file of its data, where it has any of its own; of a benchmark also an id of the datasets hub."""
+
+    images: str | None = None
+    """For "retrieval": folder that the images' names in ``data`` start from; None takes that of ``data``."""
 
     split: str | None = None
     """Which part of the data; None takes the one that is reported."""
 
     limit: int | None = None
     """Only the first examples."""
+
+    tower_in: str | None = None
+    """For ``IMAGE_SETS`` and "retrieval", of a LLaVA-type model: folder or id of the CLIP or SigLIP that its vision tower came from. It is
+    measured with the model's tower in it."""
 
     name: str | None = None
     """What it is reported as; None takes the task's, or the file's, name."""
@@ -112,6 +124,10 @@ class SuiteTask:
             raise ValueError(f"{self.task}: role is {self.role!r}; expected target or kept.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"{self.task}: limit is {self.limit}; expected at least 1, or none for all.")
+        if self.images is not None and self.task != RETRIEVAL:
+            raise ValueError(f"{self.task}: images is {self.images!r}, which {RETRIEVAL} alone reads; leave it out.")
+        if self.tower_in is not None and self.task not in (RETRIEVAL, *IMAGE_SETS):
+            raise ValueError(f"{self.task}: tower_in is {self.tower_in!r}, but this is no task for two towers; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -154,7 +170,7 @@ def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, Batch
     for task in suite.tasks:
         benchmark = BENCHMARKS.get(task.task)
         if benchmark is not None:
-            examples = _examples(task, benchmark)[:count]
+            examples = _examples(task, benchmark, base.download)[:count]
             found[task.title] = check_batch_invariance(
                 examples, model, processor, batch_size=suite.batch_size, max_new_tokens=benchmark.max_new_tokens
             )
@@ -180,7 +196,8 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     results, changes = {}, {}
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
-        who = {"base": dataclasses.asdict(base), "adapter": digests.get(name)}
+        # Whether the base was fetched then or is here by now makes no difference.
+        who = {"base": dataclasses.asdict(dataclasses.replace(base, download=False)), "adapter": digests.get(name)}
         done, change = _measured(output / name, who, base, adapters.get(name), suite)
         results[name] = done
         if change is not None:
@@ -190,7 +207,6 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     roles = {task.title: task.role for task in suite.tasks}
     rows = {name: compare(results[BASE], results[name], roles) for name in adapters}
     means = {name: averages(its) for name, its in rows.items()}
-    versions = {package: version(package) for package in ("corda-vlm", "torch", "transformers", "peft")}
     facts = {
         "base": base.path,
         **{name: str(folder) for name, folder in adapters.items()},
@@ -199,7 +215,7 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
         },
         "precision": base.dtype,
         "batch size": str(suite.batch_size),
-        **versions,
+        **library_versions(),
         "command": command,
     }
     found = {
@@ -218,7 +234,9 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     return found | {"sentences": {name: sentences(its) for name, its in means.items()}}
 
 
-def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: int = 1, predictions: Path | None = None) -> TaskResult:
+def run_task(
+    task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: int = 1, predictions: Path | None = None, download: bool = False
+) -> TaskResult:
     """Return one task's result.
 
     Args:
@@ -227,17 +245,21 @@ def run_task(task: SuiteTask, model: nn.Module, processor: Any, *, batch_size: i
         processor: A processor, a tokenizer for text alone, or ``OpenClipPairs``.
         batch_size: Examples at once.
         predictions: For questions about images, a file that a killed run goes on from.
+        download: Whether what is named by an id of the hub may be fetched.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If data are broken, or the task is not one for this model.
     """
     name, bar = task.task, partial(progress_bar, title=task.task)
-    if name in IMAGE_SETS:
-        return _zero_shot(task, model, processor, batch_size, bar)
+    if name in (RETRIEVAL, *IMAGE_SETS):
+        if task.tower_in is not None:
+            model, processor = _in_original(task.tower_in, model, download)
+        measure = _retrieval if name == RETRIEVAL else _zero_shot
+        return measure(task, model, processor, batch_size, bar)
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
-        examples = _examples(task, benchmark)
+        examples = _examples(task, benchmark, download)
         return vqa.evaluate(benchmark, examples, model, processor, predictions=predictions, batch_size=batch_size, progress=bar)
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
@@ -251,7 +273,7 @@ def _measured(
 ) -> tuple[list[TaskResult], float | None]:
     """Return a model's results, and by what part its weights changed; it is loaded only if a task is not done yet."""
     paths = {task: output / f"{task.title}.json" for task in suite.tasks}
-    common = {"batch_size": suite.batch_size, **who}
+    common = {"batch_size": suite.batch_size, **who, **library_versions()}
     asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), **common})) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
     mine = open_tasks[process_rank() :: num_processes()]
@@ -262,7 +284,8 @@ def _measured(
         if folder is not None:
             model = _adapted(model, folder)
         for task in mine:
-            result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=paths[task].with_suffix(".jsonl"))
+            predictions = paths[task].with_suffix(".jsonl")
+            result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
@@ -276,14 +299,15 @@ def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
     """Return whether a task's file is there.
 
     Raises:
-        ValueError: If it answers another question, or is of another model.
+        ValueError: If it answers another question, is of another model or was made with other versions.
     """
     if not path.exists():
         return False
     found = json.loads(path.read_text())["asked"]
     different = [key for key in asked if found.get(key) != asked[key]]
     if different:
-        raise ValueError(f"{path} was made with another {different[0]} ({found.get(different[0])}); name another output, or remove it.")
+        key = different[0]
+        raise ValueError(f"{path} was made with another {key} ({found.get(key, 'not recorded')}); name another output, or remove it.")
     return True
 
 
@@ -292,10 +316,33 @@ def _zero_shot(task: SuiteTask, model: nn.Module, processor: Any, batch_size: in
     if task.limit is not None:
         data = dataclasses.replace(data, items=Subset(data.items, range(min(task.limit, len(data.items)))))
     if has_two_towers(base_of(model)):
-        pairs = collator_for(base_of(model), processor)
-        assert isinstance(pairs, PairCollator), "two towers have such"
-        return classify.evaluate(model, data, pairs, batch_size=batch_size, progress=bar)
+        return classify.evaluate(model, data, _pairs(model, processor), batch_size=batch_size, progress=bar)
     return likelihood.evaluate(model, data, processor, batch_size=batch_size, progress=bar)
+
+
+def _retrieval(task: SuiteTask, model: nn.Module, processor: Any, batch_size: int, bar: Any) -> TaskResult:
+    if not has_two_towers(base_of(model)):
+        raise ValueError(
+            f"{task.title}: {type(base_of(model)).__name__} has no text tower to compare images with; expected CLIP or its like; name in "
+            "tower_in what the vision tower came from, or leave the task out."
+        )
+    data = Path(_data_of(task)).expanduser()
+    captioned = karpathy(data, task.images or data.parent, split=task.split or "test", limit=task.limit)
+    return retrieval.evaluate(model, captioned, _pairs(model, processor), batch_size=batch_size, progress=bar)
+
+
+def _pairs(model: nn.Module, processor: Any) -> PairCollator:
+    pairs = collator_for(base_of(model), processor)
+    assert isinstance(pairs, PairCollator), "two towers have such"
+    return pairs
+
+
+def _in_original(original: str, model: nn.Module, download: bool) -> tuple[nn.Module, Any]:
+    """Return the model that a vision tower came from with this model's tower in it, in the same precision and place, and its processor."""
+    weight = next(base_of(model).parameters())
+    config = ModelConfig(original, dtype=str(weight.dtype).removeprefix("torch."), download=download)
+    two_towers, processor = load_base(config)
+    return transplanted(two_towers, model).to(weight.device), processor
 
 
 def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: int, bar: Any) -> TaskResult:
@@ -309,10 +356,12 @@ def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: i
     return TaskResult("perplexity", {"perplexity": value}, "perplexity", losses, records, len(losses) / (time.perf_counter() - start))
 
 
-def _examples(task: SuiteTask, benchmark: VqaTask) -> list[VqaExample]:
+def _examples(task: SuiteTask, benchmark: VqaTask, download: bool) -> list[VqaExample]:
     """Return a benchmark's examples; digits and easy-VQA come with their packages."""
     options = {} if task.split is None else {"split": task.split}
-    return benchmark.load(None if task.task in ("digits", "easy_vqa") else _data_of(task), limit=task.limit, **options)
+    if task.task in ("digits", "easy_vqa"):
+        return benchmark.load(limit=task.limit, **options)
+    return benchmark.load(_data_of(task), limit=task.limit, download=download, **options)
 
 
 def _data_of(task: SuiteTask) -> str:

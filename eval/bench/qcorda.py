@@ -37,6 +37,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from corda_core import AdapterPlan, attach, collect, plan, quantization_errors, quantize_linears_
 from corda_eval.bench.cases import smollm2_model
+from corda_eval.study.frontier import steps_to
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.train import attach_lora
 
@@ -191,16 +192,6 @@ METHODS: dict[str, Callable[[Any, AdapterPlan], PeftModel]] = {
     "CorDA-IPM": lambda model, made: attach(model, made, residual="offset", quantize="nf4"),
     CLAIMED: lambda model, made: attach(model, made, residual="subtract", quantize="nf4"),
 }
-
-
-def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
-    """Return the step at which a curve of pairs (step, loss) first comes down to the target; infinity if it never does."""
-    if curve[0][1] <= target:
-        return float(curve[0][0])
-    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
-        if low <= target:
-            return before + (after - before) * (high - target) / (high - low)
-    return NEVER
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:

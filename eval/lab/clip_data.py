@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from corda_core.files import replacing_in
+from corda_eval.lab.clip import on_white
 from corda_eval.lab.shapes import named_images
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 
@@ -204,11 +205,11 @@ def _write_table(path: Path, found: Iterable[Captioned]) -> None:
         "label": ClassLabel(names=names),
         "source": Value("string"),
     }
-    data = [
-        {"image": {"bytes": _png(one.image), "path": None}, "caption": one.caption, "label": one.caption, "source": one.source}
-        for one in rows
-    ]
-    Dataset.from_list(data, features=Features(kinds)).to_parquet(str(path))
+    captions = [one.caption for one in rows]
+    # Training lays pictures on grounds of its own; what is measured looks the same to everybody.
+    pictures = [{"bytes": _png(one.image if path.stem == "train" else on_white(one.image)), "path": None} for one in rows]
+    columns = {"image": pictures, "caption": captions, "label": captions, "source": [one.source for one in rows]}
+    Dataset.from_dict(columns, features=Features(kinds)).to_parquet(str(path))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -8,6 +8,7 @@
    the encoder's 256 main directions. So words that no picture is named by have their place among the others.
 2. The image tower learns to match the text tower, which stays as it is (LiT, arXiv 2111.07991): CLIP's loss over batches of
    pictures with different captions, cut, turned, recoloured and laid on other grounds.
+3. Both towers learn to match each other.
 
 Writes what ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` reads: ``open_clip_config.json``,
 ``open_clip_model.safetensors`` (float16) and the tokenizer; and ``pretrain_log.jsonl``.
@@ -18,8 +19,9 @@ import math
 import random
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,9 +41,11 @@ from corda_eval.lab.clip_data import PIXELS
 
 VOCABULARY = 6000
 CONTEXT_LENGTH = 24
+FEATURES = 256
+VISION = {"image_size": PIXELS, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64}
 MODEL = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": PIXELS, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
+    "embed_dim": FEATURES,
+    "vision_cfg": VISION,
     "text_cfg": {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": VOCABULARY,
@@ -64,6 +68,7 @@ def pretrain(
     wordnet: Annotated[Path, typer.Option(help="WordNet's folder.")] = Path("/usr/share/wordnet"),
     text_epochs: Annotated[int, typer.Option(help="Passes over the names.")] = 1,
     image_steps: Annotated[int, typer.Option(help="Steps of the image tower.")] = 1100,
+    both_steps: Annotated[int, typer.Option(help="Steps of both towers, of half as many pictures.")] = 1800,
     batch_size: Annotated[int, typer.Option(help="Names, or pictures, a step.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and changes to the pictures.")] = 0,
 ) -> None:
@@ -83,10 +88,12 @@ def pretrain(
     pictures, captions = read_pictures(data / "train.parquet")
     names = [*dict.fromkeys([*captions, *wordnet_names(wordnet)])]
     tokenizer = train_tokenizer([phrase.format(name) for name in names for phrase in PHRASES[:2]])
-    model = open_clip.CLIP(**MODEL | {"vision_cfg": MODEL["vision_cfg"] | {"patch_dropout": PATCH_DROPOUT}})  # type: ignore[operator]
+    model = open_clip.CLIP(**MODEL | {"vision_cfg": VISION | {"patch_dropout": PATCH_DROPOUT}})
     optimise_text(model, tokenizer, names, epochs=text_epochs, batch_size=batch_size, record=record)
     write_model(model, tokenizer, output)
     optimise_images(model, tokenizer, pictures, captions, steps=image_steps, batch_size=batch_size, record=record)
+    write_model(model, tokenizer, output)
+    optimise_both(model, tokenizer, pictures, captions, steps=both_steps, batch_size=batch_size // 2, record=record)
     write_model(model, tokenizer, output)
 
 
@@ -122,7 +129,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def optimise_text(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     names: Sequence[str],
     *,
@@ -134,7 +141,7 @@ def optimise_text(
     """Draw the text tower's features of the names, in changing phrases, to the larger encoder's."""
     plain = encoder_features(names)
     mean = plain.mean(0)
-    directions = torch.linalg.svd(plain[:: max(1, len(plain) // 20000)] - mean, full_matrices=False).Vh[: MODEL["embed_dim"]].T  # type: ignore[misc]
+    directions = torch.linalg.svd(plain[:: max(1, len(plain) // 20000)] - mean, full_matrices=False).Vh[:FEATURES].T
     wanted = F.normalize((plain - mean) @ directions, dim=-1)
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(("visual", "logit"))]
     steps = epochs * (len(names) // batch_size)
@@ -171,7 +178,7 @@ def encoder_features(texts: Sequence[str]) -> Tensor:
 
 
 def optimise_images(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     pictures: Tensor,
     captions: Sequence[str],
@@ -184,32 +191,84 @@ def optimise_images(
     """Train the image tower and the scale of the logits against the features of the captions, which stay."""
     distinct = list(dict.fromkeys(captions))
     heads = torch.stack([caption_features(model, tokenizer, [phrase.format(name) for name in distinct]) for phrase in PHRASES])
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, caption in enumerate(captions):
-        places[caption].append(place)
+    number = {caption: place for place, caption in enumerate(distinct)}
+
+    def text_features(some: Sequence[str]) -> Tensor:
+        return heads[torch.randint(len(PHRASES), (len(some),)), [number[caption] for caption in some]]
+
     parameters = [*model.visual.parameters(), model.logit_scale]
+    order = _pairs_of_different_captions(captions, [1] * len(distinct), batch_size)
+    _match(model, parameters, text_features, pictures, captions, order, steps, learning_rate, partial(record, stage="images"))
+
+
+def optimise_both(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    pictures: Tensor,
+    captions: Sequence[str],
+    *,
+    steps: int,
+    batch_size: int,
+    record: Callable[..., None],
+    learning_rate: float = 1e-3,
+) -> None:
+    """Train both towers and the scale; a caption with n pictures comes √n times as often as one with a single one."""
+
+    def text_features(some: Sequence[str]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.encode_text(tokens(tokenizer, [random.choice(PHRASES).format(caption) for caption in some]))
+        return F.normalize(features.float(), dim=-1)
+
+    counts = Counter(captions)
+    order = _pairs_of_different_captions(captions, [round(count**0.5) for count in counts.values()], batch_size)
+    _match(model, [*model.parameters()], text_features, pictures, captions, order, steps, learning_rate, partial(record, stage="both"))
+
+
+def _match(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    text_features: Callable[[Sequence[str]], Tensor],
+    pictures: Tensor,
+    captions: Sequence[str],
+    order: Iterator[list[int]],
+    steps: int,
+    learning_rate: float,
+    record: Callable[..., None],
+) -> None:
+    """Train parameters by CLIP's loss; pictures of one caption are not held against each other."""
     optimiser, schedule = _adamw(parameters, learning_rate, steps)
-    order = _endless_order(len(distinct), batch_size)
-    progress = tqdm(range(steps), desc="image tower")
+    progress = tqdm(range(steps), desc="matching")
     for step in progress:
         chosen = next(order)
-        images = augmented(pictures[[random.choice(places[distinct[i]]) for i in chosen.tolist()]])
-        texts = heads[torch.randint(len(PHRASES), (len(chosen),)), chosen]
+        some = [captions[place] for place in chosen]
+        texts = text_features(some)
         with torch.autocast("cpu", torch.bfloat16):
-            features = model.encode_image(images)
+            features = model.encode_image(augmented(pictures[chosen]))
         logits = model.logit_scale.exp() * F.normalize(features.float(), dim=-1) @ texts.T
         numbers = torch.arange(len(chosen))
+        first = torch.tensor([some.index(caption) for caption in some])
+        logits = logits.masked_fill((first[:, None] == first) & (numbers[:, None] != numbers), -torch.inf)
         loss = (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
         _step(loss, parameters, optimiser, schedule)
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 20 == 0 or step == steps - 1:
             right = (logits.argmax(1) == numbers).float().mean().item()
             progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.2f}")
-            record(stage="images", step=step, loss=round(loss.item(), 4), right=round(right, 3))
+            record(step=step, loss=round(loss.item(), 4), right=round(right, 3))
+
+
+def _pairs_of_different_captions(captions: Sequence[str], times: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of places: every caption so many times a pass, each time with any of its pictures."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, caption in enumerate(captions):
+        places[caption].append(place)
+    repeated = [caption for caption, count in zip(places, times, strict=True) for _ in range(count)]
+    for chosen in _endless_order(len(repeated), batch_size):
+        yield [random.choice(places[repeated[number]]) for number in chosen.tolist()]
 
 
 @torch.inference_mode()
-def caption_features(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+def caption_features(model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """Return the text tower's features (texts, 256) of length 1."""
     found = [model.encode_text(tokens(tokenizer, texts[start : start + 512])) for start in range(0, len(texts), 512)]
     return F.normalize(torch.cat(found), dim=-1).clone()
@@ -245,7 +304,7 @@ def augmented(pictures: Tensor) -> Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def write_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the folder that open_clip reads."""
     preprocessing = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     tokenizer.save_pretrained(folder)

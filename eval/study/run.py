@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from corda_core import Covariance
 from corda_core.files import write_whole
@@ -50,7 +50,8 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     torch.manual_seed(spec.seed)
     task = _made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     if spec.method is None:
-        return {"spec": dataclasses.asdict(spec), "scores": _plain(task.measure(task.model)), "validation": task.validate(task.model)}
+        scores = _plain(task.measure(task.model))
+        return {"spec": dataclasses.asdict(spec), "scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
     originals = linear_copies(task.model, task.layers)
     kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()
@@ -102,4 +103,4 @@ def main(spec: Path, result: Path, cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(*map(Path, sys.argv[1:]))

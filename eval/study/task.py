@@ -44,7 +44,8 @@ class Task:
     """What is trained on, one batch a step, in order."""
 
     contexts: Mapping[str, Sequence[Batch]]
-    """Inputs of the model by domain, for covariances: those to be kept, and ``TARGET``, what is learned. All tokens count: none is padding.
+    """Inputs of the model by domain, for covariances: those to be kept, and what is learned, ``TARGET`` and
+    perhaps its parts. All tokens count: none is padding.
     One domain alone need not reach every layer; all that are to be kept together do, and so does ``TARGET``."""
 
     validate: Callable[[nn.Module], float]
@@ -59,9 +60,17 @@ class Task:
     seed: int
     """Of what the method draws."""
 
+    learned: tuple[str, ...] = ()
+    """Where several tasks are learned at once: their names among the contexts and the scores; ``TARGET`` is then their mixture. They are
+    not to be kept."""
+
+    kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a
+    classifier its own predictions; None where the setting has no such loss."""
+
     def default_context(self, mode: str) -> tuple[str, ...]:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
-        return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain != TARGET)
+        return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain not in (TARGET, *self.learned))
 
     def covariances(self, *domains: str) -> dict[str, Covariance]:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.

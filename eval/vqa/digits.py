@@ -36,8 +36,8 @@ def load_digit_questions(split: str) -> list[VqaExample]:
     return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i]), question_id=str(i)) for i in order]
 
 
-def load(folder: None = None, *, split: str = "test", limit: int | None = None) -> list[VqaExample]:
-    """Return the digits of one split, all or the first; there is no folder to give.
+def load(*, split: str = "test", limit: int | None = None) -> list[VqaExample]:
+    """Return the digits of one split, all or the first.
 
     Raises:
         ValueError: If the split is unknown.

@@ -34,8 +34,8 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
     return [VqaExample(images[rows[i][2]], rows[i][0], rows[i][1], question_id=str(i)) for i in chosen]
 
 
-def load(folder: None = None, *, split: str = "test", limit: int | None = None) -> list[VqaExample]:
-    """Return the questions of a split in file order, all or the first; there is no folder to give.
+def load(*, split: str = "test", limit: int | None = None) -> list[VqaExample]:
+    """Return the questions of a split in file order, all or the first.
 
     Raises:
         ValueError: If ``split`` is not "train" or "test".

@@ -16,8 +16,8 @@ LETTER_ANSWER = "\nAnswer with the option's letter from the given choices direct
 class VqaExample:
     """One question about one image."""
 
-    image: Image.Image | Path | bytes | None
-    """A picture, its file, what is in its file, or None for a question about text alone."""
+    image: Image.Image | Path | bytes | Callable[[], bytes] | None
+    """A picture, its file, what is in its file, a function that reads that, or None for a question about text alone."""
 
     question: str
     """The whole prompt: question, choices, and how to answer."""
@@ -39,7 +39,7 @@ class VqaExample:
 
     def as_item(self) -> dict[str, object]:
         """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
-        image = self.open_image() if isinstance(self.image, bytes) else self.image
+        image = self.image if isinstance(self.image, (Image.Image, Path)) else self.open_image()
         return {"image": image, "question": self.question, "answer": self.answer}
 
     def open_image(self) -> Image.Image | None:
@@ -52,11 +52,12 @@ class VqaExample:
             return None
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
+        source = self.image() if callable(self.image) else self.image
         try:
-            with Image.open(BytesIO(self.image) if isinstance(self.image, bytes) else self.image) as image:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            name = self.image if isinstance(self.image, Path) else f"of {len(self.image)} bytes"
+            name = source if isinstance(source, Path) else f"of {len(source)} bytes"
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             raise ValueError(
                 f"question {self.question_id!r}: the image {name} cannot be read ({reason}); get the file again, or mend it."
@@ -70,7 +71,8 @@ class VqaTask:
     name: str
 
     load: Callable[..., list[VqaExample]]
-    """``load(folder, split=…, limit=…)``; the benchmark's file says what must be in the folder."""
+    """``load(source, split=…, limit=…, download=…)`` of a folder or table that the benchmark's file describes; without a source of what
+    comes with its package: ``load(split=…, limit=…)``."""
 
     headline: str
     """Name of the mean score."""

@@ -63,9 +63,10 @@ def rows_of(values: Any, keys: Iterable[str], where: object) -> list[Mapping[str
     wanted = list(keys)
     wrong = [place for place, row in enumerate(values) if not isinstance(row, Mapping) or not set(wanted) <= set(row)]
     if wrong:
+        lacking = [key for key in wanted if not isinstance(values[wrong[0]], Mapping) or key not in values[wrong[0]]]
         raise ValueError(
-            f"{where} has {len(wrong)} row(s) of {len(values)} without all of {wanted}, first row {wrong[0]}, counted from 0; "
-            "check that it is the benchmark's own file, or mend it."
+            f"{where} has {len(wrong)} row(s) of {len(values)} without all of {wanted}, first row {wrong[0]}, counted from 0, which lacks "
+            f"{lacking}; check that it is the benchmark's own file, or mend it."
         )
     return values
 

@@ -1,7 +1,8 @@
-"""MMBench and what comes in its form: questions with up to four choices and an image, as a table.
+"""MMBench and what comes in its form: questions with up to four choices and an image.
 
 Folder: ``mmbench_dev_20230712.tsv`` (https://download.openmmlab.com/mmclassification/datasets/mmbench) or another .tsv with the columns
 index, question, A, B, answer and image (base64, or the index of a row whose image is meant); perhaps C, D, hint and category.
+Table: as ``lmms-lab/MMBench`` (its configuration "en") or ``lmms-lab/MMBench_EN``, split "dev", with the same columns.
 Prompt: hint, question, lettered choices, and the request for a letter (LLaVA-1.5's). Scores: accuracy over rows, also by category; and
 ``circular_accuracy``, the official one: a question's rows, with its choices rotated (index + 1,000,000 …), count only if all are right.
 The official tool lets a language model read answers without a letter; here they are wrong.
@@ -13,34 +14,43 @@ import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from corda_eval.vqa.example import LETTER_ANSWER, VqaExample, VqaTask, with_choices
 from corda_eval.vqa.files import by_key, checked, existing, first, rows_of
 from corda_eval.vqa.pmc_vqa import choice_score
+from corda_eval.vqa.tables import Table, is_table
 
 ROTATION = 1_000_000
 """How far apart the indices of a question's rotations are."""
 NOTHING = ("", "nan", "none")
+COLUMNS = ("index", "question", "A", "B", "answer", "image")
+TABLE = Table(COLUMNS, "dev")
 
 
-def load(folder: str | Path, *, split: str = "mmbench_dev_20230712", limit: int | None = None) -> list[VqaExample]:
-    """Return the rows of the table ``split``.tsv in file order, all or those of the first questions, with all their rotations.
+def load(source: str | Path, *, split: str | None = None, limit: int | None = None, download: bool = False) -> list[VqaExample]:
+    """Return the rows of a folder's ``split``.tsv, or of a table, in their order, all or those of the first questions with all rotations.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is broken, or has no answers, as tables of test splits.
     """
-    path = Path(folder).expanduser() / f"{split}.tsv"
+    if is_table(source):
+        return _examples(TABLE.rows(source, split=split, download=download), limit, source)
+    path = Path(source).expanduser() / f"{split or 'mmbench_dev_20230712'}.tsv"
     csv.field_size_limit(max(csv.field_size_limit(), 1 << 28))  # images are longer than the 128 KB that are allowed by default
     table = csv.DictReader(io.StringIO(existing(path).read_text(encoding="utf-8"), newline=""), delimiter="\t")
-    rows = rows_of(list(table), ("index", "question", "A", "B", "answer", "image"), path)
+    rows = rows_of(list(table), COLUMNS, path)
     by_index = by_key(rows, "index", path)
+    return _examples([{**row, "image": _image(row, by_index, f"{path}, index {row['index']}")} for row in rows], limit, path)
+
+
+def _examples(rows: Sequence[Mapping[str, Any]], limit: int | None, where: object) -> list[VqaExample]:
     chosen = set(first(list(dict.fromkeys(_unrotated(str(row["index"])) for row in rows)), limit))
-    return checked([_example(row, by_index, path) for row in rows if _unrotated(str(row["index"])) in chosen], path)
+    return checked([_example(row, f"{where}, index {row['index']}") for row in rows if _unrotated(str(row["index"])) in chosen], where)
 
 
-def _example(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, str | None]], path: Path) -> VqaExample:
-    where = f"{path}, index {row['index']}"
+def _example(row: Mapping[str, Any], where: str) -> VqaExample:
     choices: list[str] = []
     for letter in "ABCD":
         choice = _filled(row.get(letter))
@@ -53,7 +63,7 @@ def _example(row: Mapping[str, str | None], by_index: Mapping[str, Mapping[str, 
     hint = _filled(row.get("hint"))
     question = f"{hint}\n{row['question']}" if hint else row["question"] or ""
     return VqaExample(
-        _image(row, by_index, where),
+        row["image"],
         with_choices(question, choices) + LETTER_ANSWER,
         answer,
         question_id=str(row["index"]),

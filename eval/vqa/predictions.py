@@ -1,6 +1,7 @@
 """The file that a run's answers go to, line by line, and that a later run goes on from.
 
-Its first line says what was asked of whom: digests of questions and model, and the options. Answers of another run are refused.
+Its first line says what was asked of whom and with what: versions, digests of questions and model, options. Answers of another run are
+refused; those of other versions too, which may tokenize, resize and round otherwise.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corda_eval.describe import library_versions
 from corda_eval.vqa.example import VqaExample
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ def run_header(task: str, examples: Sequence[VqaExample], model: Any, processor:
     """Return what tells one run from another; each value is compared."""
     return {
         "file": "corda_eval predictions 1",
+        # First, as other versions are often why a digest differs.
+        **library_versions(),
         "task": task,
         "questions": _digest(part for example in examples for part in (example.question_id, example.question, _image_name(example))),
         "model": model_digest(model),
@@ -126,6 +130,8 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not recorded"
     return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
@@ -159,11 +165,12 @@ def _sample(tensor: Tensor) -> bytes:
 
 def _image_name(example: VqaExample) -> str | bytes:
     """Return what tells an image from others: its file's name, or its content."""
-    if isinstance(example.image, Path):
-        return example.image.name
-    if isinstance(example.image, bytes):
-        return hashlib.sha256(example.image).digest()
-    return b"" if example.image is None else hashlib.sha256(example.image.tobytes()).digest()
+    image = example.image() if callable(example.image) else example.image
+    if isinstance(image, Path):
+        return image.name
+    if image is None:
+        return b""
+    return hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).digest()
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:

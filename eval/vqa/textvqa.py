@@ -1,46 +1,46 @@
 """TextVQA: questions about writing in images (validation: 5,000), ten people's answers each.
 
 Folder: ``TextVQA_0.5.1_val.json``, the images as ``train_images/003a8ae2ef43b901.jpg`` and, for ``textvqa_ocr``,
-``TextVQA_Rosetta_OCR_v0.2_val.json`` (https://textvqa.org/dataset). Score: VQA accuracy as EvalAI normalises.
+``TextVQA_Rosetta_OCR_v0.2_val.json`` (https://textvqa.org/dataset). Table: as ``lmms-lab/textvqa``, split "validation", for
+``textvqa_ocr`` with its ``ocr_tokens``. Score: VQA accuracy as EvalAI normalises.
 Prompt: LLaVA-1.5's; ``textvqa_ocr`` adds the line "Reference OCR token: …", with which LLaVA-1.5's 58.2 was measured. Without it scores are
 some 10 points lower: the two are tasks of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from corda_eval.vqa.example import SHORT_ANSWER, VqaExample
-from corda_eval.vqa.files import by_key, checked, first, most_common, people, read_json, rows_of
-from corda_eval.vqa.vqav2 import people_task
+from corda_eval.vqa.files import by_key, checked, first, read_json, rows_of
+from corda_eval.vqa.tables import Table, is_table
+from corda_eval.vqa.vqav2 import COLUMNS, people_example, people_task
 
 
-def load(folder: str | Path, *, split: str = "val", limit: int | None = None, ocr: bool = False) -> list[VqaExample]:
-    """Return the questions of a split in file order, all or the first, with or without the words found by OCR.
+def load(
+    source: str | Path, *, split: str | None = None, limit: int | None = None, download: bool = False, ocr: bool = False
+) -> list[VqaExample]:
+    """Return the questions of a split (validation) in the source's order, all or the first, with or without the words found by OCR.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is broken, or an image has no OCR.
     """
-    folder = Path(folder).expanduser()
-    path = folder / f"TextVQA_0.5.1_{split}.json"
+    if is_table(source):
+        table = Table((*COLUMNS, "ocr_tokens") if ocr else COLUMNS, "validation")
+        return checked([_example(row, source, ocr) for row in table.rows(source, split=split, limit=limit, download=download)], source)
+    folder = Path(source).expanduser()
+    path = folder / f"TextVQA_0.5.1_{split or 'val'}.json"
     rows = first(_data(path, ("question_id", "image_id", "question", "answers")), limit)
-    tokens = _ocr_tokens(folder / f"TextVQA_Rosetta_OCR_v0.2_{split}.json", rows) if ocr else {}
-    examples = []
-    for row in rows:
-        answers = people(row["answers"], f"{path}, question {row['question_id']}")
-        words = f"\nReference OCR token: {', '.join(tokens[str(row['image_id'])])}" if ocr else ""
-        examples.append(
-            VqaExample(
-                folder / "train_images" / f"{row['image_id']}.jpg",
-                row["question"] + words + SHORT_ANSWER,
-                most_common(answers),
-                question_id=str(row["question_id"]),
-                answers=answers,
-            )
-        )
-    return checked(examples, path)
+    tokens = _ocr_tokens(folder / f"TextVQA_Rosetta_OCR_v0.2_{split or 'val'}.json", rows) if ocr else {}
+    images = [folder / "train_images" / f"{row['image_id']}.jpg" for row in rows]
+    found = [{**row, "image": image, "ocr_tokens": tokens.get(str(row["image_id"]))} for row, image in zip(rows, images, strict=True)]
+    return checked([_example(row, path, ocr) for row in found], path)
+
+
+def _example(row: Mapping[str, Any], where: object, ocr: bool) -> VqaExample:
+    return people_example(row, where, (f"\nReference OCR token: {', '.join(row['ocr_tokens'])}" if ocr else "") + SHORT_ANSWER)
 
 
 def _ocr_tokens(path: Path, rows: Sequence[Any]) -> dict[str, list[str]]:

@@ -2,28 +2,39 @@
 
 Folder: ``v2_OpenEnded_mscoco_val2014_questions.json``, ``v2_mscoco_val2014_annotations.json`` and the images as
 ``val2014/COCO_val2014_000000000042.jpg`` (https://visualqa.org/download.html); the same with train for the split "train".
-Prompt: LLaVA-1.5's. Score: VQA accuracy as of 2017; ``task("official")`` and others score as other evaluations do.
-LLaVA's published numbers are test-dev's, which only the evaluation server knows: those of validation do not compare.
+Table: as ``lmms-lab/VQAv2``, split "validation". Prompt: LLaVA-1.5's. Score: VQA accuracy as of 2017; ``task("official")`` and others
+score as other evaluations do. LLaVA's published numbers are test-dev's, which only the evaluation server knows: those of validation do
+not compare.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from corda_eval.metrics import vqa_accuracy
 from corda_eval.vqa.example import SHORT_ANSWER, VqaExample, VqaTask
-from corda_eval.vqa.files import by_key, checked, first, people, read_json, rows_of
+from corda_eval.vqa.files import by_key, checked, first, most_common, people, read_json, rows_of
+from corda_eval.vqa.tables import Table, is_table
+
+COLUMNS = ("question_id", "question", "answers", "image")
+"""What a table of questions that several people answered must have."""
+TABLE = Table(COLUMNS, "validation")
 
 
-def load(folder: str | Path, *, split: str = "val", limit: int | None = None) -> list[VqaExample]:
-    """Return the questions of a split in file order, all or the first.
+def load(source: str | Path, *, split: str | None = None, limit: int | None = None, download: bool = False) -> list[VqaExample]:
+    """Return the questions of a split (validation) in the source's order, all or the first.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is broken, or a question has no annotation.
     """
-    names = f"v2_OpenEnded_mscoco_{split}2014_questions.json", f"v2_mscoco_{split}2014_annotations.json"
-    return coco_questions(Path(folder).expanduser(), *names, split=split, limit=limit)
+    if is_table(source):
+        rows = TABLE.rows(source, split=split, limit=limit, download=download)
+        return checked([people_example(row, source) for row in rows], source)
+    part = split or "val"
+    names = f"v2_OpenEnded_mscoco_{part}2014_questions.json", f"v2_mscoco_{part}2014_annotations.json"
+    return coco_questions(Path(source).expanduser(), *names, split=part, limit=limit)
 
 
 def coco_questions(folder: Path, questions: str, annotations: str, *, split: str, limit: int | None) -> list[VqaExample]:
@@ -41,21 +52,29 @@ def coco_questions(folder: Path, questions: str, annotations: str, *, split: str
             f"{len(bare)} of {len(asked)} questions of {folder / questions} have no annotation in {annotations}, first question {bare[0]}; "
             "get the two files of one split."
         )
-    examples = []
-    for row in asked:
-        notes = annotated[str(row["question_id"])]
-        answers = people(notes["answers"], f"{folder / annotations}, question {row['question_id']}")
-        examples.append(
-            VqaExample(
-                folder / f"{split}2014" / f"COCO_{split}2014_{int(row['image_id']):012d}.jpg",
-                row["question"] + SHORT_ANSWER,
-                notes.get("multiple_choice_answer") or max(answers, key=answers.count),
-                question_id=str(row["question_id"]),
-                answers=answers,
-                kind=str(notes.get("answer_type") or ""),
-            )
-        )
+    images = [folder / f"{split}2014" / f"COCO_{split}2014_{int(row['image_id']):012d}.jpg" for row in asked]
+    examples = [
+        people_example({**annotated[str(row["question_id"])], **row, "image": image}, folder / annotations)
+        for row, image in zip(asked, images, strict=True)
+    ]
     return checked(examples, folder / questions)
+
+
+def people_example(row: Mapping[str, Any], where: object, prompt: str = SHORT_ANSWER) -> VqaExample:
+    """Return the example of a row with ``COLUMNS``, of the kind that ``answer_type`` or ``category`` says.
+
+    Raises:
+        ValueError: If it has not the answers of at least two people.
+    """
+    answers = people(row["answers"], f"{where}, question {row['question_id']}")
+    return VqaExample(
+        row["image"],
+        row["question"] + prompt,
+        row.get("multiple_choice_answer") or most_common(answers),
+        question_id=str(row["question_id"]),
+        answers=answers,
+        kind=str(row.get("answer_type") or row.get("category") or ""),
+    )
 
 
 def people_task(name: str, load: Callable[..., list[VqaExample]], variant: str) -> VqaTask:

@@ -32,7 +32,13 @@ class OpenedImages(Sequence[Image.Image]):
 
 
 def karpathy(
-    annotations: str | Path, images: str | Path, *, split: str = "test", task: str | None = None, captions_per_image: int | None = None
+    annotations: str | Path,
+    images: str | Path,
+    *,
+    split: str = "test",
+    task: str | None = None,
+    captions_per_image: int | None = None,
+    limit: int | None = None,
 ) -> CaptionedImages:
     """Return one split.
 
@@ -42,6 +48,7 @@ def karpathy(
         split: Which split of Karpathy's own file; BLIP's have one each.
         task: What the results are called; by default as the file.
         captions_per_image: How many captions of each image count, from its first; None takes all.
+        limit: Only the first images, with all their captions.
 
     Raises:
         FileNotFoundError: If there is no such file, or an image of the split is missing.
@@ -57,6 +64,7 @@ def karpathy(
         raise ValueError(f"{path} is not of Karpathy's or BLIP's form ({error!r}); expected one of these; get the file again.") from error
     if not pairs:
         raise ValueError(f"{path} has no images in the split {split!r}; expected some; name another split.")
+    pairs = pairs[:limit]
     files = [folder / name for name, _ in pairs]
     missing = [file for file in files if not file.is_file()]
     if missing:

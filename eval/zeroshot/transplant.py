@@ -6,6 +6,8 @@ LLaVA's tower is a copy of CLIP's ``vision_model`` (or SigLIP's), tuned or not; 
 import copy
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from corda_core.adapter import base_of
@@ -22,7 +24,7 @@ def transplanted(two_towers: Any, language_model: nn.Module) -> Any:
 
     Args:
         two_towers: The original: CLIP or SigLIP of transformers.
-        language_model: LLaVA or another model whose vision tower came from it; merged, if it was adapted.
+        language_model: LLaVA or another model whose vision tower came from it, adapted or not.
 
     Raises:
         ValueError: If the towers do not have the same weights of the same shapes.
@@ -41,19 +43,34 @@ def transplanted(two_towers: Any, language_model: nn.Module) -> Any:
 
 
 def vision_tower(language_model: nn.Module) -> nn.Module:
-    """Return a vision-language model's vision tower.
+    """Return a vision-language model's vision tower; of an adapted model a plain copy that answers as the tower does now.
 
     Raises:
-        ValueError: If it has none, or carries an adapter.
+        ValueError: If it has none.
     """
-    if base_of(language_model) is not language_model:
-        raise ValueError(
-            f"{type(language_model).__name__} carries an adapter; expected plain weights; merge it with corda_vlm.merge first."
-        )
-    prefixes = family_of(language_model).vision
+    base = base_of(language_model)
+    prefixes = family_of(base).vision
     if len(prefixes) != 1 or not prefixes[0]:
-        raise ValueError(f"{type(language_model).__name__} has the vision towers {list(prefixes)}; expected one; give a LLaVA-type model.")
-    return language_model.get_submodule(prefixes[0])
+        raise ValueError(f"{type(base).__name__} has the vision towers {list(prefixes)}; expected one; give a LLaVA-type model.")
+    tower: nn.Module = base.get_submodule(prefixes[0])
+    return tower if base is language_model else _merged(tower)
+
+
+def _merged(tower: nn.Module) -> nn.Module:
+    """Return a copy with what the active adapters change in its weights; the language model's stay where they are."""
+    whole = nn.ModuleDict({"tower": copy.deepcopy(tower)})  # the tower itself may be what trained whole
+    for name, module in list(whole.named_modules()):
+        if not isinstance(module, (LoraLayer, ModulesToSaveWrapper)):
+            continue
+        active = [] if module.disable_adapters else list(module.active_adapters)
+        if isinstance(module, LoraLayer):
+            module.merge(adapter_names=active)
+            plain = module.get_base_layer()
+        else:
+            plain = module.modules_to_save[active[0]] if active else module.original_module
+        parent, _, last = name.rpartition(".")
+        setattr(whole.get_submodule(parent), last, plain)
+    return whole["tower"]
 
 
 def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:

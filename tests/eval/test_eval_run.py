@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import corda_vlm
 from corda_eval import run
+from corda_eval.describe import library_versions
 from corda_vlm.cli import app
 
 for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
@@ -109,7 +110,7 @@ def test_what_is_done_is_not_done_again(place: Path, monkeypatch: Any) -> None:
     assert (place / "out" / "report.md").read_text() == before
 
 
-def test_what_belongs_to_another_run_is_refused(place: Path) -> None:
+def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert called(place, "tuned").exit_code == 0
     shutil.copy(place / "lora" / "adapter_model.safetensors", place / "tuned")
     done = called(place, "tuned")
@@ -119,6 +120,9 @@ def test_what_belongs_to_another_run_is_refused(place: Path) -> None:
     (place / "suite.yaml").write_text(suite.replace("limit: 5", "limit: 4"))
     done = called(place, "lora")
     assert "digits.json was made with another task" in done.output
+    (place / "suite.yaml").write_text(suite)
+    monkeypatch.setattr(run, "library_versions", lambda: library_versions() | {"torch": "99.0"})
+    assert f"digits.json was made with another torch ({library_versions()['torch']}); name another output" in called(place, "lora").output
 
 
 def test_errors_are_sentences(place: Path) -> None:

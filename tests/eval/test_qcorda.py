@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from corda_eval.bench.qcorda import METHODS, best_rates, beyond_the_edge, error_table, rate_table, readings, steps_table, steps_to, train
+from corda_eval.bench.qcorda import METHODS, best_rates, beyond_the_edge, error_table, rate_table, readings, steps_table, train
+from corda_eval.study.frontier import steps_to
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from corda_vlm.estimate import estimate
 from corda_vlm.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("demo", "suite")))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith(("compare", "demo", "suite")))
 ROW = {
     **{"question": "what color is this ?", "answers": ["red", "red", "blue"], "query": "what is one ?", "response": "two"},
     **{"Question": "what is this ?", "Choice A": "red", "Choice B": "blue", "Choice C": "a", "Choice D": "one", "Answer_label": "red"},

@@ -1,9 +1,9 @@
 """CorDA (arXiv 2406.05223) and CorDA++ (2506.13187): the package's own ``plan`` and ``attach``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from corda_core import allocate_ranks, attach, plan, resolved, select_covariances, weight_matrix
+from corda_core import Covariance, allocate_ranks, attach, plan, resolved, select_covariances, weight_matrix
 from corda_core.adapter import Protect
 from corda_core.decompose import Mode, Split
 from corda_eval.study.method import Adapted
@@ -27,6 +27,7 @@ class Corda:
     def adapt(self, task: Task) -> Adapted:
         """Return the model with the adapter on the task's layers."""
         whiten = self.protect == "whitened"
+        covariances: Mapping[str, Covariance]
         if not self.candidates:
             covariances, ranks = task.covariances(*(self.context or task.default_context(self.mode))), None
         else:

@@ -8,7 +8,9 @@ its data sets (``descriptions``), nats a token on windows that no context has; a
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,8 @@ from corda_eval.text.facts import facts_scores
 from corda_eval.text.perplexity import held_out_text, mean_loss, text_windows
 
 SOURCES = ("argparse", "ast", "datetime", "decimal", "inspect", "locale", "mailbox", "optparse", "pickle", "tarfile", "typing", "zipfile")
+Draw = Callable[[random.Random], tuple[str, str]]
+"""Gives a question and its answer."""
 LENGTH, WINDOW = 64, 128
 """Tokens of a window of additions, and of text."""
 
@@ -46,6 +50,10 @@ class SmolLm2Addition:
     """Measured eleven times in a training."""
     facts: int = 100
 
+    def measured(self) -> dict[str, int]:
+        """Return how many windows are measured of each split."""
+        return {"test": self.test_windows, "validation": self.validation_windows}
+
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data."""
         model, layers, tokenizer = smollm2_model()
@@ -53,10 +61,8 @@ class SmolLm2Addition:
         texts = kept_texts()
         contexts = {name: text_windows(first, tokenizer, WINDOW, self.context_windows) for name, (first, _) in texts.items()}
         kept = {name: text_windows(second, tokenizer, WINDOW, self.kept_windows) for name, (_, second) in texts.items()}
-        training = additions(tokenizer, self.steps * self.batch_size, "train", seed)
-        batches = _batched(training, self.batch_size)
-        test = _batched(additions(tokenizer, self.test_windows, "test"), 8)
-        validation = _batched(additions(tokenizer, self.validation_windows, "validation"), 8)
+        batches = additions(tokenizer, self.steps * self.batch_size, "train", seed, batch_size=self.batch_size)
+        test, validation = (additions(tokenizer, count, split) for split, count in self.measured().items())
 
         def measure(adapted: nn.Module) -> dict[str, Score]:
             scores = {TARGET: answer_score(adapted, test)}
@@ -77,29 +83,54 @@ class SmolLm2Addition:
             measure=measure,
             cache=cache,
             seed=seed,
+            kept_loss=text_loss,
         )
 
 
-def additions(tokenizer: Any, count: int, split: str, seed: int = 0) -> dict[str, Tensor]:
-    """Return ``count`` windows of additions of one split, ``input_ids`` and ``labels`` (count, 64).
+def text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss (nats a token) of a context batch's texts, each token after those before it."""
+    with casting():
+        return model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
-    Labels are the sums that are whole, and -100 elsewhere.
+
+def additions(tokenizer: Any, count: int, split: str, seed: int = 0, *, batch_size: int = 8, low: int = 0, high: int = 1000) -> list[Batch]:
+    """Return windows of additions of one split, operands of low … high − 1, as ``windows`` does.
+
+    Raises:
+        ValueError: If the split has no such pair.
     """
-    generator = random.Random(f"{split} {seed}")
+    if not any(split_of(a, b) == split for a in range(low, high) for b in range(low, a + 1)):
+        raise ValueError(f"No sum of two numbers of {low} to {high - 1} is in the split {split!r}; take a wider range.")
+    draw = partial(addition, split=split, low=low, high=high)
+    return windows(tokenizer, count, draw, f"{split} {seed}", batch_size=batch_size)
+
+
+def addition(generator: random.Random, split: str, low: int, high: int) -> tuple[str, str]:
+    """Return question and answer of one addition of a split: the digits of the sum reversed."""
+    while True:
+        a, b = generator.randrange(low, high), generator.randrange(low, high)
+        if split_of(a, b) == split:
+            return f"{a}+{b}=", f"{str(a + b)[::-1]}\n"
+
+
+def windows(tokenizer: Any, count: int, draw: Draw, seed: str, *, batch_size: int = 8) -> list[Batch]:
+    """Return ``count`` windows of questions and answers in batches, ``input_ids`` and ``labels`` (batch, 64).
+
+    Labels are the answers that are whole, and -100 elsewhere.
+    """
+    generator = random.Random(seed)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for _ in range(count):
         ids: list[int] = []
         labels: list[int] = []
         while len(ids) < LENGTH:
-            a, b = generator.randrange(1000), generator.randrange(1000)
-            if split_of(a, b) != split:
-                continue
-            question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f"{a}+{b}=", f"{str(a + b)[::-1]}\n"))
+            question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in draw(generator))
             ids += question + answer
             labels += [-100] * len(question) + (answer if len(ids) <= LENGTH else [-100] * len(answer))
         rows["input_ids"].append(ids[:LENGTH])
         rows["labels"].append(labels[:LENGTH])
-    return {key: torch.tensor(value) for key, value in rows.items()}
+    batches = zip(*(torch.tensor(values).split(batch_size) for values in rows.values()), strict=True)
+    return [dict(zip(rows, batch, strict=True)) for batch in batches]
 
 
 def split_of(a: int, b: int) -> str:
@@ -123,8 +154,3 @@ def kept_texts() -> dict[str, tuple[str, str]]:
         "code": ("\n\n".join(sources[::2]), "\n\n".join(sources[1::2])),
         "descriptions": ("\n\n".join(descriptions[::2]), "\n\n".join(descriptions[1::2])),
     }
-
-
-def _batched(rows: dict[str, Tensor], size: int) -> list[Batch]:
-    """Return windows in batches."""
-    return [{key: values[start : start + size] for key, values in rows.items()} for start in range(0, len(rows["input_ids"]), size)]

@@ -11,7 +11,8 @@ import torch
 from conftest import tiny_llava
 from PIL import Image
 
-from corda_eval.vqa import generate
+from corda_eval.describe import library_versions
+from corda_eval.vqa import generate, predictions
 from corda_eval.vqa.answer import answer_batch
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance, generate_answers
@@ -133,6 +134,24 @@ def test_predictions_of_another_run_are_refused(tmp_path: Path, processor: Any, 
             generate_answers(**given)
         assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_predictions_of_other_versions_are_refused(
+    tmp_path: Path, processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    generate_answers("tiny", examples, model, processor, path=path)
+    header, *lines = path.read_text().splitlines()
+    versions = library_versions()
+    assert {name: json.loads(header)[name] for name in versions} == versions
+    assert list(versions) == ["corda-vlm", "torch", "transformers", "peft"]
+    monkeypatch.setattr(predictions, "library_versions", lambda: versions | {"transformers": "99.0"})
+    with pytest.raises(ValueError, match=r"another run: transformers is '.+' there and '99.0' here; give another file, or remove it."):
+        generate_answers("tiny", examples, model, processor, path=path)
+    old = {name: value for name, value in json.loads(header).items() if name not in versions}
+    path.write_text("\n".join([json.dumps(old), *lines]) + "\n")
+    with pytest.raises(ValueError, match=r"corda-vlm is not recorded there and '.+' here \(and 3 more differ\); give another file"):
+        generate_answers("tiny", examples, model, processor, path=path)
 
 
 @pytest.mark.parametrize(

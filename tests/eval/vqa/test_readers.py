@@ -158,7 +158,7 @@ def test_vizwiz(tmp_path: Path) -> None:
         vizwiz.load(tmp_path, split="test")
 
 
-def test_gqa(tmp_path: Path) -> None:
+def test_gqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         "201307251": {"question": "Is it red?", "imageId": "n1", "answer": "yes", "types": {"structural": "verify"}},
         "201640614": {"question": "Who?", "imageId": "n1", "answer": "girl", "types": {"structural": "query"}},
@@ -166,6 +166,8 @@ def test_gqa(tmp_path: Path) -> None:
     write(tmp_path / "questions/testdev_balanced_questions.json", rows)
     picture(tmp_path / "images/n1.jpg")
     examples = gqa.load(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert [one.question for one in gqa.load(tmp_path.name)] == [one.question for one in examples]  # no id, though it could be one
     assert [(one.question_id, one.answer, one.kind) for one in examples] == [("201307251", "yes", "binary"), ("201640614", "girl", "open")]
     assert score(gqa.TASK, examples, ["Yes.", "the girl"]).metrics == {"accuracy": 0.5, "accuracy:binary": 1, "accuracy:open": 0}
 

@@ -40,6 +40,7 @@ def test_both_forms_are_the_same_set(tmp_path: Path, images: Path) -> None:
     result = evaluate(model, first, pairs)
     assert result.num_examples == 4
     assert result.metrics["text_retrieval_recall@5"] == 1
+    assert karpathy(tmp_path / "own.json", images, limit=1).captions == first.captions[:1]
     assert karpathy(tmp_path / "own.json", images, split="train", captions_per_image=1).captions_per_image == 1
     with pytest.raises(ValueError, match="no images in the split 'restval'"):
         karpathy(tmp_path / "own.json", images, split="restval")

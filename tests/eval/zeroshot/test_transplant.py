@@ -75,13 +75,23 @@ def test_towers_of_other_models_are_refused() -> None:
         transplanted(tiny_llama(), llava_of(original))
 
 
-def test_adapters_have_to_be_merged_first() -> None:
+@pytest.mark.parametrize("options", [{}, {"residual": "subtract"}, {"parts": ["language"], "train_fully": ["vision"]}])
+def test_an_adapted_tower_is_as_if_merged(options: Any) -> None:
     original, pairs = hugging_clip()
     llava = llava_of(original)
     ids = torch.tensor([[2, *[5] * 4, 9, 10]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pairs.read([coloured(1)])}
-    adapted = corda_vlm.prepare(llava, [batch], rank=2, parts=["vision"])
-    with pytest.raises(ValueError, match="carries an adapter"):
-        transplanted(original, adapted)
-    expected = outputs(original, pairs)
-    torch.testing.assert_close(outputs(transplanted(original, corda_vlm.merge(adapted)), pairs), expected)
+    adapted = corda_vlm.prepare(llava, [batch], rank=2, **{"parts": ["vision", "language"], **options})
+    before = outputs(original, pairs)
+    torch.testing.assert_close(outputs(transplanted(original, adapted), pairs), before)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "vision_tower" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    state = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    tuned = outputs(transplanted(original, adapted), pairs)
+    assert all(torch.equal(weight, state[name]) for name, weight in adapted.state_dict().items())
+    if not options:
+        with adapted.disable_adapter():
+            torch.testing.assert_close(outputs(transplanted(original, adapted), pairs), before)
+    torch.testing.assert_close(tuned, outputs(transplanted(original, corda_vlm.merge(adapted)), pairs))
+    assert not torch.allclose(tuned, before)

@@ -1,0 +1,192 @@
+"""What a study's runs say: gain, forgetting, and forgetting at matched gain.
+
+Gain: the fall of the loss of what is learned, in nats, on the validation samples for choosing and on the test samples for reporting.
+Forgetting: the mean over the kept things of the rise of their loss, in nats.
+Tuned: the smallest rate whose validation gain is at least ``NEARLY`` of the arm's best with the first seed.
+Matched: of an arm's rates whose validation gain reaches ``NEARLY`` of LoRA's best, the one with the least forgetting (first seed).
+So an arm's forgetting at matched gain is that of runs which were really made, never a value between two.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from corda_eval.study.task import TARGET
+
+NEARLY = 0.95
+BASELINE = "lora"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    arm: str
+    rate: float
+    seed: int
+    result: Mapping[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss was not finite."""
+        return bool(self.result.get("diverged"))
+
+
+def with_interpolations(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs, and each one's interpolations with the base as runs of arms of their own: "lora, α = 0.5" (WiSE-FT)."""
+    found = []
+    for run in runs:
+        found.append(run)
+        for alpha, scores in run.result.get("interpolated", {}).items():
+            last = run.result["validation_losses"][-1][0]
+            result = {
+                **run.result,
+                "scores": {name: score for name, score in scores.items() if name != "validation"},
+                "validation_losses": [*run.result["validation_losses"][:-1], [last, scores["validation"]]],
+                "change": float(alpha) * run.result["change"],
+                "change_on_context": float(alpha) * run.result["change_on_context"],
+            }
+            found.append(Run(f"{run.arm}, α = {alpha}", run.rate, run.seed, result))
+    return found
+
+
+def base_of(runs: Iterable[Run], name: str) -> Run | None:
+    """Return the measurement of the base, if there is one."""
+    return next((run for run in runs if run.arm == name), None)
+
+
+def gain_of(run: Run, base: Run) -> float:
+    """Return the fall of the loss on the validation samples, in nats; minus infinity for a run that diverged."""
+    return -math.inf if run.diverged else base.result["validation"] - run.result["validation_losses"][-1][1]
+
+
+def kept_scores(base: Run) -> dict[str, Any]:
+    """Return the base's scores of the things that are to be kept."""
+    return {name: score for name, score in base.result["scores"].items() if name not in (TARGET, *base.result.get("learned", ()))}
+
+
+def kept_losses(base: Run) -> dict[str, float]:
+    """Return the base's losses of the things that are to be kept."""
+    return {name: score["loss"] for name, score in kept_scores(base).items() if score["loss"] is not None}
+
+
+def forgetting_of(scores: Mapping[str, Any], base: Run, names: Iterable[str] | None = None) -> float:
+    """Return the mean rise of the kept things' losses, of all or of some, in nats."""
+    before = kept_losses(base)
+    return mean(scores[name]["loss"] - before[name] for name in (before if names is None else names))
+
+
+def tuned_rate(runs: Sequence[Run], base: Run) -> float | None:
+    """Return the arm's tuned rate; None if no run learned anything."""
+    gains = {run.rate: gain_of(run, base) for run in runs if run.seed == 0}
+    best = max(gains.values(), default=-math.inf)
+    return min(rate for rate, gain in gains.items() if gain >= NEARLY * best) if best > 0 else None
+
+
+def matched_rate(runs: Sequence[Run], base: Run, baseline: Sequence[Run]) -> float | None:
+    """Return the rate at which the arm forgets least of those at which it learns nearly as much as LoRA; None if it never does."""
+    wanted = NEARLY * max((gain_of(run, base) for run in baseline if run.seed == 0), default=math.inf)
+    enough = [run for run in runs if run.seed == 0 and gain_of(run, base) >= wanted]
+    return min(enough, key=lambda run: forgetting_of(run.result["scores"], base)).rate if enough else None
+
+
+def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
+    """Return the step at which a curve of pairs (step, loss) first comes down to the target; infinity if it never does."""
+    if curve[0][1] <= target:
+        return float(curve[0][0])
+    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
+        if low <= target:
+            return before + (after - before) * (high - target) / (high - low)
+    return math.inf
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm at one of its rates: means over the seeds, and (lowest, highest)."""
+
+    arm: str
+    rate: float
+    num_seeds: int
+    gain: tuple[float, float, float]
+    """Test gain, nats."""
+    accuracy: float | None
+    """Of what was learned, percent."""
+    forgetting: tuple[float, float, float]
+    """Nats."""
+    ratio: tuple[float, float, float] | None
+    """Its forgetting over LoRA's at matched gain, seed by seed."""
+    kept: dict[str, float]
+    """Rise of each kept thing's loss, nats."""
+    accuracy_drops: dict[str, float]
+    """Points of accuracy lost, of kept things that have one."""
+    change_on_context: float
+    change: float
+    steps_to_baseline: float
+    """Part of LoRA's steps after which the validation loss is at LoRA's final one; infinity if never."""
+    parameters: int
+    seconds: float
+    """Of preparing and training."""
+    memory_gb: float
+
+
+def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], arm: str, rate: float) -> Summary:
+    """Return the summary of an arm at a rate; ``baseline`` are LoRA's runs at matched gain by seed."""
+    its = [run for run in runs if run.arm == arm and run.rate == rate and not run.diverged]
+    before = base.result["scores"]
+    lost = {run.seed: forgetting_of(run.result["scores"], base) for run in its}
+    reference = {seed: forgetting_of(run.result["scores"], base) for seed, run in baseline.items()}
+    ratios = [lost[seed] / reference[seed] for seed in lost if reference.get(seed, 0) > 0]
+    accuracies = [run.result["scores"][TARGET]["accuracy"] for run in its]
+    steps = []
+    for run in its:
+        if run.seed in baseline:
+            target = baseline[run.seed].result["validation_losses"][-1]
+            steps.append(steps_to(run.result["validation_losses"], target[1]) / target[0])
+    return Summary(
+        arm=arm,
+        rate=rate,
+        num_seeds=len(its),
+        gain=spread([before[TARGET]["loss"] - run.result["scores"][TARGET]["loss"] for run in its]),
+        accuracy=None if None in accuracies else mean(accuracies),
+        forgetting=spread(list(lost.values())),
+        ratio=spread(ratios) if ratios else None,
+        kept={name: mean(run.result["scores"][name]["loss"] - loss for run in its) for name, loss in kept_losses(base).items()},
+        accuracy_drops={
+            name: mean(score["accuracy"] - run.result["scores"][name]["accuracy"] for run in its)
+            for name, score in kept_scores(base).items()
+            if score["accuracy"] is not None
+        },
+        change_on_context=mean(run.result["change_on_context"] for run in its),
+        change=mean(run.result["change"] for run in its),
+        steps_to_baseline=mean(steps) if steps else math.inf,
+        parameters=its[0].result["trainable_parameters"],
+        seconds=mean(run.result["seconds"]["prepare"] + run.result["seconds"]["train"] for run in its),
+        memory_gb=max(run.result["peak_memory_gb"] for run in its),
+    )
+
+
+def summaries(runs: Sequence[Run], base: Run) -> tuple[dict[str, Summary], dict[str, Summary]]:
+    """Return the arms at their tuned rates, and those that learn as much as LoRA at their matched rates."""
+    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs) if arm != base.arm}
+    reference = matched_rate(by_arm[BASELINE], base, by_arm[BASELINE])
+    baseline = {run.seed: run for run in by_arm[BASELINE] if run.rate == reference}
+    tuned = {arm: rate for arm, its in by_arm.items() if (rate := tuned_rate(its, base)) is not None}
+    matched = {arm: rate for arm, its in by_arm.items() if (rate := matched_rate(its, base, by_arm[BASELINE])) is not None}
+    made = [{arm: summarise(runs, base, baseline, arm, rate) for arm, rate in rates.items()} for rates in (tuned, matched)]
+    return made[0], made[1]
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (gain, forgetting) that no other beats in both, by rising gain."""
+    front: list[tuple[float, float]] = []
+    for gain, forgetting in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not front or forgetting < front[-1][1]:
+            front.append((gain, forgetting))
+    return front[::-1]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, lowest and highest."""
+    return mean(values), min(values), max(values)

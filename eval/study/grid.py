@@ -1,0 +1,189 @@
+"""Which runs a study needs, and how they are made: in worker processes, each finished one a small JSON file that is never run again.
+
+First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge. Then the other
+seeds run at two rates: the tuned one, and that which forgets least of those that learn nearly as much as LoRA (``frontier``).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corda_eval.study.frontier import BASELINE, Run, base_of, gain_of, matched_rate, tuned_rate
+from corda_eval.study.run import RunSpec
+
+LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Where rates come from: two a decade."""
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study; ``configs/compare_lab.yaml`` holds the published one's values with their reasons."""
+
+    settings: Mapping[str, Mapping[str, Any]]
+    """By name: ``kind``, its options, and ``arms``, the names of those that run here (all, if it is left out)."""
+
+    arms: Mapping[str, Mapping[str, Any]]
+    """By name: ``method``, its options, and ``rates``, where the ladder begins for it. One must be called ``lora``."""
+
+    rates: tuple[float, ...]
+    """Where the ladder begins."""
+
+    seeds: int
+    """How many."""
+
+    alphas: tuple[float, ...] = ()
+    """Interpolations with the base that are measured of each run (WiSE-FT)."""
+
+    workers: int = 1
+    """Runs at once."""
+
+    threads: int = 1
+    """Of each."""
+
+    results: str = "compare"
+    """Folder of the finished runs, one a file; beside it what is kept between runs."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that a study needs."""
+
+    setting: str
+    arm: str
+    spec: RunSpec
+
+    @property
+    def file_name(self) -> str:
+        """What its result is called: another option of setting or method makes another name."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.spec), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.setting}/{self.arm}-{self.spec.rate:g}-{self.spec.seed}-{digest}.json"
+
+
+def planned(config: StudyConfig, setting: str, arm: str, rate: float, seed: int) -> Planned:
+    """Return the run of one arm in one setting."""
+    options = {key: value for key, value in config.settings[setting].items() if key != "arms"}
+    method = None if arm == BASE else {key: value for key, value in config.arms[arm].items() if key != "rates"}
+    return Planned(setting, arm, RunSpec(options, method, rate, seed, list(config.alphas) if method else []))
+
+
+def finished(config: StudyConfig, setting: str) -> list[Run]:
+    """Return the finished runs of one setting that belong to this study, by arm, rate and seed."""
+    folder = Path(config.results)
+    found = []
+    for arm in arms_of(config, setting):
+        for file in sorted((folder / setting).glob(f"{arm}-*.json")):
+            result = json.loads(file.read_text())
+            spec = RunSpec(**result["spec"])
+            if planned(config, setting, arm, spec.rate, spec.seed).spec == spec:
+                found.append(Run(arm, spec.rate, spec.seed, result))
+    return sorted(found, key=lambda run: (run.arm, run.rate, run.seed))
+
+
+def arms_of(config: StudyConfig, setting: str) -> list[str]:
+    """Return the names of the arms that run in a setting, the base first."""
+    return [BASE, *config.settings[setting].get("arms", config.arms)]
+
+
+def missing(config: StudyConfig, setting: str) -> list[Planned]:
+    """Return the runs that are needed next: empty when a setting is done."""
+    runs = finished(config, setting)
+    have = {(run.arm, run.rate, run.seed) for run in runs}
+    base = base_of(runs, BASE)
+    if base is None:
+        return [planned(config, setting, BASE, 0.0, 0)]
+    wanted: list[tuple[str, float, int]] = []
+    for arm in arms_of(config, setting)[1:]:
+        its = [run for run in runs if run.arm == arm and run.seed == 0]
+        wanted += [(arm, rate, 0) for rate in rates_of(config, arm, its, base)]
+    if any(one not in have for one in wanted):
+        return [planned(config, setting, *one) for one in wanted if one not in have]
+    baseline = [run for run in runs if run.arm == BASELINE]
+    for arm in arms_of(config, setting)[1:]:
+        its = [run for run in runs if run.arm == arm]
+        repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
+        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
+    return [planned(config, setting, *one) for one in wanted if one not in have]
+
+
+def rates_of(config: StudyConfig, arm: str, first_seed: Sequence[Run], base: Run) -> list[float]:
+    """Return the rates that an arm runs at: the ladder's beginning, and on beyond an edge while that is the best."""
+    rates = sorted(config.arms[arm].get("rates", config.rates))
+    done = {run.rate for run in first_seed}
+    if not set(rates) <= done:
+        return rates
+    best = max(first_seed, key=lambda run: gain_of(run, base)).rate
+    for step, edge in ((1, max(done)), (-1, min(done))):
+        place = LADDER.index(edge) + step if edge in LADDER else -1
+        if best == edge and 0 <= place < len(LADDER):
+            rates.append(LADDER[place])
+    return sorted({*rates, *done})
+
+
+def check(config: StudyConfig) -> None:
+    """Check a study before its first run.
+
+    Raises:
+        ValueError: If an arm that a setting names is missing, LoRA is, or a rate is not on the ladder.
+    """
+    for setting in config.settings:
+        for arm in arms_of(config, setting)[1:]:
+            if arm not in config.arms:
+                raise ValueError(f"The setting {setting} names the arm {arm!r}, which is not among the study's: {', '.join(config.arms)}.")
+        if BASELINE not in arms_of(config, setting):
+            raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
+    odd = [rate for rate in {*config.rates, *(r for arm in config.arms.values() for r in arm.get("rates", ()))} if rate not in LADDER]
+    if odd:
+        raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
+
+
+def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
+    """Make all runs that are missing and return a sentence for each that failed.
+
+    A run that fails is not tried again by this call, and the arm's further runs are left out; a run whose loss is not finite is a result.
+    """
+    folder = Path(config.results)
+    failures: dict[tuple[str, str], str] = {}
+    running: dict[Future[str | None], Planned] = {}
+    with ThreadPoolExecutor(config.workers) as pool:
+        while True:
+            busy = {one.file_name for one in running.values()}
+            needed = [
+                one
+                for setting in config.settings
+                for one in missing(config, setting)
+                if one.file_name not in busy and (setting, one.arm) not in failures
+            ]
+            for one in needed[: config.workers - len(running)]:
+                running[pool.submit(_run, one, folder, config.threads)] = one
+            if not running:
+                return list(failures.values())
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                one = running.pop(future)
+                problem = future.result()
+                if problem is not None:
+                    failures[one.setting, one.arm] = f"{one.setting}, {one.arm} at {one.spec.rate:g}: {problem}"
+                left = len(needed) - 1
+                report(f"{one.file_name}: {'failed' if problem else 'done'}; {left} more are known to be needed")
+
+
+def _run(one: Planned, folder: Path, threads: int) -> str | None:
+    """Make one run in a process of its own; return the end of what it said if it failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as temporary:
+        spec = Path(temporary) / "spec.json"
+        spec.write_text(json.dumps(dataclasses.asdict(one.spec)))
+        command = [sys.executable, "-m", "corda_eval.study.run", str(spec), str(folder / one.file_name), str(folder / "cache")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    return None if result.returncode == 0 else (lines[-1] if lines else f"ended with {result.returncode}")

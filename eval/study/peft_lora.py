@@ -1,0 +1,38 @@
+"""PEFT's LoRA variants on the layers of a task, and on no others."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from corda_core.adapter import lora_config, lora_layers
+from corda_core.modules import is_shared, weight_shape
+from corda_eval.study.task import Task
+
+
+def config_for(task: Task, rank: int, alpha: float | None = None) -> LoraConfig:
+    """Return the config of a plain LoRA on the task's layers: rank ``min(rank, m, n)``, scaling ``alpha / rank`` (None: 1) in each."""
+    ranks = {name: min(rank, *weight_shape(task.model, name)) for name in task.layers}
+    return lora_config(task.model, ranks, rank, 1.0 if alpha is None else alpha / rank)
+
+
+def attach_variant(task: Task, config: LoraConfig) -> PeftModel:
+    """Return the task's model with what the config says on the task's layers.
+
+    Raises:
+        ValueError: If PEFT adapts other layers than the task's.
+    """
+    model = get_peft_model(task.model, config)
+    wrong = lora_layers(model).keys() ^ set(task.layers)
+    if wrong:
+        raise ValueError(f"PEFT and the task differ in whether {min(wrong)} is adapted; please report this model's layer names.")
+    return model
+
+
+def refuse_shared(task: Task, method: str) -> None:
+    """Refuse layers whose weight another module uses too, for methods that write into the base.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    weights = {name: task.model.get_parameter(f"{name}.weight") for name in task.layers}
+    shared = [name for name, weight in weights.items() if is_shared(task.model, weight)]
+    if shared:
+        raise ValueError(f"{method} would change {shared[0]}, whose weight another module uses too; leave it out of the task's layers.")

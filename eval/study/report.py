@@ -1,0 +1,170 @@
+"""A study's runs as tables, as figures and as a page."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corda_core.files import write_whole
+from corda_eval.study.frontier import (
+    BASELINE,
+    NEARLY,
+    Run,
+    Summary,
+    base_of,
+    forgetting_of,
+    gain_of,
+    pareto,
+    summaries,
+    with_interpolations,
+)
+from corda_eval.study.task import TARGET
+from corda_vlm import report
+
+COLUMNS = (
+    "arm",
+    "rate",
+    "seeds",
+    "gain",
+    "right",
+    "forgetting",
+    "against LoRA",
+    "steps",
+    "change on context",
+    "parameters",
+    "time",
+    "memory",
+)
+
+
+def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], output: Path) -> dict[str, Any]:
+    """Write ``study.html``, ``study.md``, ``study.json`` and one figure a setting; return what ``study.json`` holds.
+
+    Args:
+        runs: By setting, the base's among them.
+        facts: What was run, by label.
+        output: The folder.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib or jinja2 are not installed.
+        ValueError: If a setting has no measurement of the base, or no run of LoRA that learned anything.
+    """
+    report.require_extra()
+    output.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, dict[str, list[Summary]]] = {}
+    for setting, its in runs.items():
+        base = base_of(its, "base")
+        if base is None or not any(gain_of(run, base) > 0 for run in its if run.arm == BASELINE):
+            raise ValueError(f"The setting {setting} has no finished run of the base, or none of LoRA that learned; run the study first.")
+        tuned, matched = summaries(with_interpolations(its), base)
+        tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
+        write_whole(output / f"{setting}.png", draw(setting, its, base))
+    summary = {
+        setting: {kind: [dataclasses.asdict(one) for one in its] for kind, its in kinds.items()} for setting, kinds in tables.items()
+    }
+    write_whole(output / "study.json", (json.dumps({"facts": dict(facts), "settings": summary}, indent=1) + "\n").encode())
+    write_whole(output / "study.md", markdown(tables).encode())
+    write_whole(output / "study.html", html(tables, facts, output).encode())
+    return summary
+
+
+def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]]) -> str:
+    """Return a table a setting and choice of rates."""
+    lines = []
+    for setting, kinds in tables.items():
+        for kind, its in kinds.items():
+            lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+            lines += ["| " + " | ".join(cells(one)) + " |" for one in its]
+            lines += [""]
+    return "\n".join(lines)
+
+
+TITLES = {
+    "matched": f"forgetting at matched gain (each arm's rate of least forgetting that learns at least {NEARLY:.0%} of what LoRA does)",
+    "tuned": "each arm at its tuned rate",
+}
+
+
+def cells(one: Summary) -> list[str]:
+    """Return a row's cells as people read them: means, and (lowest … highest) over the seeds."""
+    steps = "never" if math.isinf(one.steps_to_baseline) else f"{one.steps_to_baseline:.0%}"
+    ratio = "" if one.ratio is None else " " if one.arm == BASELINE else _spread(one.ratio, 2)
+    accuracy = "" if one.accuracy is None else f"{one.accuracy:.1f} %"
+    return [
+        one.arm,
+        f"{one.rate:g}",
+        str(one.num_seeds),
+        _spread(one.gain, 3),
+        accuracy,
+        _spread(one.forgetting, 4),
+        ratio,
+        steps,
+        f"{one.change_on_context:.2%}",
+        f"{one.parameters:,}",
+        f"{one.seconds:.0f} s",
+        f"{one.memory_gb:.1f} GB",
+    ]
+
+
+def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], facts: Mapping[str, str], folder: Path) -> str:
+    """Return a page that loads nothing from anywhere; the figures are read from the folder."""
+    import base64
+
+    figures = {setting: base64.b64encode((folder / f"{setting}.png").read_bytes()).decode() for setting in tables}
+    rows = {
+        setting: {
+            TITLES[kind]: [(cells(one), one.kept, one.accuracy_drops, one.arm.partition(",")[0] == one.arm) for one in its]
+            for kind, its in kinds.items()
+        }
+        for setting, kinds in tables.items()
+    }
+    return report.page("study.html.j2", Path(__file__).parent, tables=rows, columns=COLUMNS, figures=figures, facts=facts)
+
+
+def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
+    """Return a figure (PNG): what each run gained and forgot, a line an arm over its rates, and the frontier of all."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    arms = [arm for arm in dict.fromkeys(run.arm for run in runs) if arm != base.arm]
+    styles = [(f"C{number % 10}", "osD^v<>pX*"[number // 10 % 10 * 3 % 10]) for number in range(len(arms))]
+    everything = []
+    for arm, (color, marker) in zip(arms, styles, strict=True):
+        its = [run for run in runs if run.arm == arm and not run.diverged]
+        points = [
+            (base.result["scores"][TARGET]["loss"] - run.result["scores"][TARGET]["loss"], forgetting_of(run.result["scores"], base))
+            for run in its
+        ]
+        first = [point for run, point in zip(its, points, strict=True) if run.seed == 0]
+        everything += points
+        axes.plot(*zip(*first, strict=True), color=color, linewidth=0.8, alpha=0.6)
+        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=6, label=arm, alpha=0.9)
+    axes.plot(*zip(*pareto(everything), strict=True), color="black", linewidth=2, alpha=0.25, label="frontier", zorder=0)
+    axes.axhline(0, color="grey", linewidth=0.6)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set(
+        xlabel="gain: fall of the loss of what is learned, nats", ylabel="forgetting: mean rise of the kept losses, nats", title=setting
+    )
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _ordered(found: Mapping[str, Summary]) -> list[Summary]:
+    """Return the summaries by rising forgetting."""
+    return sorted(found.values(), key=lambda one: one.forgetting[0])
+
+
+def _spread(values: tuple[float, float, float], digits: int) -> str:
+    middle, low, high = (f"{value:.{digits}f}" for value in values)
+    return middle if low == high else f"{middle} ({low} … {high})"

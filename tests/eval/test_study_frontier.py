@@ -1,0 +1,137 @@
+"""What a study's statistics say about runs whose figures are known."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corda_eval.study.frontier import (
+    Run,
+    forgetting_of,
+    gain_of,
+    matched_rate,
+    pareto,
+    summaries,
+    tuned_rate,
+    with_interpolations,
+)
+from corda_eval.study.report import write_study
+
+BASE = Run(
+    "base",
+    0.0,
+    0,
+    {
+        "validation": 2.0,
+        "scores": {"target": {"loss": 2.1, "accuracy": 0.0}, "docs": {"loss": 3.0, "accuracy": None}}
+        | {"code": {"loss": 1.0, "accuracy": 50.0}, "facts": {"loss": None, "accuracy": 70.0}},
+    },
+)
+
+
+def run(arm: str, rate: float, seed: int, gain: float, docs: float, code: float, **more: Any) -> Run:
+    scores = {
+        "target": {"loss": 2.1 - gain, "accuracy": 80.0},
+        "docs": {"loss": 3.0 + docs, "accuracy": None},
+        "code": {"loss": 1.0 + code, "accuracy": 48.0},
+        "facts": {"loss": None, "accuracy": 69.0},
+    }
+    result = {
+        "scores": scores,
+        "validation_losses": [[0, 2.0], [5, 2.0 - gain / 2], [10, 2.0 - gain]],
+        "change": 0.1,
+        "change_on_context": 0.2,
+        "trainable_parameters": 12,
+        "seconds": {"prepare": 1.0, "train": 2.0},
+        "peak_memory_gb": 1.5,
+        "diverged": False,
+    }
+    return Run(arm, rate, seed, result | more)
+
+
+RUNS = [
+    BASE,
+    run("lora", 1e-4, 0, 0.6, 0.05, 0.05),
+    run("lora", 3e-4, 0, 0.97, 0.1, 0.3),
+    run("lora", 3e-4, 1, 0.95, 0.2, 0.4),
+    run("lora", 1e-3, 0, 1.0, 0.5, 0.5),
+    run("kpm", 3e-4, 0, 0.96, 0.01, 0.03),
+    run("kpm", 3e-4, 1, 0.96, 0.02, 0.04),
+    run("kpm", 1e-3, 0, 1.5, 0.2, 0.2),
+    run("weak", 1e-3, 0, 0.2, 0.0, 0.0),
+    Run("weak", 3e-3, 0, {"diverged": True}),
+]
+
+
+def test_gain_and_forgetting() -> None:
+    assert gain_of(RUNS[2], BASE) == pytest.approx(0.97)
+    assert gain_of(RUNS[-1], BASE) == -math.inf
+    assert forgetting_of(RUNS[2].result["scores"], BASE) == pytest.approx(0.2)
+    assert forgetting_of(RUNS[2].result["scores"], BASE, ["code"]) == pytest.approx(0.3)
+
+
+def test_rates() -> None:
+    of = {arm: [one for one in RUNS if one.arm == arm] for arm in ("lora", "kpm", "weak")}
+    assert tuned_rate(of["lora"], BASE) == 3e-4  # 0.97 is nearly 1.0
+    assert tuned_rate(of["kpm"], BASE) == 1e-3
+    assert tuned_rate(of["weak"], BASE) == 1e-3
+    assert tuned_rate([RUNS[-1]], BASE) is None
+    assert matched_rate(of["lora"], BASE, of["lora"]) == 3e-4
+    assert matched_rate(of["kpm"], BASE, of["lora"]) == 3e-4  # 0.96 is enough, and forgets less than 1e-3
+    assert matched_rate(of["weak"], BASE, of["lora"]) is None
+
+
+def test_summaries_hold_each_arm_against_lora_seed_by_seed() -> None:
+    tuned, matched = summaries(RUNS, BASE)
+    assert set(tuned) == {"lora", "kpm", "weak"}
+    assert set(matched) == {"lora", "kpm"}
+    kpm = matched["kpm"]
+    assert (kpm.num_seeds, kpm.rate) == (2, 3e-4)
+    assert kpm.gain == pytest.approx((0.96, 0.96, 0.96))
+    assert kpm.forgetting == pytest.approx((0.025, 0.02, 0.03))
+    assert kpm.ratio == pytest.approx(((0.02 / 0.2 + 0.03 / 0.3) / 2, 0.1, 0.1))
+    assert matched["lora"].ratio == pytest.approx((1, 1, 1))
+    assert kpm.kept == pytest.approx({"docs": 0.015, "code": 0.035})
+    assert kpm.accuracy_drops == pytest.approx({"code": 2.0, "facts": 1.0})
+    # Seed 0 ends at 1.04 where LoRA ends at 1.03, seed 1 passes LoRA's 1.05 just before its last step.
+    assert math.isinf(kpm.steps_to_baseline)
+    assert tuned["kpm"].steps_to_baseline == pytest.approx((5 + 5 * (0.97 - 0.75) / 0.75) / 10)
+
+
+def test_interpolations_are_arms_of_their_own() -> None:
+    between = {"0.5": {"target": {"loss": 1.5, "accuracy": 70.0}, "docs": {"loss": 3.01, "accuracy": None}, "validation": 1.4}}
+    whole, half = with_interpolations([run("lora", 1e-3, 0, 1.0, 0.5, 0.5, interpolated=between)])
+    assert (whole.arm, half.arm) == ("lora", "lora, α = 0.5")
+    assert gain_of(half, BASE) == pytest.approx(0.6)
+    assert half.result["change"] == pytest.approx(0.05)
+    assert "validation" not in half.result["scores"]
+
+
+def test_the_frontier_has_no_point_that_another_beats() -> None:
+    points = [(1.0, 0.5), (0.5, 0.1), (0.9, 0.6), (0.4, 0.2), (1.0, 0.4)]
+    assert pareto(points) == [(0.5, 0.1), (1.0, 0.4)]
+
+
+def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = write_study({"sums": RUNS}, {"Command": "corda-vlm compare"}, tmp_path)
+    assert [one["arm"] for one in found["sums"]["matched"]] == ["kpm", "lora"]
+    assert {file.name for file in tmp_path.iterdir()} == {"sums.png", "study.html", "study.md", "study.json"}
+    stored = json.loads((tmp_path / "study.json").read_text())
+    assert stored["settings"]["sums"]["matched"][0]["forgetting"][0] == pytest.approx(0.025)
+    page, text = (tmp_path / "study.html").read_text(), (tmp_path / "study.md").read_text()
+    assert "default-src 'none'" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "weak" in text
+    assert "0.0250 (0.0200 … 0.0300)" in text
+    assert "0.10" in text
+
+
+def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="sums has no finished run of the base"):
+        write_study({"sums": RUNS[1:]}, {}, tmp_path)
+    with pytest.raises(ValueError, match="none of LoRA that learned"):
+        write_study({"sums": [BASE, RUNS[-1]]}, {}, tmp_path)

@@ -1,0 +1,147 @@
+"""Which runs a study asks for, that finished ones are kept, and what failures do."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from corda_eval.study import grid
+from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
+from corda_eval.study.methods import METHODS
+from corda_eval.study.run import _made
+from corda_eval.study.settings import SETTINGS
+from corda_vlm.config import read_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def study(folder: Path, **changes: object) -> StudyConfig:
+    config = StudyConfig(
+        settings={"sums": {"kind": "smollm2_addition", "steps": 3}},
+        arms={"lora": {"method": "lora", "rank": 4}, "strict": {"method": "corda", "rank": 8, "protect": "strict", "rates": (1e-3, 3e-3)}},
+        rates=(1e-4, 3e-4, 1e-3),
+        seeds=3,
+        results=str(folder),
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def outcome(one: Planned, gain: float, forgetting: float) -> dict[str, object]:
+    """A result as ``corda_eval.study.run`` writes it: base losses are 2 (target) and 3 (kept)."""
+    scores = {"target": {"loss": 2 - gain, "accuracy": 10.0}, "docs": {"loss": 3 + forgetting, "accuracy": None}}
+    if one.arm == BASE:
+        return {"spec": dataclasses.asdict(one.spec), "scores": scores, "validation": 2.0}
+    return {
+        "spec": dataclasses.asdict(one.spec),
+        "scores": scores,
+        "validation_losses": [[0, 2.0], [3, 2 - gain]],
+        "interpolated": {},
+        "change": 0.1,
+        "change_on_context": 0.2,
+        "trainable_parameters": 7,
+        "seconds": {"prepare": 1.0, "train": 2.0},
+        "peak_memory_gb": 1.5,
+        "diverged": False,
+    }
+
+
+def write(config: StudyConfig, one: Planned, gain: float = 0.0, forgetting: float = 0.0, **more: object) -> None:
+    path = Path(config.results) / one.file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(outcome(one, gain, forgetting) | more))
+
+
+def wanted(config: StudyConfig) -> list[tuple[str, float, int]]:
+    return [(one.arm, one.spec.rate, one.spec.seed) for one in missing(config, "sums")]
+
+
+def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    assert wanted(config) == [(BASE, 0.0, 0)]
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    assert wanted(config) == [("lora", 1e-4, 0), ("lora", 3e-4, 0), ("lora", 1e-3, 0), ("strict", 1e-3, 0), ("strict", 3e-3, 0)]
+    for rate, gain, forgetting in ((1e-4, 0.5, 0.05), (3e-4, 1.0, 0.2), (1e-3, 0.9, 0.5)):
+        write(config, planned(config, "sums", "lora", rate, 0), gain, forgetting)
+    for rate, gain, forgetting in ((1e-3, 0.7, 0.01), (3e-3, 0.98, 0.02)):
+        write(config, planned(config, "sums", "strict", rate, 0), gain, forgetting)
+    # strict's best is at its upper edge, LoRA's is not.
+    assert wanted(config) == [("strict", 1e-2, 0)]
+    write(config, planned(config, "sums", "strict", 1e-2, 0), 1.2, 0.3)
+    assert wanted(config) == [("strict", 3e-2, 0)]
+    write(config, planned(config, "sums", "strict", 3e-2, 0), diverged=True)
+    # LoRA: 3e-4 is tuned and matched. strict: 1e-2 is tuned, 3e-3 is enough for LoRA's gain.
+    expected = [("lora", 3e-4, 1), ("lora", 3e-4, 2), ("strict", 3e-3, 1), ("strict", 3e-3, 2), ("strict", 1e-2, 1), ("strict", 1e-2, 2)]
+    assert wanted(config) == expected
+    for arm, rate, seed in expected:
+        write(config, planned(config, "sums", arm, rate, seed), 1.0, 0.1)
+    assert wanted(config) == []
+    assert len(finished(config, "sums")) == 14
+
+
+def test_the_ladder_ends(tmp_path: Path) -> None:
+    config = study(tmp_path, arms={"lora": {"method": "lora", "rank": 4, "rates": (1e-1, 3e-1)}}, seeds=1)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    write(config, planned(config, "sums", "lora", 1e-1, 0), 0.1)
+    write(config, planned(config, "sums", "lora", 3e-1, 0), 0.2)
+    assert wanted(config) == []
+
+
+def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    write(config, planned(config, "sums", "lora", 1e-4, 0), 0.5)
+    assert len(finished(config, "sums")) == 2
+    other = study(tmp_path, settings={"sums": {"kind": "smollm2_addition", "steps": 4}})
+    assert finished(other, "sums") == []
+    wider = study(tmp_path, arms=config.arms | {"lora": {"method": "lora", "rank": 5}})
+    assert [run.arm for run in finished(wider, "sums")] == [BASE]
+    assert planned(config, "sums", "lora", 1e-4, 0).file_name != planned(wider, "sums", "lora", 1e-4, 0).file_name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": {"sums": {"kind": "smollm2_addition", "arms": ["lora", "kpm"]}}}, "'kpm'"),
+        ({"settings": {"sums": {"kind": "smollm2_addition", "arms": ["strict"]}}}, "no arm called 'lora'"),
+        ({"rates": (2e-4,)}, "0.0002"),
+    ],
+)
+def test_a_wrong_study_is_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check(study(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("compare_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_name_what_there_is(path: Path) -> None:
+    config = read_config(path, StudyConfig)
+    check(config)
+    for options in config.settings.values():
+        _made({key: value for key, value in options.items() if key != "arms"}, "kind", SETTINGS, "setting")
+    for options in config.arms.values():
+        _made({key: value for key, value in options.items() if key != "rates"}, "method", METHODS, "method")
+
+
+def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study(tmp_path, seeds=1, workers=2)
+
+    def run(one: Planned, folder: Path, threads: int) -> str | None:
+        if one.arm == "strict":
+            return "ValueError: no such layer"
+        write(config, one, 0.5 if one.spec.rate == 3e-4 else 0.1, 0.1)
+        return None
+
+    monkeypatch.setattr(grid, "_run", run)
+    told: list[str] = []
+    assert complete(config, told.append) == ["sums, strict at 0.001: ValueError: no such layer"] or told
+    assert {run.arm for run in finished(config, "sums")} == {BASE, "lora"}
+    assert any("failed" in line for line in told)
+
+
+def test_a_run_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) -> None:
+    config = study(tmp_path, settings={"sums": {"kind": "sums"}})
+    problem = grid._run(planned(config, "sums", BASE, 0.0, 0), tmp_path, 1)
+    assert problem is not None
+    assert "'sums' is unknown" in problem
+    assert "smollm2_addition" in problem
+    assert not list(tmp_path.glob("sums/*"))
