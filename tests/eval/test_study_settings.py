@@ -22,12 +22,12 @@ from corda_eval.lab import clip
 from corda_eval.lab.base import load_lab
 from corda_eval.metrics import exact_match
 from corda_eval.study.run import RunSpec, run
-from corda_eval.study.settings import SETTINGS, lab_clip, lab_llava, smollm2
+from corda_eval.study.settings import lab_clip, lab_llava, smollm2
 from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
 from corda_eval.study.settings.shared import answer_score, casting, drawn, spread
 from corda_eval.study.settings.smollm2 import SmolLm2Addition, additions, split_of
-from corda_eval.study.task import TARGET, Score, Task
+from corda_eval.study.task import TARGET, Task
 from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.zeroshot.classify import evaluate
@@ -247,7 +247,7 @@ def test_sums_are_right_where_generated_ones_are(lab: Any, tmp_path: Path) -> No
     )["input_ids"]
     marks, labels = is_answer(tokenizer, copied[0]), copied.clone()
     labels[0, ~marks] = -100
-    batches = [windows, {"input_ids": copied, "labels": labels}]
+    batches = [*windows, {"input_ids": copied, "labels": labels}]
     with casting():
         generated = [
             hit for batch in batches for row, marks in zip(*batch.values(), strict=True) for hit in generated_hits(smol, row, marks)
@@ -284,9 +284,10 @@ def test_labels_are_whole_sums_reversed_and_of_one_split(lab: Any) -> None:
     tokenizer = lab[1].tokenizer
     pairs: dict[str, set[tuple[int, ...]]] = {}
     for split in ("train", "validation", "test"):
-        windows = additions(tokenizer, 40, split)
+        rows = [row for batch in additions(tokenizer, 40, split) for row in zip(*batch.values(), strict=True)]
+        assert len(rows) == 40
         pairs[split] = set()
-        for ids, labels in zip(*windows.values(), strict=True):
+        for ids, labels in rows:
             assert len(ids) == 64
             lines = tokenizer.decode(ids).split("\n")[:-1]
             answers = tokenizer.decode(labels[labels >= 0]).split("\n")
@@ -405,7 +406,7 @@ def test_transparent_pictures_are_laid_on_white(pictures: Path) -> None:
     found = clip.on_white(clear)
     assert (found.mode, found.getpixel((0, 0)), found.getpixel((1, 2))) == ("RGB", (255, 255, 255), (10, 20, 30))
     assert found.getpixel((2, 2)) == pytest.approx((127, 127, 127), abs=1)
-    assert clip.read_pictures(pictures / "icons_seen.parquet")[0]["image"].mode == "RGBA"
+    assert clip.read_pictures(pictures / "train.parquet")[0]["image"].mode == "RGBA"
     items = lab_clip.icons(pictures, "icons_seen").items
     assert items[0].image.tobytes() == clip.on_white(noise(100, "RGBA")).tobytes() != noise(100, "RGBA").convert("RGB").tobytes()
 
@@ -428,8 +429,3 @@ def test_what_is_missing_is_named(tmp_path: Path, pictures: Path) -> None:
         LabClipClasses(photographs="a.parquet", kept_photographs="b.parquet")
     with pytest.raises(ValueError, match="has 40 rows, all for test and validation; ask for fewer"):
         LabClipClasses(photographs=str(pictures / "photographs.parquet")).learned()
-
-
-def test_all_settings_are_listed() -> None:
-    assert set(SETTINGS) == {"smollm2_addition", "lab_llava_digits", "lab_clip_classes"}
-    assert Score(1.0).accuracy is None
