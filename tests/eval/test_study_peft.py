@@ -3,6 +3,7 @@
 import builtins
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ PLAIN: list[Method] = [Dora(RANK), Pissa(RANK), Mica(RANK), Osf(RANK), LoraGa(RA
 ALL: list[Method] = [*PLAIN, Eva(RANK), Kasa(RANK)]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def make(model: nn.Module, layers: tuple[str, ...], batches: list[dict[str, Tensor]], loss: Any = None) -> Task:
     """A task of which the methods use model, layers, loss, batches and the context of what is learned."""
 
@@ -51,7 +57,7 @@ def make(model: nn.Module, layers: tuple[str, ...], batches: list[dict[str, Tens
         contexts={TARGET: batches},
         validate=lambda model: 0.0,
         measure=lambda model: {},
-        cache=Path("unused"),
+        cache=Path("cache"),
         seed=0,
     )
 
@@ -229,6 +235,20 @@ def test_eva_spends_the_budget_of_ranks_where_inputs_vary_in_more_directions() -
     assert len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 2 * RANK
     assert set(scaling.values()) == {1.0}
+
+
+def test_eva_goes_over_the_context_once_for_all_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Eva(RANK).adapt(replace(llama_task(), cache=tmp_path)).model
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+    monkeypatch.setattr("corda_eval.study.methods.eva.directions", None)
+    again = Eva(RANK).adapt(replace(llama_task(), cache=tmp_path)).model
+    assert {key: value.shape for key, value in first.state_dict().items()} == {
+        key: value.shape for key, value in again.state_dict().items()
+    }
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())
+    other = replace(llama_task(), cache=tmp_path, contexts={TARGET: [words(4)]})
+    with pytest.raises(TypeError):
+        Eva(RANK).adapt(other)
 
 
 def test_eva_leaves_out_padding() -> None:
