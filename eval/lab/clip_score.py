@@ -4,15 +4,15 @@ python -m corda_eval.lab.clip_score --data runs/clip_data --cifar10 cifar10-test
 """
 
 import json
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm.auto import tqdm
 
-from corda_eval.lab.clip import load_lab_clip, read_pictures
-from corda_eval.study.settings.lab_clip import icons, shapes
+from corda_eval.lab.clip import load_lab_clip
+from corda_eval.lab.clip_sets import drawings, icons, shapes
 from corda_eval.zeroshot import imagenet, retrieval
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import evaluate
@@ -36,22 +36,14 @@ def score(
         sets.append(table(imagenet_table, class_names=imagenet.names(), templates=imagenet.templates(), task="imagenet"))
     scores: dict[str, Any] = {}
     for one in sets:
-        result = evaluate(towers, one, pairs, progress=lambda batches, name=one.task: tqdm(batches, desc=name))
+        result = evaluate(towers, one, pairs, progress=partial(tqdm, desc=one.task))
         percent = {key: round(100 * result.metrics[key], 2) for key in ("acc1", "acc5")}
         scores[one.task] = percent | {"images": len(one.items), "classes": len(one.class_names)}
-    result = retrieval.evaluate(towers, _drawings(data), pairs)
+    result = retrieval.evaluate(towers, drawings(data), pairs)
     scores["drawings"] = {key: round(100 * value, 2) for key, value in result.metrics.items() if "recall" in key} | {
         "captions": result.num_examples
     }
     print(json.dumps(scores, indent=1))
-
-
-def _drawings(data: Path) -> retrieval.CaptionedImages:
-    """Return one drawing of each held-out title."""
-    found = defaultdict(list)
-    for row in read_pictures(data / "drawings.parquet"):
-        found[row["caption"]].append(row["image"])
-    return retrieval.CaptionedImages("drawings", [images[0] for images in found.values()], [[caption] for caption in found])
 
 
 if __name__ == "__main__":

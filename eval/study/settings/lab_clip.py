@@ -24,11 +24,10 @@ from torch.utils.data import Subset
 from corda_core.collect import evaluating
 from corda_eval.lab.clip import load_lab_clip, on_white, read_pictures
 from corda_eval.lab.clip_data import STYLES
-from corda_eval.lab.shapes import COLOURS, SHAPES, named_images
+from corda_eval.lab.clip_sets import icons, shapes
 from corda_eval.study.settings.shared import drawn, spread
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.vqa.digits import load_digit_questions
-from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
@@ -37,7 +36,7 @@ from corda_vlm.classifier import ZeroShotClassifier
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import learnable_layers, select_layers
 
-DIGIT_PROMPT, ICON_PROMPT, SHAPE_PROMPT = 'the handwritten digit "{}".', "an icon of a {}.", "{}"
+DIGIT_PROMPT = 'the handwritten digit "{}".'
 DRAWINGS = ("openclipart", "tuxpaint")
 """Sources of ``train`` that are drawings and photographs of objects."""
 
@@ -173,23 +172,6 @@ def class_score(model: nn.Module, data: Prepared) -> Score:
 def digits(split: str) -> list[LabelledImage]:
     """Return the scans of one split."""
     return [LabelledImage(one.question_id, one.open_image(), int(one.answer)) for one in load_digit_questions(split)]  # type: ignore[arg-type]
-
-
-def shapes(split: str) -> ClassifiedImages:
-    """Return easy-VQA's pictures of one split."""
-    names = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    found = enumerate(named_images(load_easy_vqa(split)))
-    items = [LabelledImage(str(number), image, names.index(f"a {colour} {shape}")) for number, (image, colour, shape) in found]
-    return ClassifiedImages("shapes", items, names, (SHAPE_PROMPT,))
-
-
-def icons(folder: Path, name: str) -> ClassifiedImages:
-    """Return the icons of a file of ``clip_data``; all their captions are classes."""
-    table = read_pictures(folder / f"{name}.parquet")
-    names = sorted(set(table["caption"]))
-    place = {caption: number for number, caption in enumerate(names)}
-    items = [LabelledImage(str(number), on_white(row["image"]), place[row["caption"]]) for number, row in enumerate(table)]
-    return ClassifiedImages(name, items, names, (ICON_PROMPT,))
 
 
 def some_of(data: ClassifiedImages, count: int) -> ClassifiedImages:
