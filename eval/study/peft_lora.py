@@ -1,16 +1,27 @@
 """PEFT's LoRA variants on the layers of a task, and on no others."""
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from corda_core.adapter import lora_config, lora_layers
 from corda_core.modules import is_shared, weight_shape
 from corda_eval.study.task import Task
 
 
+def clipped_ranks(model: nn.Module, layers: tuple[str, ...], rank: int) -> dict[str, int]:
+    """Return each layer's rank: the one asked for, or min(m, n) where that is smaller, as in ``corda_core.plan``.
+
+    Raises:
+        ValueError: If the rank is below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; expected at least 1.")
+    return {name: min(rank, *weight_shape(model, name)) for name in layers}
+
+
 def config_for(task: Task, rank: int, alpha: float | None = None) -> LoraConfig:
     """Return the config of a plain LoRA on the task's layers: rank ``min(rank, m, n)``, scaling ``alpha / rank`` (None: 1) in each."""
-    ranks = {name: min(rank, *weight_shape(task.model, name)) for name in task.layers}
-    return lora_config(task.model, ranks, rank, 1.0 if alpha is None else alpha / rank)
+    return lora_config(task.model, clipped_ranks(task.model, task.layers, rank), rank, 1.0 if alpha is None else alpha / rank)
 
 
 def attach_variant(task: Task, config: LoraConfig) -> PeftModel:

@@ -3,31 +3,18 @@
 from collections.abc import Callable
 
 import torch
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from corda_core import AdapterInit, AdapterPlan, Covariance, Mode, base_digest
-from corda_core.adapter import lora_config
 from corda_core.layerwise import over_layers
-from corda_core.modules import weight_shape
 from corda_core.progress import no_progress
+from corda_eval.study.peft_lora import clipped_ranks
 from corda_eval.study.task import Task
 
 
 def even_context(n: int) -> Covariance:
     """Return C = I (n, n), of a context that uses all directions alike: components of ``W C`` are then those of W."""
     return Covariance.of(torch.eye(n), n)
-
-
-def clipped_ranks(model: nn.Module, layers: tuple[str, ...], rank: int) -> dict[str, int]:
-    """Return each layer's rank: the one asked for, or min(m, n) where that is smaller, as in ``corda_core.plan``.
-
-    Raises:
-        ValueError: If the rank is below 1.
-    """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1.")
-    return {name: min(rank, *weight_shape(model, name)) for name in layers}
 
 
 def plan_from(task: Task, rank: int, start: Callable[[str, Tensor, int], tuple[Tensor, Tensor]]) -> AdapterPlan:
@@ -53,12 +40,3 @@ def plan_from(task: Task, rank: int, start: Callable[[str, Tensor, int], tuple[T
 
     layers = over_layers(task.model, task.layers, init, no_progress, "start")
     return AdapterPlan(layers, Mode.KPM, rank, {"base_digest": base_digest(task.model, layers)})
-
-
-def attach_clipped_lora(task: Task, rank: int) -> PeftModel:
-    """Return the model with PEFT's LoRA (A Kaiming, B = 0, scaling 1) on the task's layers, ranks clipped.
-
-    Raises:
-        ValueError: If the rank is below 1.
-    """
-    return get_peft_model(task.model, lora_config(task.model, clipped_ranks(task.model, task.layers, rank), rank, 1.0))

@@ -14,7 +14,7 @@ from corda_core import Covariance, change_factors, lora_layers
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.lalora import Curvature, Kronecker, Lalora, adapter_weights, diagonal_fisher, kronecker_fisher
 from corda_eval.study.settings.smollm2 import text_loss
-from corda_eval.study.starts import attach_clipped_lora
+from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Batch, Task
 from corda_eval.study.train import train
 
@@ -56,7 +56,7 @@ def dense(curvature: Curvature, A: Tensor, B: Tensor) -> Tensor:
 @pytest.mark.parametrize("start", ["lora", "corda"])
 def test_diagonal_is_that_of_the_dense_fisher(tmp_path: Path, tokens: int | None, start: str) -> None:
     task = tiny_task(tmp_path, tokens=tokens)
-    model = corda_model(task) if start == "corda" else attach_clipped_lora(task, RANK)
+    model = corda_model(task) if start == "corda" else attach_variant(task, config_for(task, RANK))
     batches = [dict(task.contexts["first"][0]), {key: value[:3] for key, value in task.contexts["second"][0].items()}]
     expected = dense_fisher(model, batches)
     for name, found in diagonal_fisher(model, squared_error, batches).items():

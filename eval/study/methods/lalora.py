@@ -18,7 +18,7 @@ from corda_core import Covariance, lora_layers
 from corda_core.collect import evaluating
 from corda_eval.study.method import Adapted
 from corda_eval.study.methods.corda import Corda
-from corda_eval.study.starts import attach_clipped_lora
+from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Batch, Task
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -69,7 +69,11 @@ class Lalora:
             )
         domains = self.context or task.default_context("kpm")
         covariances = task.covariances(*domains)  # refuses unknown domains
-        adapted = Corda(self.rank, context=domains).adapt(task) if self.start == "corda" else Adapted(attach_clipped_lora(task, self.rank))
+        adapted = (
+            Corda(self.rank, context=domains).adapt(task)
+            if self.start == "corda"
+            else Adapted(attach_variant(task, config_for(task, self.rank)))
+        )
         source = [batch for domain in domains for batch in task.contexts[domain][: self.source_batches]]
         if self.curvature == "diagonal":
             curvatures: Mapping[str, Curvature] = diagonal_fisher(adapted.model, task.kept_loss, source)

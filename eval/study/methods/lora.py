@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from corda_eval.study.method import Adapted
+from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Task
-from corda_vlm import attach_lora
 
 
 @dataclass(frozen=True)
@@ -16,4 +16,4 @@ class Lora:
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with LoRA on the task's layers."""
-        return Adapted(attach_lora(task.model, task.layers, self.rank), weight_decay=self.weight_decay)
+        return Adapted(attach_variant(task, config_for(task, self.rank)), weight_decay=self.weight_decay)

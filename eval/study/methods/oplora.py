@@ -10,7 +10,8 @@ from corda_core import decompose, lora_layers
 from corda_core.layerwise import over_layers
 from corda_core.progress import no_progress
 from corda_eval.study.method import Adapted
-from corda_eval.study.starts import attach_clipped_lora, even_context
+from corda_eval.study.peft_lora import attach_variant, config_for
+from corda_eval.study.starts import even_context
 from corda_eval.study.task import Task
 
 
@@ -31,7 +32,7 @@ class Oplora:
             ValueError: If the rank is below 1, or k below 1 or not below min(m, n) of each layer, where nothing would be left to train.
         """
         triples = over_layers(task.model, task.layers, lambda _, W: leading_directions(W, self.preserved), no_progress, "decompose")
-        model = attach_clipped_lora(task, self.rank)
+        model = attach_variant(task, config_for(task, self.rank))
         for name, layer in lora_layers(model).items():
             left, right = (vectors.to(layer.lora_A["default"].weight) for vectors in triples[name])
             register_parametrization(layer.lora_A["default"], "weight", RowsWithout(right))
