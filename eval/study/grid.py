@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASELINE, Run, base_of, gain_of, matched_rate, tuned_rate
 from corda_eval.study.run import RunSpec
 
@@ -51,7 +52,7 @@ class StudyConfig:
     """Of each."""
 
     results: str = "compare"
-    """Folder of the finished runs, one a file; beside it what is kept between runs."""
+    """Folder of the finished runs, one a file."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _run(one: Planned, folder: Path, threads: int) -> str | None:
     with tempfile.TemporaryDirectory() as temporary:
         spec = Path(temporary) / "spec.json"
         spec.write_text(json.dumps(dataclasses.asdict(one.spec)))
-        command = [sys.executable, "-m", "corda_eval.study.run", str(spec), str(folder / one.file_name), str(folder / "cache")]
+        command = [sys.executable, "-m", "corda_eval.study.run", str(spec), str(folder / one.file_name), str(cache_root() / "study")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     return None if result.returncode == 0 else (lines[-1] if lines else f"ended with {result.returncode}")
