@@ -17,7 +17,7 @@ def test_two_set_up_commands_of_one_line_each() -> None:
     commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert commands[0].endswith(".venv/bin/corda-vlm demo")
-    assert commands[1].endswith(".venv/bin/pytest")
+    assert commands[1].endswith(".venv/bin/pytest -n 2 --dist loadfile")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
