@@ -164,7 +164,8 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
                 for one in missing(config, setting)
                 if one.file_name not in busy and (setting, one.arm) not in failures
             ]
-            for one in needed[: config.workers - len(running)]:
+            begun = needed[: config.workers - len(running)]
+            for one in begun:
                 running[pool.submit(_run, one, folder, config.threads)] = one
             if not running:
                 return list(failures.values())
@@ -174,8 +175,7 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
                 problem = future.result()
                 if problem is not None:
                     failures[one.setting, one.arm] = f"{one.setting}, {one.arm} at {one.spec.rate:g}: {problem}"
-                left = len(needed) - 1
-                report(f"{one.file_name}: {'failed' if problem else 'done'}; {left} more are known to be needed")
+                report(f"{one.file_name}: {'failed' if problem else 'done'}; {len(needed) - len(begun)} more wait that are known of")
 
 
 def _run(one: Planned, folder: Path, threads: int) -> str | None:
