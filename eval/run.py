@@ -290,6 +290,11 @@ def _measured(
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
             write_whole(paths[task], json.dumps(held).encode())
+            score = f"{result.headline} {result.metrics[result.headline]:.4g}"
+            print(
+                f"{output.name}: {task.title}: {score}, {result.num_examples} examples, {result.examples_per_second:.3g} a second",
+                flush=True,
+            )
     processes().wait_for_everyone()
     kept = [json.loads(paths[task].read_text()) for task in suite.tasks]
     return [TaskResult(**one["result"]) for one in kept], kept[0]["change"]

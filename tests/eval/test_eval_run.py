@@ -157,4 +157,5 @@ def test_two_processes_share_the_tasks_and_find_the_same(place: Path) -> None:
     done = subprocess.run([*command, "--adapter", str(place / "tuned")], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Report:") == 1
+    assert done.stdout.count(" a second\n") == 2 * len(yaml.safe_load((place / "suite.yaml").read_text())["tasks"])
     assert json.loads((place / "out" / "summary.json").read_text())["comparison"] == expected
