@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from two_towers import real
 
 from corda_eval.lab.clip import LAB_CLIP, load_lab_clip
 from corda_eval.lab.clip_data import UNSEEN_SHAPES
@@ -13,7 +14,6 @@ from corda_eval.zeroshot.classify import evaluate
 from corda_vlm.pairs import OpenClipPairs
 
 open_clip = pytest.importorskip("open_clip")
-PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cifar10-test.parquet"
 
 
 def test_it_is_small_and_open_clip_reads_it() -> None:
@@ -42,10 +42,9 @@ def test_it_names_shapes_also_in_pairs_that_it_never_saw() -> None:
     assert sum(unseen) / len(unseen) > 3 / 24
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="the photographs of CIFAR-10 are not here")
 def test_photographs_are_more_than_guessed() -> None:
     model, preprocess, tokenize = load_lab_clip()
-    result = evaluate(model, cifar10(PHOTOGRAPHS), OpenClipPairs(preprocess, tokenize))
+    result = evaluate(model, cifar10(real("cifar10-test.parquet")), OpenClipPairs(preprocess, tokenize))
     assert 0.15 < result.metrics["acc1"] < 0.3
 
 
