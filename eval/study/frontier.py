@@ -16,7 +16,8 @@ from typing import Any
 from corda_eval.study.task import TARGET
 
 NEARLY = 0.95
-BASELINE = "lora"
+BASE, BASELINE = "base", "lora"
+"""The arms that all others are held against: the untouched model, and LoRA."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def with_interpolations(runs: Iterable[Run]) -> list[Run]:
     return found
 
 
-def base_of(runs: Iterable[Run], name: str) -> Run | None:
+def base_of(runs: Iterable[Run]) -> Run | None:
     """Return the measurement of the base, if there is one."""
-    return next((run for run in runs if run.arm == name), None)
+    return next((run for run in runs if run.arm == BASE), None)
 
 
 def gain_of(run: Run, base: Run) -> float:

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.lab.base import cache_root
-from corda_eval.study.frontier import BASELINE, Run, base_of, gain_of, matched_rate, tuned_rate
+from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, matched_rate, tuned_rate
 from corda_eval.study.run import RunSpec
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     """Return the runs that are needed next: empty when a setting is done."""
     runs = finished(config, setting)
     have = {(run.arm, run.rate, run.seed) for run in runs}
-    base = base_of(runs, BASE)
+    base = base_of(runs)
     if base is None:
         return [planned(config, setting, BASE, 0.0, 0)]
     wanted: list[tuple[str, float, int]] = []

@@ -55,7 +55,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     output.mkdir(parents=True, exist_ok=True)
     tables: dict[str, dict[str, list[Summary]]] = {}
     for setting, its in runs.items():
-        base = base_of(its, "base")
+        base = base_of(its)
         if base is None or not any(gain_of(run, base) > 0 for run in its if run.arm == BASELINE):
             raise ValueError(f"The setting {setting} has no finished run of the base, or none of LoRA that learned; run the study first.")
         tuned, matched = summaries(with_interpolations(its), base)
