@@ -17,6 +17,7 @@ from corda_eval.study.frontier import (
     forgetting_of,
     gain_of,
     pareto,
+    spread,
     summaries,
     with_interpolations,
 )
@@ -124,7 +125,10 @@ def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], facts: Mapping[s
 
 
 def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
-    """Return a figure (PNG): what each run gained and forgot, a line an arm over its rates, and the frontier of all."""
+    """Return a figure (PNG): what each arm gained and forgot, a line over its rates, and the frontier of all.
+
+    Points are means over the seeds, bars from the lowest to the highest.
+    """
     import io
 
     import matplotlib
@@ -138,14 +142,32 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     everything = []
     for arm, (color, marker) in zip(arms, styles, strict=True):
         its = [run for run in runs if run.arm == arm and not run.diverged]
-        points = [
-            (base.result["scores"][TARGET]["loss"] - run.result["scores"][TARGET]["loss"], forgetting_of(run.result["scores"], base))
-            for run in its
-        ]
-        first = [point for run, point in zip(its, points, strict=True) if run.seed == 0]
-        everything += points
-        axes.plot(*zip(*first, strict=True), color=color, linewidth=0.8, alpha=0.6)
-        axes.plot(*zip(*points, strict=True), marker, color=color, markersize=6, label=arm, alpha=0.9)
+        points = []
+        for rate in sorted({run.rate for run in its}):
+            scores = [run.result["scores"] for run in its if run.rate == rate]
+            points.append(
+                (
+                    spread([base.result["scores"][TARGET]["loss"] - one[TARGET]["loss"] for one in scores]),
+                    spread([forgetting_of(one, base) for one in scores]),
+                )
+            )
+        if not points:
+            continue
+        gains, losses = zip(*points, strict=True)
+        everything += [(gain[0], lost[0]) for gain, lost in points]
+        axes.errorbar(
+            [mean for mean, _, _ in gains],
+            [mean for mean, _, _ in losses],
+            xerr=_bars(gains),
+            yerr=_bars(losses),
+            fmt=f"-{marker}",
+            color=color,
+            markersize=5,
+            linewidth=0.8,
+            elinewidth=1.2,
+            alpha=0.8,
+            label=arm,
+        )
     axes.plot(*zip(*pareto(everything), strict=True), color="black", linewidth=2, alpha=0.25, label="frontier", zorder=0)
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.set_yscale("symlog", linthresh=0.01)
@@ -158,6 +180,11 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _bars(values: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
+    """Return how far below and above the means the lowest and the highest are."""
+    return [mean - low for mean, low, _ in values], [high - mean for mean, _, high in values]
 
 
 def _ordered(found: Mapping[str, Summary]) -> list[Summary]:

@@ -72,16 +72,23 @@ class Task:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
         return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain not in (TARGET, *self.learned))
 
-    def covariances(self, *domains: str) -> dict[str, Covariance]:
+    def covariances(self, *domains: str, first: int | None = None) -> dict[str, Covariance]:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.
 
+        Args:
+            domains: Names of contexts.
+            first: Take only so many batches of each domain, at least 1; None takes all.
+
         Raises:
-            ValueError: If a domain is unknown, the domains do not reach all layers, or the model carries adapters already.
+            ValueError: If a domain is unknown, the domains do not reach all layers, ``first`` is below 1, or the model carries adapters
+                already.
         """
         unknown = [domain for domain in domains if domain not in self.contexts]
         if unknown or not domains:
             raise ValueError(f"The context {', '.join(unknown) or 'of a method'} is not one of this setting's: {', '.join(self.contexts)}.")
-        batches = [batch for domain in domains for batch in self.contexts[domain]]
+        if first is not None and first < 1:
+            raise ValueError(f"A context of {first} batches of each domain is empty; expected at least 1, or None for all.")
+        batches = [batch for domain in domains for batch in self.contexts[domain][:first]]
         digest = data_digest(batches)
         key = hashlib.sha256("\n".join((digest, *self.layers)).encode()).hexdigest()[:12]
         path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"

@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def study(folder: Path, **changes: object) -> StudyConfig:
     config = StudyConfig(
-        settings={"sums": {"kind": "smollm2_addition", "steps": 3}},
+        settings={"sums": {"kind": "smollm2_lines", "steps": 3}},
         arms={"lora": {"method": "lora", "rank": 4}, "strict": {"method": "corda", "rank": 8, "protect": "strict", "rates": (1e-3, 3e-3)}},
         rates=(1e-4, 3e-4, 1e-3),
         seeds=3,
@@ -92,7 +92,7 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
     write(config, planned(config, "sums", BASE, 0.0, 0))
     write(config, planned(config, "sums", "lora", 1e-4, 0), 0.5)
     assert len(finished(config, "sums")) == 2
-    other = study(tmp_path, settings={"sums": {"kind": "smollm2_addition", "steps": 4}})
+    other = study(tmp_path, settings={"sums": {"kind": "smollm2_lines", "steps": 4}})
     assert finished(other, "sums") == []
     wider = study(tmp_path, arms=config.arms | {"lora": {"method": "lora", "rank": 5}})
     assert [run.arm for run in finished(wider, "sums")] == [BASE]
@@ -102,8 +102,8 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"settings": {"sums": {"kind": "smollm2_addition", "arms": ["lora", "kpm"]}}}, "'kpm'"),
-        ({"settings": {"sums": {"kind": "smollm2_addition", "arms": ["strict"]}}}, "no arm called 'lora'"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["lora", "kpm"]}}}, "'kpm'"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["strict"]}}}, "no arm called 'lora'"),
         ({"rates": (2e-4,)}, "0.0002"),
     ],
 )
@@ -143,5 +143,5 @@ def test_a_run_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) -> Non
     problem = grid._run(planned(config, "sums", BASE, 0.0, 0), tmp_path, 1)
     assert problem is not None
     assert "'sums' is unknown" in problem
-    assert "smollm2_addition" in problem
+    assert "smollm2_lines" in problem
     assert not list(tmp_path.glob("sums/*"))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -25,9 +24,10 @@ from corda_eval.study.run import RunSpec, run
 from corda_eval.study.settings import lab_clip, lab_llava, smollm2
 from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
+from corda_eval.study.settings.lines import additions
 from corda_eval.study.settings.shared import answer_score, casting, drawn, spread
-from corda_eval.study.settings.smollm2 import SmolLm2Addition, additions, split_of
-from corda_eval.study.task import TARGET, Task
+from corda_eval.study.settings.smollm2 import SmolLm2Lines, mean_score
+from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.zeroshot.classify import evaluate
@@ -101,7 +101,8 @@ def noise(seed: int, mode: str) -> Image.Image:
     return Image.fromarray(torch.randint(256, (64, 64, len(mode)), generator=generator, dtype=torch.uint8).numpy(), mode)
 
 
-KINDS = ("smollm2_addition", "lab_llava_digits", "lab_clip_classes", "photographs")
+FEW_WINDOWS = {"context_windows": 2, "kept_windows": 2, "test_windows": 2, "validation_windows": 2, "facts": 0}
+KINDS = ("sorting", "sorting_and_addition", "lab_llava_digits", "lab_clip_classes", "photographs")
 
 
 @pytest.fixture(params=KINDS)
@@ -109,9 +110,11 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Makes the task of one setting, as small as can be."""
     kind = request.param
     made: Any
-    if kind == "smollm2_addition":
+    if kind.startswith("sorting"):
         request.getfixturevalue("lab")
-        made = SmolLm2Addition(2, 2, context_windows=2, kept_windows=2, test_windows=2, validation_windows=2, facts=0)
+        made = SmolLm2Lines(
+            tuple(kind.split("_and_")), 2, 2, context_windows=2, kept_windows=2, test_windows=2, validation_windows=2, facts=0
+        )
     elif kind == "lab_llava_digits":
         request.getfixturevalue("lab")
         made = LabLlavaDigits(2, 2, context_questions=5, context_windows=2, test_digits=3, validation_digits=2, kept_questions=6, facts=0)
@@ -155,7 +158,7 @@ def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: S
     for domain, batches in first.contexts.items():
         samples = [[digest for batch in task.contexts[domain] for digest in content(batch)] for task in (first, other)]
         assert batches
-        assert (samples[0] == samples[1]) is (domain != TARGET), domain
+        assert (samples[0] == samples[1]) is (domain not in (TARGET, *first.learned)), domain
     assert sorted(trained[0]) == sorted(digest for batch in first.contexts[TARGET] for digest in content(batch))
     seen = measured(first)
     assert seen == measured(other)
@@ -280,29 +283,8 @@ def generated_hits(model: nn.Module, ids: Tensor, labels: Tensor) -> Iterator[bo
         place = end
 
 
-def test_labels_are_whole_sums_reversed_and_of_one_split(lab: Any) -> None:
-    tokenizer = lab[1].tokenizer
-    pairs: dict[str, set[tuple[int, ...]]] = {}
-    for split in ("train", "validation", "test"):
-        rows = [row for batch in additions(tokenizer, 40, split) for row in zip(*batch.values(), strict=True)]
-        assert len(rows) == 40
-        pairs[split] = set()
-        for ids, labels in rows:
-            assert len(ids) == 64
-            lines = tokenizer.decode(ids).split("\n")[:-1]
-            answers = tokenizer.decode(labels[labels >= 0]).split("\n")
-            assert answers == [*(line.split("=")[1] for line in lines), ""]
-            for line in lines:
-                a, b, reversed_sum = map(str, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", line).groups())  # type: ignore[union-attr]
-                assert int(reversed_sum[::-1]) == int(a) + int(b)
-                pairs[split].add(tuple(sorted((int(a), int(b)))))
-    assert not pairs["train"] & (pairs["validation"] | pairs["test"])
-    assert not pairs["validation"] & pairs["test"]
-    assert split_of(3, 85) == split_of(85, 3)
-
-
 def test_texts_to_be_kept_and_their_contexts_share_no_window_and_are_long_enough(lab: Any) -> None:
-    options, tokenizer = SmolLm2Addition(), lab[1].tokenizer
+    options, tokenizer = SmolLm2Lines(), lab[1].tokenizer
     for first, second in smollm2.kept_texts().values():
         known = smollm2.text_windows(first, tokenizer, smollm2.WINDOW, options.context_windows)
         kept = smollm2.text_windows(second, tokenizer, smollm2.WINDOW, options.kept_windows)
@@ -429,3 +411,26 @@ def test_what_is_missing_is_named(tmp_path: Path, pictures: Path) -> None:
         LabClipClasses(photographs="a.parquet", kept_photographs="b.parquet")
     with pytest.raises(ValueError, match="has 40 rows, all for test and validation; ask for fewer"):
         LabClipClasses(photographs=str(pictures / "photographs.parquet")).learned()
+
+
+def test_two_kinds_of_lines_are_trained_and_measured_together(lab: Any, tmp_path: Path) -> None:
+    one, both = (SmolLm2Lines(kinds, 2, 2, **FEW_WINDOWS).task(0, tmp_path) for kinds in (("sorting",), ("sorting", "addition")))
+    assert (one.learned, both.learned) == ((), ("sorting", "addition"))
+    assert [len(batch["labels"]) for batch in both.batches] == [4, 4]
+    assert torch.equal(both.batches[0]["input_ids"][:2], one.batches[0]["input_ids"])
+    scores = both.measure(both.model)
+    assert list(scores) == [TARGET, "sorting", "addition", "docs", "code", "descriptions"]
+    assert scores[TARGET] == mean_score(scores["sorting"], scores["addition"])
+    assert scores["sorting"].loss == pytest.approx(one.measure(one.model)[TARGET].loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"), [((), "no lines to learn"), (("sortin",), "'sortin' are unknown; expected some of addition")]
+)
+def test_unknown_lines_are_named(lab: Any, kinds: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmolLm2Lines(kinds).task(0, tmp_path)
+
+
+def test_mean_score() -> None:
+    assert mean_score(Score(1.0, 50.0), Score(3.0, 100.0)) == Score(2.0, 75.0)

@@ -72,6 +72,17 @@ def test_covariances_are_the_second_moments_of_several_domains_together(tmp_path
     assert found["first"].num_tokens == 36
 
 
+def test_the_first_batches_of_each_domain_are_a_context_of_their_own(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    whole, part = task.covariances("text", "pictures"), task.covariances("text", "pictures", first=1)
+    x, images = task.contexts["text"][0]["x"].double(), task.contexts["pictures"][0]["image"].double()
+    rows = torch.cat([x, task.model.get_submodule("eye").double()(images)])
+    torch.testing.assert_close(part["first"].matrix.double(), rows.T @ rows / 27, rtol=1e-5, atol=1e-6)
+    assert (part["first"].num_tokens, whole["first"].num_tokens) == (27, 36)
+    with pytest.raises(ValueError, match="A context of 0 batches of each domain is empty; expected at least 1"):
+        task.covariances("text", "pictures", first=0)
+
+
 def test_a_second_call_reads_the_file(tmp_path: Path, collections: Counter[str]) -> None:
     first = task_of(tmp_path).covariances("pictures")
     again = task_of(tmp_path).covariances("pictures")

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from corda_core import change_factors, lora_layers, select_linears, spectrum
 from corda_eval.study.methods import METHODS
 from corda_eval.study.methods.thanora import Thanora, entropy, mean_overlap, overlap, split_rank
-from corda_eval.study.settings.smollm2 import windows
-from corda_eval.study.settings.two_tasks import mean_score, sorting
-from corda_eval.study.task import TARGET, Batch, Score, Task
+from corda_eval.study.task import TARGET, Batch, Task
 from corda_eval.study.train import train
 
 
@@ -146,29 +144,6 @@ def test_what_is_learned_is_not_kept(task: Task) -> None:
     assert task.default_context("kpm") == ("kept",)
     assert task.default_context("ipm") == (TARGET,)
     assert replace(task, learned=()).default_context("kpm") == ("many", "few", "kept")
-
-
-def test_sorting_lines() -> None:
-    generator = random.Random(0)
-    for _ in range(50):
-        question, answer = sorting(generator)
-        letters = question.removesuffix(" >").split(" ")
-        assert answer == " " + " ".join(sorted(letters)) + "\n"
-        assert 4 <= len(set(letters)) == len(letters) <= 6
-    assert sorting(random.Random(1)) == sorting(random.Random(1))
-
-
-def test_windows_of_other_questions(tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = windows(tokenizer, 3, lambda generator: (generator.choice(["one two", "red"]), "blue"), "seed", batch_size=2)
-    assert [batch["labels"].shape for batch in batches] == [batch["input_ids"].shape for batch in batches] == [(2, 64), (1, 64)]
-    blue = tokenizer.convert_tokens_to_ids("blue")
-    ids, labels = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "labels"))
-    assert set(labels.unique().tolist()) == {-100, blue}
-    assert torch.equal(labels == blue, ids == blue)
-
-
-def test_mean_score() -> None:
-    assert mean_score(Score(1.0, 50.0), Score(3.0, 100.0)) == Score(2.0, 75.0)
 
 
 def test_two_tasks_of_one_spectrum_share_all_they_start_from(task: Task) -> None:

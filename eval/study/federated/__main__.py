@@ -13,8 +13,8 @@ import typer
 from corda_eval.bench.cases import smollm2_model
 from corda_eval.study.federated.rules import FedAvg, FedSmooth, FullRank, Rule
 from corda_eval.study.federated.simulate import Client, Federation, federate
+from corda_eval.study.settings.lines import additions
 from corda_eval.study.settings.shared import answer_loss, answer_score
-from corda_eval.study.settings.smollm2 import additions
 
 
 class MethodName(StrEnum):
@@ -26,7 +26,7 @@ class MethodName(StrEnum):
 
 
 def smollm2_federation(clients: int, rounds: int, steps: int, *, batch_size: int = 4, test_windows: int = 8, seed: int = 0) -> Federation:
-    """Return SmolLM2-135M and clients that add numbers of different size, digits of the sum reversed (``settings.smollm2``).
+    """Return SmolLM2-135M and clients that add numbers of different size, digits of the sum reversed (``settings.lines``).
 
     The operands below 1000 are shared out by size: client c has those from ``1000^(c/C)`` to ``1000^((c+1)/C)``, so three clients have
     those of one, of two and of three digits.

@@ -21,6 +21,9 @@ class Corda:
     context: Sequence[str] = ()
     """Domains that the covariances are taken from, together; by default all that is kept (KPM), what is learned (IPM)."""
 
+    context_batches: int | None = None
+    """Take only so many batches of each domain; None takes all."""
+
     candidates: Sequence[Sequence[str]] = ()
     """CorDA++: sets of domains of which each layer takes the one that suits it best, and a rank of the budget."""
 
@@ -29,9 +32,10 @@ class Corda:
         whiten = self.protect == "whitened"
         covariances: Mapping[str, Covariance]
         if not self.candidates:
-            covariances, ranks = task.covariances(*(self.context or task.default_context(self.mode))), None
+            domains = self.context or task.default_context(self.mode)
+            covariances, ranks = task.covariances(*domains, first=self.context_batches), None
         else:
-            sets = (task.covariances(*domains) for domains in self.candidates)
+            sets = (task.covariances(*domains, first=self.context_batches) for domains in self.candidates)
             selection = resolved(task.model, select_covariances(task.model, sets))
             covariances, shapes = selection.covariances, {name: weight_matrix(task.model, name).shape for name in task.layers}
             best = {name: selection.best(name) for name in task.layers}

@@ -5,8 +5,7 @@ from typing import Protocol
 
 from corda_eval.study.settings.lab_clip import LabClipClasses
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
-from corda_eval.study.settings.smollm2 import SmolLm2Addition
-from corda_eval.study.settings.two_tasks import SmolLm2AdditionAndSorting
+from corda_eval.study.settings.smollm2 import SmolLm2Lines
 from corda_eval.study.task import Task
 
 
@@ -25,7 +24,6 @@ class Setting(Protocol):
 SETTINGS: dict[str, type[Setting]] = {
     "lab_clip_classes": LabClipClasses,
     "lab_llava_digits": LabLlavaDigits,
-    "smollm2_addition": SmolLm2Addition,
-    "smollm2_addition_and_sorting": SmolLm2AdditionAndSorting,
+    "smollm2_lines": SmolLm2Lines,
 }
 """By the name that stands in a study's config."""
