@@ -9,9 +9,10 @@ from torch import nn
 
 from corda_core.modules import weight_shape
 from corda_vlm.data import encode, read_sample
+from corda_vlm.items import load_items
 from corda_vlm.models import describe_base, read_processor
 from corda_vlm.recipe import Recipe
-from corda_vlm.sources import DataConfig, load_items
+from corda_vlm.sources import DataConfig
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
 
 TOKENS = 512

@@ -33,11 +33,12 @@ from corda_core.files import PARTIAL, is_disk_full, write_whole
 from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts
+from corda_vlm.items import Items, load_items
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.processes import processes
 from corda_vlm.recipe import RECIPE, Recipe
-from corda_vlm.sources import DataConfig, Items, load_items
+from corda_vlm.sources import DataConfig
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.train import losses_of, trainer_for
 

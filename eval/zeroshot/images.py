@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from corda_vlm.classifier import Template
-from corda_vlm.sources import UNREADABLE
+from corda_vlm.items import UNREADABLE
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 PLAIN_TEMPLATE = "a photo of a {}."

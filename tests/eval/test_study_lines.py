@@ -2,12 +2,12 @@
 
 import random
 import re
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from corda_eval.lab.base import lab_folder
 from corda_eval.study.settings.lines import additions, lines, pair, sorting, windows
 
 
@@ -26,8 +26,8 @@ def test_sorting_lines() -> None:
     assert not seen["validation"] & seen["test"]
 
 
-def test_labels_are_whole_sums_reversed_and_of_one_split(lab: Any) -> None:
-    tokenizer = lab[1].tokenizer
+def test_labels_are_whole_sums_reversed_and_of_one_split() -> None:
+    tokenizer = LlavaProcessor.from_pretrained(lab_folder(), local_files_only=True).tokenizer
     pairs: dict[str, set[tuple[int, ...]]] = {}
     for split in ("train", "validation", "test"):
         rows = [row for batch in additions(tokenizer, 40, split) for row in zip(*batch.values(), strict=True)]

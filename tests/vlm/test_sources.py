@@ -21,8 +21,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from corda_vlm.config import from_mapping
 from corda_vlm.data import Collator, has_image
+from corda_vlm.items import Items, load_items
 from corda_vlm.pairs import read_pair
-from corda_vlm.sources import DataConfig, Items, load_items
+from corda_vlm.sources import DataConfig
 
 datasets.disable_progress_bars()
 
@@ -219,7 +220,7 @@ def test_options_come_from_yaml() -> None:
 def test_broken_rows_are_replaced_in_every_order(half_broken: str, caplog: pytest.LogCaptureFixture) -> None:
     config = DataConfig(half_broken, on_broken="skip")
     items, backwards = load_items(config), load_items(config)
-    with caplog.at_level(logging.WARNING, "corda_vlm.sources"):
+    with caplog.at_level(logging.WARNING, "corda_vlm.items"):
         forth = [items[i] for i in range(8)]
         assert len(caplog.records) == items.num_broken == 4
         forth_again = [items[i] for i in range(8)]
