@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from corda_core import lora_layers
 from corda_eval.assets import package_folder
 from corda_eval.lab import clip
 from corda_eval.lab.base import load_lab
 from corda_eval.metrics import exact_match
+from corda_eval.study.methods.lalora import Lalora
 from corda_eval.study.run import RunSpec, run
 from corda_eval.study.settings import lab_clip, lab_llava, smollm2
 from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
@@ -188,6 +191,21 @@ def test_gradients_reach_every_layer(setting: Setting) -> None:
     assert reached >= set(task.layers)
     assert all(p.grad is None for name, p in adapted.named_parameters() if "lora_" not in name)
     adapted.unload()
+
+
+def test_the_contexts_loss_reaches_every_layer_and_is_a_mean_over_samples(setting: Setting) -> None:
+    task = setting(0)
+    assert task.kept_loss is not None
+    adapted = Lalora(2, strength=1.0, source_batches=1).adapt(task)
+    assert adapted.penalty is not None
+    assert adapted.penalty().item() == 0
+    layers = lora_layers(adapted.model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"].weight += 0.01
+    assert len(layers) == len(task.layers)
+    assert 0 < adapted.penalty().item() < math.inf
+    adapted.model.unload()
 
 
 def test_what_is_kept_reaches_every_layer_and_a_part_of_it_says_what_it_lacks(setting: Setting) -> None:

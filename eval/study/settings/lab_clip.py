@@ -9,6 +9,8 @@ What is measured is in no training and no context. Digits: the splits of ``corda
 of easy-VQA. Icons: ``icons_seen`` and ``icons_unseen`` are of a style of which ``train``, the context, has none. Photographs that are
 learned: their rows are shuffled once, the first are for the test, the next for validation, the others for training; photographs that are
 kept are in no context.
+The contexts' loss (``Task.kept_loss``): the cross-entropy of a class drawn from the model's own probabilities, over the names of shapes and
+icons; its squared gradients are Fisher's information.
 """
 
 import random
@@ -36,6 +38,7 @@ from corda_vlm.classifier import ZeroShotClassifier
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import learnable_layers, select_layers
 
+PHOTOGRAPHS = "photographs"
 DIGIT_PROMPT = 'the handwritten digit "{}".'
 DRAWINGS = ("openclipart", "tuxpaint")
 """Sources of ``train`` that are drawings and photographs of objects."""
@@ -88,6 +91,13 @@ class LabClipClasses:
         def loss(adapted: nn.Module, batch: Batch) -> Tensor:
             return ZeroShotClassifier(adapted, training.head)(batch["image"], batch["labels"])["loss"]
 
+        known = torch.cat([data.head for name, data in kept.items() if name != PHOTOGRAPHS])
+        generator = torch.Generator().manual_seed(seed)
+
+        def kept_loss(adapted: nn.Module, batch: Batch) -> Tensor:
+            logits = ZeroShotClassifier(adapted, known)(batch["image"])["logits"]
+            return F.cross_entropy(logits, torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1))
+
         def measure(adapted: nn.Module) -> dict[str, Score]:
             return {name: class_score(adapted, data) for name, data in ({TARGET: test} | kept).items()}
 
@@ -101,6 +111,7 @@ class LabClipClasses:
             measure=measure,
             cache=cache,
             seed=seed,
+            kept_loss=kept_loss,
         )
 
     def learned(self) -> dict[str, ClassifiedImages]:
@@ -126,7 +137,7 @@ class LabClipClasses:
         if self.data is not None:
             found += [icons(Path(self.data), name) for name in ("icons_seen", "icons_unseen")]
         if self.kept_photographs is not None:
-            found.append(replace(cifar10(self.kept_photographs), task="photographs"))
+            found.append(replace(cifar10(self.kept_photographs), task=PHOTOGRAPHS))
         return found
 
     def context(self) -> dict[str, list[Image.Image]]:

@@ -9,11 +9,12 @@ reference manual (``docs``, nats a token) on topics that the context lacks; the 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corda_eval.lab.base import load_lab
 from corda_eval.study.settings.shared import answer_loss, answer_score, casting, drawn, spread
@@ -93,12 +94,20 @@ class LabLlavaDigits:
             measure=measure,
             cache=cache,
             seed=seed,
+            kept_loss=partial(words_loss, image_token=model.config.image_token_id),
         )
 
     @staticmethod
     def _some(examples: Sequence[VqaExample], count: int) -> list[dict[str, object]]:
         """Return some of a split's questions with their answers, spread over it."""
         return [examples[place].as_item() for place in spread(count, len(examples))]
+
+
+def words_loss(model: nn.Module, batch: Batch, *, image_token: int) -> Tensor:
+    """Return the mean loss (nats a token) of a context batch's texts, each token but an image's after those before it."""
+    ids = batch["input_ids"]
+    with casting():
+        return model(**batch, labels=ids.masked_fill(ids == image_token, -100), use_cache=False).loss
 
 
 def unpadded(items: Sequence[Any], collate: Callable[[Sequence[Any]], dict[str, Any]], size: int = 8) -> list[Batch]:
