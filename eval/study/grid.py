@@ -33,13 +33,14 @@ class StudyConfig:
     """By name: ``kind``, its options, and ``arms``, the names of those that run here (all, if it is left out)."""
 
     arms: Mapping[str, Mapping[str, Any]]
-    """By name: ``method``, its options, and ``rates``, where the ladder begins for it. One must be called ``lora``."""
+    """By name: ``method``, its options, ``rates``, where the ladder begins for it, and ``seeds``, how many for it. One must be called
+    ``lora``."""
 
     rates: tuple[float, ...]
     """Where the ladder begins."""
 
     seeds: int
-    """How many."""
+    """How many, but for arms that say otherwise."""
 
     alphas: tuple[float, ...] = ()
     """Interpolations with the base that are measured of each run (WiSE-FT)."""
@@ -72,7 +73,7 @@ class Planned:
 def planned(config: StudyConfig, setting: str, arm: str, rate: float, seed: int) -> Planned:
     """Return the run of one arm in one setting."""
     options = {key: value for key, value in config.settings[setting].items() if key != "arms"}
-    method = None if arm == BASE else {key: value for key, value in config.arms[arm].items() if key != "rates"}
+    method = None if arm == BASE else {key: value for key, value in config.arms[arm].items() if key not in ("rates", "seeds")}
     return Planned(setting, arm, RunSpec(options, method, rate, seed, list(config.alphas) if method else []))
 
 
@@ -111,7 +112,7 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     for arm in arms_of(config, setting)[1:]:
         its = [run for run in runs if run.arm == arm]
         repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
-        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
+        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.arms[arm].get("seeds", config.seeds))]
     return [planned(config, setting, *one) for one in wanted if one not in have]
 
 
@@ -133,7 +134,7 @@ def check(config: StudyConfig) -> None:
     """Check a study before its first run.
 
     Raises:
-        ValueError: If an arm that a setting names is missing, LoRA is, or a rate is not on the ladder.
+        ValueError: If an arm that a setting names is missing, LoRA is, a rate is not on the ladder, or a number of seeds is below 1.
     """
     for setting in config.settings:
         for arm in arms_of(config, setting)[1:]:
@@ -141,6 +142,9 @@ def check(config: StudyConfig) -> None:
                 raise ValueError(f"The setting {setting} names the arm {arm!r}, which is not among the study's: {', '.join(config.arms)}.")
         if BASELINE not in arms_of(config, setting):
             raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
+    for seeds in (config.seeds, *(arm["seeds"] for arm in config.arms.values() if "seeds" in arm)):
+        if not isinstance(seeds, int) or seeds < 1:
+            raise ValueError(f"The study asks for {seeds!r} seeds; expected a whole number of at least 1, of the study and of each arm.")
     odd = [rate for rate in {*config.rates, *(r for arm in config.arms.values() for r in arm.get("rates", ()))} if rate not in LADDER]
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from corda_core.files import write_whole
 from corda_eval.study import grid
 from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
 from corda_eval.study.methods import METHODS
@@ -49,7 +51,7 @@ def outcome(one: Planned, gain: float, forgetting: float) -> dict[str, object]:
 def write(config: StudyConfig, one: Planned, gain: float = 0.0, forgetting: float = 0.0, **more: object) -> None:
     path = Path(config.results) / one.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(outcome(one, gain, forgetting) | more))
+    write_whole(path, json.dumps(outcome(one, gain, forgetting) | more).encode())
 
 
 def wanted(config: StudyConfig) -> list[tuple[str, float, int]]:
@@ -77,6 +79,8 @@ def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(t
         write(config, planned(config, "sums", arm, rate, seed), 1.0, 0.1)
     assert wanted(config) == []
     assert len(finished(config, "sums")) == 14
+    fewer = study(tmp_path, arms={name: {**arm, "seeds": 2} if name == "strict" else arm for name, arm in config.arms.items()}, seeds=4)
+    assert wanted(fewer) == [("lora", 3e-4, 3)]
 
 
 def test_the_ladder_ends(tmp_path: Path) -> None:
@@ -104,6 +108,8 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
     [
         ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["lora", "kpm"]}}}, "'kpm'"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["strict"]}}}, "no arm called 'lora'"),
+        ({"seeds": 0}, "0 seeds"),
+        ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
     ],
 )
@@ -119,7 +125,7 @@ def test_shipped_studies_name_what_there_is(path: Path) -> None:
     for options in config.settings.values():
         _made({key: value for key, value in options.items() if key != "arms"}, "kind", SETTINGS, "setting")
     for options in config.arms.values():
-        _made({key: value for key, value in options.items() if key != "rates"}, "method", METHODS, "method")
+        _made({key: value for key, value in options.items() if key not in ("rates", "seeds")}, "method", METHODS, "method")
 
 
 def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +139,9 @@ def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(grid, "_run", run)
     told: list[str] = []
-    assert complete(config, told.append) == ["sums, strict at 0.001: ValueError: no such layer"] or told
+    failures = complete(config, told.append)
+    assert len(failures) == 1
+    assert re.fullmatch(r"sums, strict at 0\.00[13]: ValueError: no such layer", failures[0])
     assert {run.arm for run in finished(config, "sums")} == {BASE, "lora"}
     assert any("failed" in line for line in told)
 
