@@ -103,6 +103,22 @@ def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
     return math.inf
 
 
+def steps_at_equal_rates(runs: Sequence[Run]) -> dict[str, dict[float, float]]:
+    """Return by arm and rate the part of LoRA's steps after which the validation loss is at LoRA's final one of the same rate and seed.
+
+    Means over the seeds that both have run, infinity if a seed never gets there; runs of LoRA that diverged are left out.
+    """
+    curves = {(run.rate, run.seed): run.result["validation_losses"] for run in runs if run.arm == BASELINE and not run.diverged}
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in runs:
+        curve = curves.get((run.rate, run.seed))
+        if run.arm not in (BASE, BASELINE) and curve is not None:
+            steps, target = curve[-1]
+            part = math.inf if run.diverged else steps_to(run.result["validation_losses"], target) / steps
+            found.setdefault(run.arm, {}).setdefault(run.rate, []).append(part)
+    return {arm: {rate: mean(parts) for rate, parts in sorted(rates.items())} for arm, rates in found.items()}
+
+
 @dataclass(frozen=True)
 class Summary:
     """One arm at one of its rates: means over the seeds, and (lowest, highest)."""

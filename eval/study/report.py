@@ -18,6 +18,7 @@ from corda_eval.study.frontier import (
     gain_of,
     pareto,
     spread,
+    steps_at_equal_rates,
     summaries,
     with_interpolations,
 )
@@ -55,6 +56,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     report.require_extra()
     output.mkdir(parents=True, exist_ok=True)
     tables: dict[str, dict[str, list[Summary]]] = {}
+    steps = {setting: steps_at_equal_rates(its) for setting, its in runs.items()}
     for setting, its in runs.items():
         base = base_of(its)
         if base is None or not any(gain_of(run, base) > 0 for run in its if run.arm == BASELINE):
@@ -62,23 +64,34 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         tuned, matched = summaries(with_interpolations(its), base)
         tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
         write_whole(output / f"{setting}.png", draw(setting, its, base))
-    summary = {
-        setting: {kind: [dataclasses.asdict(one) for one in its] for kind, its in kinds.items()} for setting, kinds in tables.items()
+    summary: dict[str, Any] = {
+        setting: {kind: [dataclasses.asdict(one) for one in its] for kind, its in kinds.items()}
+        | {"steps_at_equal_rates": {arm: {f"{rate:g}": part for rate, part in rates.items()} for arm, rates in steps[setting].items()}}
+        for setting, kinds in tables.items()
     }
-    write_whole(output / "study.json", (json.dumps({"facts": dict(facts), "settings": summary}, indent=1) + "\n").encode())
-    write_whole(output / "study.md", markdown(tables).encode())
-    write_whole(output / "study.html", html(tables, facts, output).encode())
+    stored = _without_infinities({"facts": dict(facts), "settings": summary})
+    write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(output / "study.md", markdown(tables, steps).encode())
+    write_whole(output / "study.html", html(tables, steps, facts, output).encode())
     return summary
 
 
-def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]]) -> str:
-    """Return a table a setting and choice of rates."""
+Steps = Mapping[str, Mapping[str, Mapping[float, float]]]
+"""``steps_at_equal_rates`` by setting."""
+
+
+def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps) -> str:
+    """Return a table a setting and choice of rates, and one of the steps at equal rates."""
     lines = []
     for setting, kinds in tables.items():
         for kind, its in kinds.items():
             lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
             lines += ["| " + " | ".join(cells(one)) + " |" for one in its]
             lines += [""]
+        head, rows = step_table(steps[setting])
+        if rows:
+            lines += [f"### {setting}: {STEPS_TITLE}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     return "\n".join(lines)
 
 
@@ -88,9 +101,24 @@ TITLES = {
 }
 
 
+STEPS_TITLE = "part of LoRA's steps after which the validation loss is at LoRA's final one, both at the same rate"
+
+
+def step_table(steps: Mapping[str, Mapping[float, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of the steps at equal rates, a column a rate."""
+    rates = sorted({rate for its in steps.values() for rate in its})
+    return (
+        ["arm", *(f"{rate:g}" for rate in rates)],
+        [[arm, *(_part(its[rate]) if rate in its else "" for rate in rates)] for arm, its in steps.items()],
+    )
+
+
+def _part(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.0%}"
+
+
 def cells(one: Summary) -> list[str]:
     """Return a row's cells as people read them: means, and (lowest … highest) over the seeds."""
-    steps = "never" if math.isinf(one.steps_to_baseline) else f"{one.steps_to_baseline:.0%}"
     ratio = "" if one.ratio is None else " " if one.arm == BASELINE else _spread(one.ratio, 2)
     accuracy = "" if one.accuracy is None else f"{one.accuracy:.1f} %"
     return [
@@ -101,7 +129,7 @@ def cells(one: Summary) -> list[str]:
         accuracy,
         _spread(one.forgetting, 4),
         ratio,
-        steps,
+        _part(one.steps_to_baseline),
         f"{one.change_on_context:.2%}",
         f"{one.parameters:,}",
         f"{one.seconds:.0f} s",
@@ -109,7 +137,7 @@ def cells(one: Summary) -> list[str]:
     ]
 
 
-def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], facts: Mapping[str, str], folder: Path) -> str:
+def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps, facts: Mapping[str, str], folder: Path) -> str:
     """Return a page that loads nothing from anywhere; the figures are read from the folder."""
     import base64
 
@@ -121,7 +149,17 @@ def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], facts: Mapping[s
         }
         for setting, kinds in tables.items()
     }
-    return report.page("study.html.j2", Path(__file__).parent, tables=rows, columns=COLUMNS, figures=figures, facts=facts)
+    parts = {setting: step_table(its) for setting, its in steps.items()}
+    return report.page(
+        "study.html.j2",
+        Path(__file__).parent,
+        tables=rows,
+        columns=COLUMNS,
+        figures=figures,
+        facts=facts,
+        steps=parts,
+        steps_title=STEPS_TITLE,
+    )
 
 
 def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
@@ -180,6 +218,15 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _without_infinities(value: Any) -> Any:
+    """Return the same with None for infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(one) for one in value]
+    return None if value == math.inf else value
 
 
 def _bars(values: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:

@@ -13,6 +13,7 @@ from corda_eval.study.frontier import (
     gain_of,
     matched_rate,
     pareto,
+    steps_at_equal_rates,
     summaries,
     tuned_rate,
     with_interpolations,
@@ -100,6 +101,14 @@ def test_summaries_hold_each_arm_against_lora_seed_by_seed() -> None:
     assert tuned["kpm"].steps_to_baseline == pytest.approx((5 + 5 * (0.97 - 0.75) / 0.75) / 10)
 
 
+def test_steps_at_equal_rates_are_those_of_runs_of_one_rate_and_seed() -> None:
+    steps = steps_at_equal_rates(RUNS)
+    assert list(steps) == ["kpm", "weak"]
+    # At 3e-4 the first seed ends above LoRA's 1.03, at 1e-3 its loss falls from 1.25 to 0.5 and passes LoRA's 1.0 on the way.
+    assert steps["kpm"] == pytest.approx({3e-4: math.inf, 1e-3: (5 + 5 * (1.25 - 1.0) / 0.75) / 10})
+    assert steps["weak"] == {1e-3: math.inf}
+
+
 def test_interpolations_are_arms_of_their_own() -> None:
     between = {"0.5": {"target": {"loss": 1.5, "accuracy": 70.0}, "docs": {"loss": 3.01, "accuracy": None}, "validation": 1.4}}
     whole, half = with_interpolations([run("lora", 1e-3, 0, 1.0, 0.5, 0.5, interpolated=between)])
@@ -125,6 +134,9 @@ def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
     assert "http" not in page.replace("http-equiv", "")
     assert "weak" in text
+    assert "| kpm |  | 67% |" in text.replace("never", "")
+    assert stored["settings"]["sums"]["steps_at_equal_rates"]["kpm"] == {"0.0003": None, "0.001": pytest.approx(2 / 3)}
+    assert "at the same rate" in page
     assert "0.0250 (0.0200 … 0.0300)" in text
     assert "0.10" in text
 
