@@ -18,8 +18,8 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from corda_core.collect import evaluating
 from corda_eval.task import TaskResult
-from corda_eval.text.perplexity import evaluation_mode
 
 
 def evaluate_text(
@@ -88,7 +88,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with _errors_only("lm_eval"), evaluation_mode(model):
+    with _errors_only("lm_eval"), evaluating(model):
         loaded = tasks if isinstance(tasks, Mapping) else TaskManager(include_defaults=False).load(list(tasks))
         if num_fewshot is not None:
             for task in loaded["tasks"].values():

@@ -8,14 +8,15 @@ Note: each window stands alone and its first token is not predicted; there is no
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
+
+from corda_core.collect import evaluating
 
 HELD_OUT_EVERY = 4
 """One topic in four is held out: about 30 % of the text."""
@@ -79,7 +80,6 @@ def mean_loss(
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
 def window_losses(
     model: nn.Module,
     windows: Sequence[Tensor],
@@ -105,25 +105,13 @@ def window_losses(
         raise ValueError(f"The windows have the lengths {sorted(lengths)}; expected windows of one length of at least 2 tokens.")
     device = next(model.parameters()).device
     means: list[float] = []
-    with evaluation_mode(model):
+    with evaluating(model):
         for ids in progress(torch.stack(tuple(windows)).split(batch_size)):
             ids = ids.to(device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
             losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             means += losses.double().view(len(ids), -1).mean(1).tolist()
     return means
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and the like, and give every module its own mode back afterwards, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _new_paragraphs(text: str, seen: set[str]) -> list[str]:

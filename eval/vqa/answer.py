@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from corda_eval.text.perplexity import evaluation_mode
+from corda_core.collect import evaluating
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.data import Collator, tokenizer_of
 
@@ -51,7 +51,7 @@ def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], max
         images = [image and _squared(image, processor) for image in images]
     items = [{"image": image, "question": example.question} for example, image in zip(examples, images, strict=True)]
     batch = {key: value.to(model.device) for key, value in Collator(processor)(items).items()}
-    with evaluation_mode(model):
+    with evaluating(model):
         tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     answers = tokenizer_of(processor).batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_core.adapter import base_of
+from corda_core.collect import evaluating
 from corda_eval.task import TaskResult
-from corda_eval.text.perplexity import evaluation_mode
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.classifier import zero_shot_head
@@ -66,7 +66,7 @@ def class_head(model: nn.Module, data: ClassifiedImages, pairs: PairCollator, *,
     """Return the classes' features (classes, d), float32, of length 1; equal names have equal rows."""
     names = list(dict.fromkeys(data.class_names))
     place = {name: number for number, name in enumerate(names)}
-    with evaluation_mode(model), precision(model, dtype):
+    with evaluating(model), precision(model, dtype):
         rows = zero_shot_head(model, pairs.tokenize, names, data.templates)
     return F.normalize(rows.float(), dim=-1)[[place[name] for name in data.class_names]]
 
@@ -85,7 +85,7 @@ def cosine_batches(
     """Yield ids, labels (batch,) and cosines (batch, answers) of images with classes, the highest of a group where there are groups."""
     unique, inverse = torch.unique(head, dim=0, return_inverse=True)
     batches = image_batches(data.items, pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
-    with evaluation_mode(model):
+    with evaluating(model):
         for ids, labels, inputs in progress(batches):
             # Equal rows are multiplied once: a product's rounding depends on a row's place.
             cosines = (image_features(model, inputs, dtype) @ unique.T)[:, inverse]

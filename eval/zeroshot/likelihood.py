@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from corda_core.adapter import base_of
+from corda_core.collect import evaluating
 from corda_eval.task import TaskResult
-from corda_eval.text.perplexity import evaluation_mode
 from corda_eval.zeroshot.classify import Progress, precision
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
@@ -61,7 +61,7 @@ def evaluate(
     tally, by_token = Tally(), Tally()
     start = time.perf_counter()
     collate = _Prompts(Collator(processor), question)
-    with evaluation_mode(model):
+    with evaluating(model):
         for ids, labels, inputs in progress(image_batches(data.items, collate, batch_size=batch_size, workers=workers)):
             scores = name_scores(model, inputs, names, rows=rows, dtype=dtype).cpu()
             tally.add(ids, labels, scores[:, inverse], {"ece": 1.0})

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from corda_core.collect import evaluating
 from corda_eval.task import TaskResult
-from corda_eval.text.perplexity import evaluation_mode
 from corda_eval.zeroshot.classify import Progress, image_features, text_features
 from corda_eval.zeroshot.images import LabelledImage, image_batches
 from corda_vlm.pairs import PairCollator
@@ -71,7 +71,7 @@ def evaluate(
     texts = [caption for captions in kept for caption in captions]
     owners = torch.tensor([number for number, captions in enumerate(kept) for _ in captions])
     start = time.perf_counter()
-    with evaluation_mode(model):
+    with evaluating(model):
         batches: Iterable[Any] = image_batches(_Numbered(data.images), pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
         images = torch.cat([image_features(model, inputs, dtype) for _, _, inputs in progress(batches)])
         starts = progress(range(0, len(texts), batch_size))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from corda_core import collect, collect_in_passes
+from corda_core.collect import evaluating
 from corda_core.symmetric import Symmetric
 
 
@@ -264,3 +266,21 @@ def test_conv1d_reads_its_input_as_linear_does() -> None:
     rows = x.reshape(-1, 6).double()
     found = collect(Wrapper(), [{"x": x}], ("body.0",))["body.0"]
     torch.testing.assert_close(found.matrix.double(), rows.T @ rows / 12, rtol=1e-5, atol=1e-6)
+
+
+def test_every_module_gets_its_mode_back_after_an_error(llama: LlamaForCausalLM) -> None:
+    llama.train()
+    llama.model.layers[0].eval()
+    before = [module.training for module in llama.modules()]
+    during: list[bool] = []
+
+    def fail() -> None:
+        with evaluating(llama):
+            during.extend(module.training for module in llama.modules())
+            assert not torch.is_grad_enabled()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not any(during)
+    assert [module.training for module in llama.modules()] == before

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from corda_eval.text.perplexity import evaluation_mode, held_out_text, mean_loss, perplexity, text_windows
+from corda_eval.text.perplexity import held_out_text, mean_loss, perplexity, text_windows
 
 VOCABULARY = 32
 WORDS = [f"w{number}" for number in range(VOCABULARY)]
@@ -90,23 +90,6 @@ def test_progress_wraps_the_batches(model: LlamaForCausalLM, windows: list[Tenso
 def test_unusable_windows_are_refused(model: LlamaForCausalLM, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="windows of one length"):
         mean_loss(model, [torch.zeros(length, dtype=torch.long) for length in lengths])
-
-
-def test_every_module_gets_its_mode_back_after_an_error(model: LlamaForCausalLM) -> None:
-    model.train()
-    model.model.layers[0].eval()
-    before = [module.training for module in model.modules()]
-    during: list[bool] = []
-
-    def fail() -> None:
-        with evaluation_mode(model):
-            during.extend(module.training for module in model.modules())
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
-    assert not any(during)
-    assert [module.training for module in model.modules()] == before
 
 
 def test_windows_are_disjoint_pieces_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
