@@ -165,7 +165,8 @@ def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps, fa
 def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     """Return a figure (PNG): what each arm gained and forgot, a line over its rates, and the frontier of all.
 
-    Points are means over the seeds, bars from the lowest to the highest.
+    Points are means over the seeds, bars from the lowest to the highest. A line ends where the gain is largest; pale points are of higher
+    rates, at which the arm learns less again.
     """
     import io
 
@@ -191,21 +192,23 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
             )
         if not points:
             continue
-        gains, losses = zip(*points, strict=True)
         everything += [(gain[0], lost[0]) for gain, lost in points]
-        axes.errorbar(
-            [mean for mean, _, _ in gains],
-            [mean for mean, _, _ in losses],
-            xerr=_bars(gains),
-            yerr=_bars(losses),
-            fmt=f"-{marker}",
-            color=color,
-            markersize=5,
-            linewidth=0.8,
-            elinewidth=1.2,
-            alpha=0.8,
-            label=arm,
-        )
+        end = 1 + max(range(len(points)), key=lambda place: points[place][0][0])
+        for some, line, alpha, label in ((points[:end], "-", 0.8, arm), (points[end:], "", 0.25, None)):
+            gains, losses = [gain for gain, _ in some], [lost for _, lost in some]
+            axes.errorbar(
+                [mean for mean, _, _ in gains],
+                [mean for mean, _, _ in losses],
+                xerr=_bars(gains),
+                yerr=_bars(losses),
+                fmt=f"{line}{marker}",
+                color=color,
+                markersize=5,
+                linewidth=0.8,
+                elinewidth=1.2,
+                alpha=alpha,
+                label=label,
+            )
     axes.plot(*zip(*pareto(everything), strict=True), color="black", linewidth=2, alpha=0.25, label="frontier", zorder=0)
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.set_yscale("symlog", linthresh=0.01)
