@@ -129,8 +129,9 @@ def evaluate(
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
-    from corda_eval.run import batch_checks, read_suite
+    from corda_eval.run import batch_checks
     from corda_eval.run import evaluate as run
+    from corda_eval.suite import read_suite
     from corda_vlm.recipe import ModelConfig
 
     with _sentences("eval"):

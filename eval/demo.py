@@ -32,7 +32,7 @@ from corda_eval.describe import describe_run
 from corda_eval.exports import REFERENCE, check_exports
 from corda_eval.forgetting import drop, paired_interval, perplexity_interval
 from corda_eval.lab.base import lab_folder, load_lab
-from corda_eval.suite import WINDOW, Measurement, Suite, load_suite, measure, questions_of
+from corda_eval.lab_suite import WINDOW, Measurement, Suite, load_suite, measure, questions_of
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa

@@ -16,7 +16,7 @@ import typer
 
 from corda_core import context_drift
 from corda_eval.demo import DemoConfig, adapt, context_plan, fresh_lab
-from corda_eval.suite import load_suite, measure
+from corda_eval.lab_suite import load_suite, measure
 from corda_vlm.config import read_config
 
 VALIDATION_DIGITS = 200

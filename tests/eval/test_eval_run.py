@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import corda_vlm
 from corda_eval import run
 from corda_eval.describe import library_versions
+from corda_eval.suite import read_suite
 from corda_vlm.cli import app
 
 for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
@@ -143,7 +144,7 @@ def test_errors_are_sentences(place: Path) -> None:
 
 def test_the_shipped_suites_are_read() -> None:
     for path in sorted((Path(__file__).parents[2] / "configs").glob("suite_*.yaml")):
-        suite = run.read_suite(path)
+        suite = read_suite(path)
         assert {task.role for task in suite.tasks} == {"target", "kept"}
 
 

@@ -14,7 +14,8 @@ from two_towers import coloured, hugging_clip
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_eval.run import SuiteTask, run_task
+from corda_eval import suite
+from corda_eval.suite import SuiteTask, run_task
 from corda_eval.zeroshot import classify
 from corda_eval.zeroshot.folders import image_folder
 from corda_eval.zeroshot.transplant import transplanted
@@ -105,11 +106,9 @@ def test_tasks_that_do_not_fit_are_sentences(place: Path, processor: Any) -> Non
 
 
 def test_the_originals_precision_is_the_models(place: Path, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from corda_eval import run
-
     asked: list[ModelConfig] = []
-    real = run.load_base
-    monkeypatch.setattr(run, "load_base", lambda config: asked.append(config) or real(config))
+    real = suite.load_base
+    monkeypatch.setattr(suite, "load_base", lambda config: asked.append(config) or real(config))
     llava = llava_of(hugging_clip()[0]).bfloat16()
     run_task(retrieval(place, tower_in=str(place / "clip")), llava, processor)
     assert (asked[0].dtype, asked[0].download) == ("bfloat16", False)
