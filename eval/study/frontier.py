@@ -86,9 +86,14 @@ def tuned_rate(runs: Sequence[Run], base: Run) -> float | None:
     return min(rate for rate, gain in gains.items() if gain >= NEARLY * best) if best > 0 else None
 
 
+def gain_to_match(baseline: Sequence[Run], base: Run) -> float:
+    """Return the validation gain that is nearly LoRA's best, in nats; infinity if LoRA has not run."""
+    return NEARLY * max((gain_of(run, base) for run in baseline if run.seed == 0), default=math.inf)
+
+
 def matched_rate(runs: Sequence[Run], base: Run, baseline: Sequence[Run]) -> float | None:
     """Return the rate at which the arm forgets least of those at which it learns nearly as much as LoRA; None if it never does."""
-    wanted = NEARLY * max((gain_of(run, base) for run in baseline if run.seed == 0), default=math.inf)
+    wanted = gain_to_match(baseline, base)
     enough = [run for run in runs if run.seed == 0 and gain_of(run, base) >= wanted]
     return min(enough, key=lambda run: forgetting_of(run.result["scores"], base)).rate if enough else None
 

@@ -1,7 +1,8 @@
 """Which runs a study needs, and how they are made: in worker processes, each finished one a small JSON file that is never run again.
 
-First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge. Then the other
-seeds run at two rates: the tuned one, and that which forgets least of those that learn nearly as much as LoRA (``frontier``).
+First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge, and down while the
+lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned one, and that which forgets
+least of those that learn nearly as much as LoRA (``frontier``).
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.lab.base import cache_root
-from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, matched_rate, tuned_rate
+from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.run import RunSpec
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -102,13 +103,14 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     base = base_of(runs)
     if base is None:
         return [planned(config, setting, BASE, 0.0, 0)]
+    baseline = [run for run in runs if run.arm == BASELINE]
+    enough = gain_to_match(baseline, base)
     wanted: list[tuple[str, float, int]] = []
     for arm in arms_of(config, setting)[1:]:
         its = [run for run in runs if run.arm == arm and run.seed == 0]
-        wanted += [(arm, rate, 0) for rate in rates_of(config, arm, its, base)]
+        wanted += [(arm, rate, 0) for rate in rates_of(config, arm, its, base, enough)]
     if any(one not in have for one in wanted):
         return [planned(config, setting, *one) for one in wanted if one not in have]
-    baseline = [run for run in runs if run.arm == BASELINE]
     for arm in arms_of(config, setting)[1:]:
         its = [run for run in runs if run.arm == arm]
         repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
@@ -116,16 +118,20 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     return [planned(config, setting, *one) for one in wanted if one not in have]
 
 
-def rates_of(config: StudyConfig, arm: str, first_seed: Sequence[Run], base: Run) -> list[float]:
-    """Return the rates that an arm runs at: the ladder's beginning, and on beyond an edge while that is the best."""
+def rates_of(config: StudyConfig, arm: str, first_seed: Sequence[Run], base: Run, enough: float) -> list[float]:
+    """Return the rates that an arm runs at: the ladder's beginning, and on beyond an edge.
+
+    Up or down while the best is at that edge, and down while the gain at the lowest is ``enough`` to match LoRA's.
+    """
     rates = sorted(config.arms[arm].get("rates", config.rates))
     done = {run.rate for run in first_seed}
     if not set(rates) <= done:
         return rates
-    best = max(first_seed, key=lambda run: gain_of(run, base)).rate
-    for step, edge in ((1, max(done)), (-1, min(done))):
+    gains = {run.rate: gain_of(run, base) for run in first_seed}
+    best, lowest, highest = max(gains, key=lambda rate: gains[rate]), min(gains), max(gains)
+    for step, edge, onward in ((1, highest, best == highest), (-1, lowest, best == lowest or gains[lowest] >= enough)):
         place = LADDER.index(edge) + step if edge in LADDER else -1
-        if best == edge and 0 <= place < len(LADDER):
+        if onward and 0 <= place < len(LADDER):
             rates.append(LADDER[place])
     return sorted({*rates, *done})
 

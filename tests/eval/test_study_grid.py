@@ -83,6 +83,19 @@ def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(t
     assert wanted(fewer) == [("lora", 3e-4, 3)]
 
 
+def test_rates_go_down_while_the_lowest_learns_nearly_as_much_as_lora(tmp_path: Path) -> None:
+    config = study(tmp_path, seeds=1)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    for rate, gain in ((1e-4, 0.98), (3e-4, 1.0), (1e-3, 0.9)):
+        write(config, planned(config, "sums", "lora", rate, 0), gain, rate)
+    for rate, gain in ((1e-3, 0.96), (3e-3, 1.2), (1e-2, 0.1)):
+        write(config, planned(config, "sums", "strict", rate, 0), gain, rate)
+    assert wanted(config) == [("lora", 3e-5, 0), ("strict", 3e-4, 0)]
+    write(config, planned(config, "sums", "lora", 3e-5, 0), 0.8, 0.0)
+    write(config, planned(config, "sums", "strict", 3e-4, 0), 0.94, 0.0)
+    assert wanted(config) == []
+
+
 def test_the_ladder_ends(tmp_path: Path) -> None:
     config = study(tmp_path, arms={"lora": {"method": "lora", "rank": 4, "rates": (1e-1, 3e-1)}}, seeds=1)
     write(config, planned(config, "sums", BASE, 0.0, 0))
