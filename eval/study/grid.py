@@ -31,11 +31,12 @@ class StudyConfig:
     """A study; ``configs/compare_lab.yaml`` holds the published one's values with their reasons."""
 
     settings: Mapping[str, Mapping[str, Any]]
-    """By name: ``kind``, its options, and ``arms``, the names of those that run here (all, if it is left out)."""
+    """By name: ``kind``, its options, ``arms``, the names of those that run here (all, if it is left out), and ``rates``, where the ladder
+    begins here for some of them, by name."""
 
     arms: Mapping[str, Mapping[str, Any]]
-    """By name: ``method``, its options, ``rates``, where the ladder begins for it, and ``seeds``, how many for it. One must be called
-    ``lora``."""
+    """By name: ``method``, its options, ``rates``, where the ladder begins for it elsewhere, and ``seeds``, how many for it. One must be
+    called ``lora``."""
 
     rates: tuple[float, ...]
     """Where the ladder begins."""
@@ -73,7 +74,7 @@ class Planned:
 
 def planned(config: StudyConfig, setting: str, arm: str, rate: float, seed: int) -> Planned:
     """Return the run of one arm in one setting."""
-    options = {key: value for key, value in config.settings[setting].items() if key != "arms"}
+    options = {key: value for key, value in config.settings[setting].items() if key not in ("arms", "rates")}
     method = None if arm == BASE else {key: value for key, value in config.arms[arm].items() if key not in ("rates", "seeds")}
     return Planned(setting, arm, RunSpec(options, method, rate, seed, list(config.alphas) if method else []))
 
@@ -108,7 +109,7 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     wanted: list[tuple[str, float, int]] = []
     for arm in arms_of(config, setting)[1:]:
         its = [run for run in runs if run.arm == arm and run.seed == 0]
-        wanted += [(arm, rate, 0) for rate in rates_of(config, arm, its, base, enough)]
+        wanted += [(arm, rate, 0) for rate in rates_of(rates_from(config, setting, arm), its, base, enough)]
     if any(one not in have for one in wanted):
         return [planned(config, setting, *one) for one in wanted if one not in have]
     for arm in arms_of(config, setting)[1:]:
@@ -118,12 +119,18 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     return [planned(config, setting, *one) for one in wanted if one not in have]
 
 
-def rates_of(config: StudyConfig, arm: str, first_seed: Sequence[Run], base: Run, enough: float) -> list[float]:
+def rates_from(config: StudyConfig, setting: str, arm: str) -> Sequence[float]:
+    """Return where the ladder begins for an arm in a setting."""
+    here: Mapping[str, Sequence[float]] = config.settings[setting].get("rates", {})
+    return here.get(arm, config.arms[arm].get("rates", config.rates))
+
+
+def rates_of(beginning: Sequence[float], first_seed: Sequence[Run], base: Run, enough: float) -> list[float]:
     """Return the rates that an arm runs at: the ladder's beginning, and on beyond an edge.
 
     Up or down while the best is at that edge, and down while the gain at the lowest is ``enough`` to match LoRA's.
     """
-    rates = sorted(config.arms[arm].get("rates", config.rates))
+    rates = sorted(beginning)
     done = {run.rate for run in first_seed}
     if not set(rates) <= done:
         return rates
@@ -142,16 +149,20 @@ def check(config: StudyConfig) -> None:
     Raises:
         ValueError: If an arm that a setting names is missing, LoRA is, a rate is not on the ladder, or a number of seeds is below 1.
     """
+    odd: list[float] = []
     for setting in config.settings:
-        for arm in arms_of(config, setting)[1:]:
-            if arm not in config.arms:
-                raise ValueError(f"The setting {setting} names the arm {arm!r}, which is not among the study's: {', '.join(config.arms)}.")
-        if BASELINE not in arms_of(config, setting):
+        arms = arms_of(config, setting)[1:]
+        for arm in [*arms, *config.settings[setting].get("rates", {})]:
+            if arm not in config.arms or arm not in arms:
+                raise ValueError(
+                    f"The setting {setting} names the arm {arm!r}, which is not among its own or the study's: {', '.join(config.arms)}."
+                )
+            odd += [rate for rate in rates_from(config, setting, arm) if rate not in LADDER]
+        if BASELINE not in arms:
             raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
     for seeds in (config.seeds, *(arm["seeds"] for arm in config.arms.values() if "seeds" in arm)):
         if not isinstance(seeds, int) or seeds < 1:
             raise ValueError(f"The study asks for {seeds!r} seeds; expected a whole number of at least 1, of the study and of each arm.")
-    odd = [rate for rate in {*config.rates, *(r for arm in config.arms.values() for r in arm.get("rates", ()))} if rate not in LADDER]
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
 

@@ -96,6 +96,14 @@ def test_rates_go_down_while_the_lowest_learns_nearly_as_much_as_lora(tmp_path: 
     assert wanted(config) == []
 
 
+def test_a_setting_has_its_own_beginning_for_some_arms(tmp_path: Path) -> None:
+    setting = {"kind": "smollm2_lines", "steps": 3}
+    config = study(tmp_path, settings={"sums": {**setting, "rates": {"lora": (1e-5, 3e-5)}}})
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    assert wanted(config) == [("lora", 1e-5, 0), ("lora", 3e-5, 0), ("strict", 1e-3, 0), ("strict", 3e-3, 0)]
+    assert planned(config, "sums", "lora", 1e-5, 0) == planned(study(tmp_path), "sums", "lora", 1e-5, 0)
+
+
 def test_the_ladder_ends(tmp_path: Path) -> None:
     config = study(tmp_path, arms={"lora": {"method": "lora", "rank": 4, "rates": (1e-1, 3e-1)}}, seeds=1)
     write(config, planned(config, "sums", BASE, 0.0, 0))
@@ -124,6 +132,8 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
         ({"seeds": 0}, "0 seeds"),
         ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": (4e-4,)}}}}, "0.0004"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lorra": (3e-4,)}}}}, "'lorra'"),
     ],
 )
 def test_a_wrong_study_is_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
@@ -136,7 +146,7 @@ def test_shipped_studies_name_what_there_is(path: Path) -> None:
     config = read_config(path, StudyConfig)
     check(config)
     for options in config.settings.values():
-        _made({key: value for key, value in options.items() if key != "arms"}, "kind", SETTINGS, "setting")
+        _made({key: value for key, value in options.items() if key not in ("arms", "rates")}, "kind", SETTINGS, "setting")
     for options in config.arms.values():
         _made({key: value for key, value in options.items() if key not in ("rates", "seeds")}, "method", METHODS, "method")
 
