@@ -167,12 +167,12 @@ def compare(
         study = read_config(config, StudyConfig, overrides or [])
         check(study)
         failures = [] if only_report else complete(study, typer.echo)
+        for failure in failures:
+            typer.echo(f"corda-vlm compare: {failure}", err=True)
         command = " ".join(["corda-vlm", *sys.argv[1:]])
         runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
         write_study(runs, {"Command": command, "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
     typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
-    for failure in failures:
-        typer.echo(f"corda-vlm compare: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
 

@@ -1,10 +1,13 @@
 """What a study's runs say: gain, forgetting, and forgetting at matched gain.
 
-Gain: the fall of the loss of what is learned, in nats, on the validation samples for choosing and on the test samples for reporting.
-Forgetting: the mean over the kept things of the rise of their loss, in nats.
+Gain: the fall of the loss of what is learned, in nats, from the base's, or from a guesser's where that is lower (``Task.guessing``); on the
+validation samples for choosing and on the test samples for reporting.
+Forgetting: the mean over the kept things of the rise of their loss, in nats; where one fell, that counts as 0 and makes up for no other.
 Tuned: the smallest rate whose validation gain is at least ``NEARLY`` of the arm's best with the first seed.
-Matched: of an arm's rates whose validation gain reaches ``NEARLY`` of LoRA's best, the one with the least forgetting (first seed).
-So an arm's forgetting at matched gain is that of runs which were really made, never a value between two.
+Matched: the smallest rate whose validation gain is at least ``NEARLY`` of LoRA's best with the first seed. So an arm's forgetting at
+matched gain is that of runs which were really made, and no kept thing was looked at to choose them.
+At its own gain: an arm's forgetting over what LoRA's would be at that very gain, on the line through LoRA's runs of all rates: rates are
+coarse, and LoRA may forget much less at a little less gain.
 """
 
 import math
@@ -45,7 +48,7 @@ def with_interpolations(runs: Iterable[Run]) -> list[Run]:
             result = {
                 **run.result,
                 "scores": {name: score for name, score in scores.items() if name != "validation"},
-                "validation_losses": [*run.result["validation_losses"][:-1], [last, scores["validation"]]],
+                "validation_losses": [[last, scores["validation"]]],
                 "change": float(alpha) * run.result["change"],
                 "change_on_context": float(alpha) * run.result["change_on_context"],
             }
@@ -60,7 +63,18 @@ def base_of(runs: Iterable[Run]) -> Run | None:
 
 def gain_of(run: Run, base: Run) -> float:
     """Return the fall of the loss on the validation samples, in nats; minus infinity for a run that diverged."""
-    return -math.inf if run.diverged else base.result["validation"] - run.result["validation_losses"][-1][1]
+    return -math.inf if run.diverged else _start(base, base.result["validation"]) - run.result["validation_losses"][-1][1]
+
+
+def gain_on_test(run: Run, base: Run) -> float:
+    """Return the fall of the loss on the test samples, in nats."""
+    return _start(base, base.result["scores"][TARGET]["loss"]) - run.result["scores"][TARGET]["loss"]
+
+
+def _start(base: Run, loss: float) -> float:
+    """Return the loss that gains count from: the base's, or a guesser's where that is lower."""
+    guessing = base.result.get("guessing")
+    return loss if guessing is None else min(loss, guessing)
 
 
 def kept_scores(base: Run) -> dict[str, Any]:
@@ -74,9 +88,9 @@ def kept_losses(base: Run) -> dict[str, float]:
 
 
 def forgetting_of(scores: Mapping[str, Any], base: Run, names: Iterable[str] | None = None) -> float:
-    """Return the mean rise of the kept things' losses, of all or of some, in nats."""
+    """Return the mean rise of the kept things' losses, of all or of some, in nats; a fall counts as 0."""
     before = kept_losses(base)
-    return mean(scores[name]["loss"] - before[name] for name in (before if names is None else names))
+    return mean(max(0.0, scores[name]["loss"] - before[name]) for name in (before if names is None else names))
 
 
 def tuned_rate(runs: Sequence[Run], base: Run) -> float | None:
@@ -92,10 +106,44 @@ def gain_to_match(baseline: Sequence[Run], base: Run) -> float:
 
 
 def matched_rate(runs: Sequence[Run], base: Run, baseline: Sequence[Run]) -> float | None:
-    """Return the rate at which the arm forgets least of those at which it learns nearly as much as LoRA; None if it never does."""
+    """Return the smallest rate at which the arm learns nearly as much as LoRA; None if it never does."""
     wanted = gain_to_match(baseline, base)
-    enough = [run for run in runs if run.seed == 0 and gain_of(run, base) >= wanted]
-    return min(enough, key=lambda run: forgetting_of(run.result["scores"], base)).rate if enough else None
+    return min((run.rate for run in runs if run.seed == 0 and not run.diverged and gain_of(run, base) >= wanted), default=None)
+
+
+def unmatched(runs: Sequence[Run], base: Run) -> dict[str, float]:
+    """Return the arms that never learn nearly as much as LoRA, and what part of LoRA's best gain they reach with the first seed."""
+    by_arm = _by_arm(runs)
+    best = {arm: max((gain_of(run, base) for run in its if run.seed == 0), default=-math.inf) for arm, its in by_arm.items()}
+    return {arm: max(0.0, gain / best[BASELINE]) for arm, gain in best.items() if matched_rate(by_arm[arm], base, by_arm[BASELINE]) is None}
+
+
+def gains_and_forgetting(runs: Sequence[Run], base: Run) -> list[tuple[float, float]]:
+    """Return (test gain, forgetting) of an arm by rising rate up to its largest gain: means over the seeds."""
+    rates = sorted({run.rate for run in runs if not run.diverged})
+    points = []
+    for rate in rates:
+        its = [run for run in runs if run.rate == rate and not run.diverged]
+        points.append((mean(gain_on_test(run, base) for run in its), mean(forgetting_of(run.result["scores"], base) for run in its)))
+    best = max(range(len(points)), key=lambda place: points[place][0], default=-1)
+    return points[: best + 1]
+
+
+def forgetting_at(gain: float, points: Sequence[tuple[float, float]]) -> float:
+    """Return the forgetting at a gain on the line through an arm's points (``gains_and_forgetting``).
+
+    Between two points it is straight in the logarithm of the forgetting; below the first it falls to 0 with the gain, and beyond the last
+    it is the last one's.
+    """
+    first_gain, first = points[0]
+    if gain <= first_gain:
+        return first * max(0.0, gain) / first_gain
+    for (low_gain, low), (high_gain, high) in zip(points, points[1:], strict=False):
+        if gain <= high_gain:
+            if min(low, high) <= 0:
+                return low + (high - low) * (gain - low_gain) / (high_gain - low_gain)
+            return low * (high / low) ** ((gain - low_gain) / (high_gain - low_gain))
+    return points[-1][1]
 
 
 def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
@@ -139,8 +187,10 @@ class Summary:
     """Nats."""
     ratio: tuple[float, float, float] | None
     """Its forgetting over LoRA's at matched gain, seed by seed."""
+    ratio_at_gain: float | None
+    """Its forgetting over LoRA's at this arm's own gain, of means over the seeds."""
     kept: dict[str, float]
-    """Rise of each kept thing's loss, nats."""
+    """Rise of each kept thing's loss, nats; below 0 where it fell."""
     accuracy_drops: dict[str, float]
     """Points of accuracy lost, of kept things that have one."""
     change_on_context: float
@@ -153,14 +203,17 @@ class Summary:
     memory_gb: float
 
 
-def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], arm: str, rate: float) -> Summary:
-    """Return the summary of an arm at a rate; ``baseline`` are LoRA's runs at matched gain by seed."""
+def summarise(
+    runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], line: Sequence[tuple[float, float]], arm: str, rate: float
+) -> Summary:
+    """Return the summary of an arm at a rate; ``baseline`` are LoRA's runs at matched gain by seed, ``line`` its points of all rates."""
     its = [run for run in runs if run.arm == arm and run.rate == rate and not run.diverged]
-    before = base.result["scores"]
     lost = {run.seed: forgetting_of(run.result["scores"], base) for run in its}
     reference = {seed: forgetting_of(run.result["scores"], base) for seed, run in baseline.items()}
     ratios = [lost[seed] / reference[seed] for seed in lost if reference.get(seed, 0) > 0]
     accuracies = [run.result["scores"][TARGET]["accuracy"] for run in its]
+    gains = [gain_on_test(run, base) for run in its]
+    expected = forgetting_at(mean(gains), line)
     steps = []
     for run in its:
         if run.seed in baseline:
@@ -170,10 +223,11 @@ def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], arm: 
         arm=arm,
         rate=rate,
         num_seeds=len(its),
-        gain=spread([before[TARGET]["loss"] - run.result["scores"][TARGET]["loss"] for run in its]),
+        gain=spread(gains),
         accuracy=None if None in accuracies else mean(accuracies),
         forgetting=spread(list(lost.values())),
         ratio=spread(ratios) if ratios else None,
+        ratio_at_gain=mean(lost.values()) / expected if expected > 0 else None,
         kept={name: mean(run.result["scores"][name]["loss"] - loss for run in its) for name, loss in kept_losses(base).items()},
         accuracy_drops={
             name: mean(score["accuracy"] - run.result["scores"][name]["accuracy"] for run in its)
@@ -191,13 +245,18 @@ def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], arm: 
 
 def summaries(runs: Sequence[Run], base: Run) -> tuple[dict[str, Summary], dict[str, Summary]]:
     """Return the arms at their tuned rates, and those that learn as much as LoRA at their matched rates."""
-    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs) if arm != base.arm}
+    by_arm = _by_arm(runs)
     reference = matched_rate(by_arm[BASELINE], base, by_arm[BASELINE])
-    baseline = {run.seed: run for run in by_arm[BASELINE] if run.rate == reference}
+    baseline = {run.seed: run for run in by_arm[BASELINE] if run.rate == reference and not run.diverged}
+    line = gains_and_forgetting(by_arm[BASELINE], base)
     tuned = {arm: rate for arm, its in by_arm.items() if (rate := tuned_rate(its, base)) is not None}
     matched = {arm: rate for arm, its in by_arm.items() if (rate := matched_rate(its, base, by_arm[BASELINE])) is not None}
-    made = [{arm: summarise(runs, base, baseline, arm, rate) for arm, rate in rates.items()} for rates in (tuned, matched)]
+    made = [{arm: summarise(runs, base, baseline, line, arm, rate) for arm, rate in rates.items()} for rates in (tuned, matched)]
     return made[0], made[1]
+
+
+def _by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs) if arm != BASE}
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +85,13 @@ def finished(config: StudyConfig, setting: str) -> list[Run]:
     found = []
     for arm in arms_of(config, setting):
         for file in sorted((folder / setting).glob(f"{arm}-*.json")):
-            result = json.loads(file.read_text())
-            spec = RunSpec(**result["spec"])
+            try:
+                result = json.loads(file.read_text())
+                spec = RunSpec(**result["spec"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file} is no result of a run ({error!r}); expected what `corda-vlm compare` writes; remove it."
+                ) from error
             if planned(config, setting, arm, spec.rate, spec.seed).spec == spec:
                 found.append(Run(arm, spec.rate, spec.seed, result))
     return sorted(found, key=lambda run: (run.arm, run.rate, run.seed))
@@ -97,8 +102,8 @@ def arms_of(config: StudyConfig, setting: str) -> list[str]:
     return [BASE, *config.settings[setting].get("arms", config.arms)]
 
 
-def missing(config: StudyConfig, setting: str) -> list[Planned]:
-    """Return the runs that are needed next: empty when a setting is done."""
+def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> list[Planned]:
+    """Return the runs that are needed next: empty when a setting is done. Arms that failed are left out."""
     runs = finished(config, setting)
     have = {(run.arm, run.rate, run.seed) for run in runs}
     base = base_of(runs)
@@ -107,12 +112,13 @@ def missing(config: StudyConfig, setting: str) -> list[Planned]:
     baseline = [run for run in runs if run.arm == BASELINE]
     enough = gain_to_match(baseline, base)
     wanted: list[tuple[str, float, int]] = []
-    for arm in arms_of(config, setting)[1:]:
+    arms = [arm for arm in arms_of(config, setting)[1:] if arm not in failed]
+    for arm in arms:
         its = [run for run in runs if run.arm == arm and run.seed == 0]
         wanted += [(arm, rate, 0) for rate in rates_of(rates_from(config, setting, arm), its, base, enough)]
     if any(one not in have for one in wanted):
         return [planned(config, setting, *one) for one in wanted if one not in have]
-    for arm in arms_of(config, setting)[1:]:
+    for arm in arms:
         its = [run for run in runs if run.arm == arm]
         repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
         wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.arms[arm].get("seeds", config.seeds))]
@@ -157,6 +163,8 @@ def check(config: StudyConfig) -> None:
                 raise ValueError(
                     f"The setting {setting} names the arm {arm!r}, which is not among its own or the study's: {', '.join(config.arms)}."
                 )
+            if arm == BASE or not rates_from(config, setting, arm):
+                raise ValueError(f"The arm {arm!r} cannot run in the setting {setting}: it is called as the base is, or has no rates.")
             odd += [rate for rate in rates_from(config, setting, arm) if rate not in LADDER]
         if BASELINE not in arms:
             raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
@@ -181,7 +189,7 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
             needed = [
                 one
                 for setting in config.settings
-                for one in missing(config, setting)
+                for one in missing(config, setting, [arm for where, arm in failures if where == setting])
                 if one.file_name not in busy and (setting, one.arm) not in failures
             ]
             begun = needed[: config.workers - len(running)]
@@ -206,5 +214,7 @@ def _run(one: Planned, folder: Path, threads: int) -> str | None:
         spec.write_text(json.dumps(dataclasses.asdict(one.spec)))
         command = [sys.executable, "-m", "corda_eval.study.run", str(spec), str(folder / one.file_name), str(cache_root() / "study")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode < 0:
+        return f"killed by the signal {-result.returncode}"
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     return None if result.returncode == 0 else (lines[-1] if lines else f"ended with {result.returncode}")

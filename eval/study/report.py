@@ -16,13 +16,14 @@ from corda_eval.study.frontier import (
     base_of,
     forgetting_of,
     gain_of,
+    gain_on_test,
     pareto,
     spread,
     steps_at_equal_rates,
     summaries,
+    unmatched,
     with_interpolations,
 )
-from corda_eval.study.task import TARGET
 from corda_vlm import report
 
 COLUMNS = (
@@ -33,6 +34,7 @@ COLUMNS = (
     "right",
     "forgetting",
     "against LoRA",
+    "at its own gain",
     "steps",
     "change on context",
     "parameters",
@@ -57,22 +59,25 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     output.mkdir(parents=True, exist_ok=True)
     tables: dict[str, dict[str, list[Summary]]] = {}
     steps = {setting: steps_at_equal_rates(its) for setting, its in runs.items()}
+    short: dict[str, str] = {}
     for setting, its in runs.items():
         base = base_of(its)
         if base is None or not any(gain_of(run, base) > 0 for run in its if run.arm == BASELINE):
             raise ValueError(f"The setting {setting} has no finished run of the base, or none of LoRA that learned; run the study first.")
         tuned, matched = summaries(with_interpolations(its), base)
+        short[setting] = shortfalls(its, base)
         tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
         write_whole(output / f"{setting}.png", draw(setting, its, base))
     summary: dict[str, Any] = {
         setting: {kind: [dataclasses.asdict(one) for one in its] for kind, its in kinds.items()}
+        | {"shortfalls": short[setting]}
         | {"steps_at_equal_rates": {arm: {f"{rate:g}": part for rate, part in rates.items()} for arm, rates in steps[setting].items()}}
         for setting, kinds in tables.items()
     }
     stored = _without_infinities({"facts": dict(facts), "settings": summary})
     write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(output / "study.md", markdown(tables, steps).encode())
-    write_whole(output / "study.html", html(tables, steps, facts, output).encode())
+    write_whole(output / "study.md", markdown(tables, short, steps).encode())
+    write_whole(output / "study.html", html(tables, short, steps, facts, output).encode())
     return summary
 
 
@@ -80,7 +85,15 @@ Steps = Mapping[str, Mapping[str, Mapping[float, float]]]
 """``steps_at_equal_rates`` by setting."""
 
 
-def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps) -> str:
+def shortfalls(runs: Sequence[Run], base: Run) -> str:
+    """Return a sentence on the arms that never learn nearly as much as LoRA, and one on the runs whose loss was not finite."""
+    parts = [f"{arm} ({part:.0%})" for arm, part in unmatched(runs, base).items()]
+    diverged = [f"{run.arm} at {run.rate:g} (seed {run.seed})" for run in runs if run.diverged]
+    never = f"These never learn {NEARLY:.0%} of LoRA's best gain (in brackets what they reach): {', '.join(parts)}." if parts else ""
+    return f"{never} {'Not finite: ' + ', '.join(diverged) + '.' if diverged else ''}".strip()
+
+
+def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps) -> str:
     """Return a table a setting and choice of rates, and one of the steps at equal rates."""
     lines = []
     for setting, kinds in tables.items():
@@ -88,6 +101,7 @@ def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps
             lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
             lines += ["| " + " | ".join(cells(one)) + " |" for one in its]
             lines += [""]
+        lines += [short[setting], ""] if short[setting] else []
         head, rows = step_table(steps[setting])
         if rows:
             lines += [f"### {setting}: {STEPS_TITLE}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -96,7 +110,7 @@ def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps
 
 
 TITLES = {
-    "matched": f"forgetting at matched gain (each arm's rate of least forgetting that learns at least {NEARLY:.0%} of what LoRA does)",
+    "matched": f"forgetting at matched gain (each arm's smallest rate that learns at least {NEARLY:.0%} of what LoRA does at its best)",
     "tuned": "each arm at its tuned rate",
 }
 
@@ -129,6 +143,7 @@ def cells(one: Summary) -> list[str]:
         accuracy,
         _spread(one.forgetting, 4),
         ratio,
+        "" if one.ratio_at_gain is None or one.arm == BASELINE else f"{one.ratio_at_gain:.2f}",
         _part(one.steps_to_baseline),
         f"{one.change_on_context:.2%}",
         f"{one.parameters:,}",
@@ -137,7 +152,9 @@ def cells(one: Summary) -> list[str]:
     ]
 
 
-def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps, facts: Mapping[str, str], folder: Path) -> str:
+def html(
+    tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps, facts: Mapping[str, str], folder: Path
+) -> str:
     """Return a page that loads nothing from anywhere; the figures are read from the folder."""
     import base64
 
@@ -157,6 +174,7 @@ def html(tables: Mapping[str, Mapping[str, Sequence[Summary]]], steps: Steps, fa
         columns=COLUMNS,
         figures=figures,
         facts=facts,
+        short=short,
         steps=parts,
         steps_title=STEPS_TITLE,
     )
@@ -183,11 +201,11 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
         its = [run for run in runs if run.arm == arm and not run.diverged]
         points = []
         for rate in sorted({run.rate for run in its}):
-            scores = [run.result["scores"] for run in its if run.rate == rate]
+            here = [run for run in its if run.rate == rate]
             points.append(
                 (
-                    spread([base.result["scores"][TARGET]["loss"] - one[TARGET]["loss"] for one in scores]),
-                    spread([forgetting_of(one, base) for one in scores]),
+                    spread([gain_on_test(run, base) for run in here]),
+                    spread([forgetting_of(run.result["scores"], base) for run in here]),
                 )
             )
         if not points:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import resource
 import sys
 import time
@@ -51,7 +52,8 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     task = _made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     if spec.method is None:
         scores = _plain(task.measure(task.model))
-        return {"spec": dataclasses.asdict(spec), "scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
+        found = {"spec": dataclasses.asdict(spec), "scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
+        return found | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
     originals = linear_copies(task.model, task.layers)
     kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()

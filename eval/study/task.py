@@ -1,6 +1,7 @@
 """What a study's methods are given: a base model, something to learn, samples of what to keep, and how both are measured."""
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ class Task:
     learned: tuple[str, ...] = ()
     """Where several tasks are learned at once: their names among the contexts and the scores; ``TARGET`` is then their mixture. They are
     not to be kept."""
+
+    guessing: float = math.inf
+    """The loss of what is learned, in nats, of one who knows the form of an answer and guesses the rest: gains count from there where the
+    base is worse, or a method that taught the form alone would look as good as one that taught the thing."""
 
     kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None
     """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a

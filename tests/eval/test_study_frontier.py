@@ -9,16 +9,20 @@ import pytest
 
 from corda_eval.study.frontier import (
     Run,
+    forgetting_at,
     forgetting_of,
     gain_of,
+    gain_on_test,
+    gains_and_forgetting,
     matched_rate,
     pareto,
     steps_at_equal_rates,
     summaries,
     tuned_rate,
+    unmatched,
     with_interpolations,
 )
-from corda_eval.study.report import write_study
+from corda_eval.study.report import shortfalls, write_study
 
 BASE = Run(
     "base",
@@ -71,6 +75,44 @@ def test_gain_and_forgetting() -> None:
     assert gain_of(RUNS[-1], BASE) == -math.inf
     assert forgetting_of(RUNS[2].result["scores"], BASE) == pytest.approx(0.2)
     assert forgetting_of(RUNS[2].result["scores"], BASE, ["code"]) == pytest.approx(0.3)
+    better = run("lora", 1e-4, 0, 0.6, -0.4, 0.2)
+    assert forgetting_of(better.result["scores"], BASE) == pytest.approx(0.1)  # what got better makes up for nothing
+
+
+def test_gains_count_from_a_guesser_where_the_base_is_worse() -> None:
+    guessed = Run("base", 0.0, 0, {**BASE.result, "guessing": 1.5})
+    assert gain_of(RUNS[2], guessed) == pytest.approx(0.47)
+    assert gain_on_test(RUNS[2], guessed) == pytest.approx(0.37)
+    assert gain_on_test(RUNS[2], BASE) == pytest.approx(0.97)
+    assert gain_on_test(RUNS[2], Run("base", 0.0, 0, {**BASE.result, "guessing": 9.0})) == pytest.approx(0.97)
+
+
+def test_forgetting_between_points() -> None:
+    points = gains_and_forgetting([one for one in RUNS if one.arm == "lora"], BASE)
+    assert points == [pytest.approx((0.6, 0.05)), pytest.approx((0.96, 0.25)), pytest.approx((1.0, 0.5))]
+    assert forgetting_at(0.96, points) == pytest.approx(0.25)
+    assert forgetting_at(0.98, points) == pytest.approx((0.25 * 0.5) ** 0.5)
+    assert forgetting_at(0.3, points) == pytest.approx(0.025)
+    assert forgetting_at(2.0, points) == pytest.approx(0.5)
+    assert forgetting_at(-1.0, points) == 0
+    assert forgetting_at(0.5, [(0.0, 0.0), (1.0, 0.2)]) == pytest.approx(0.1)
+    # A rate beyond the largest gain is no part of the line.
+    assert gains_and_forgetting([run("a", 1e-3, 0, 1.0, 0.1, 0.1), run("a", 3e-3, 0, 0.5, 3.0, 3.0)], BASE) == [pytest.approx((1.0, 0.1))]
+
+
+def test_arms_that_fall_short_are_told() -> None:
+    assert unmatched(RUNS, BASE) == {"weak": pytest.approx(0.2)}
+    assert unmatched([*RUNS[:5], Run("gone", 1e-3, 0, {"diverged": True})], BASE) == {"gone": 0}
+    told = shortfalls(RUNS, BASE)
+    assert "weak (20%)" in told
+    assert "Not finite: weak at 0.003 (seed 0)." in told
+    assert shortfalls(RUNS[:5], BASE) == ""
+
+
+def test_seeds_that_diverged_stop_no_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_study({"sums": [*RUNS, Run("lora", 3e-4, 2, {"diverged": True})]}, {}, tmp_path)
+    assert "lora at 0.0003 (seed 2)" in (tmp_path / "study.html").read_text()
 
 
 def test_rates() -> None:
@@ -80,7 +122,7 @@ def test_rates() -> None:
     assert tuned_rate(of["weak"], BASE) == 1e-3
     assert tuned_rate([RUNS[-1]], BASE) is None
     assert matched_rate(of["lora"], BASE, of["lora"]) == 3e-4
-    assert matched_rate(of["kpm"], BASE, of["lora"]) == 3e-4  # 0.96 is enough, and forgets less than 1e-3
+    assert matched_rate(of["kpm"], BASE, of["lora"]) == 3e-4  # 0.96 is enough
     assert matched_rate(of["weak"], BASE, of["lora"]) is None
 
 
@@ -92,6 +134,7 @@ def test_summaries_hold_each_arm_against_lora_seed_by_seed() -> None:
     assert (kpm.num_seeds, kpm.rate) == (2, 3e-4)
     assert kpm.gain == pytest.approx((0.96, 0.96, 0.96))
     assert kpm.forgetting == pytest.approx((0.025, 0.02, 0.03))
+    assert kpm.ratio_at_gain == pytest.approx(0.025 / 0.25)
     assert kpm.ratio == pytest.approx(((0.02 / 0.2 + 0.03 / 0.3) / 2, 0.1, 0.1))
     assert matched["lora"].ratio == pytest.approx((1, 1, 1))
     assert kpm.kept == pytest.approx({"docs": 0.015, "code": 0.035})
@@ -114,6 +157,7 @@ def test_interpolations_are_arms_of_their_own() -> None:
     whole, half = with_interpolations([run("lora", 1e-3, 0, 1.0, 0.5, 0.5, interpolated=between)])
     assert (whole.arm, half.arm) == ("lora", "lora, α = 0.5")
     assert gain_of(half, BASE) == pytest.approx(0.6)
+    assert half.result["validation_losses"] == [[10, 1.4]]
     assert half.result["change"] == pytest.approx(0.05)
     assert "validation" not in half.result["scores"]
 

@@ -130,6 +130,7 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
         ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["lora", "kpm"]}}}, "'kpm'"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["strict"]}}}, "no arm called 'lora'"),
         ({"seeds": 0}, "0 seeds"),
+        ({"rates": ()}, "'lora' cannot run in the setting sums"),
         ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": (4e-4,)}}}}, "0.0004"),
@@ -167,6 +168,27 @@ def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch
     assert re.fullmatch(r"sums, strict at 0\.00[13]: ValueError: no such layer", failures[0])
     assert {run.arm for run in finished(config, "sums")} == {BASE, "lora"}
     assert any("failed" in line for line in told)
+
+
+def test_other_seeds_run_although_an_arm_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(one: Planned, folder: Path, threads: int) -> str | None:
+        if one.arm == "strict":
+            return "no such layer"
+        write(config, one, 0.5 if one.spec.rate == 3e-4 else 0.1, 0.1)
+        return None
+
+    config = study(tmp_path, seeds=2)
+    monkeypatch.setattr(grid, "_run", run)
+    assert len(complete(config, lambda line: None)) == 1
+    assert {(one.rate, one.seed) for one in finished(config, "sums") if one.arm == "lora"} >= {(3e-4, 0), (3e-4, 1)}
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    (tmp_path / "sums" / "lora-x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"lora-x\.json is no result of a run .*remove it"):
+        finished(config, "sums")
 
 
 def test_a_run_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) -> None:

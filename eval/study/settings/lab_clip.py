@@ -13,6 +13,7 @@ The contexts' loss (``Task.kept_loss``): the cross-entropy of a class drawn from
 icons; its squared gradients are Fisher's information.
 """
 
+import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +112,7 @@ class LabClipClasses:
             measure=measure,
             cache=cache,
             seed=seed,
+            guessing=math.log(len(target["train"].class_names)),
             kept_loss=kept_loss,
         )
 

@@ -6,6 +6,7 @@ Kept: easy-VQA (``easy_vqa``, the same two scores) on its test split, of which t
 reference manual (``docs``, nats a token) on topics that the context lacks; the accuracy of the 100 facts (``facts``).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class LabLlavaDigits:
             measure=measure,
             cache=cache,
             seed=seed,
+            guessing=math.log(10) / 2,  # a digit, and the turn's end
             kept_loss=partial(words_loss, image_token=model.config.image_token_id),
         )
 

@@ -3,6 +3,7 @@
 A content (a pair of numbers, a set of letters), in whatever order it stands in the question, is in one of training, validation and test.
 """
 
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,19 @@ LINES = {"addition": addition, "sorting": sorting}
 def split_of(content: str) -> str:
     """Return the split of all questions with this content: the test and validation have a tenth each, by a checksum."""
     return {0: "test", 1: "validation"}.get(crc32(content.encode()) % 10, "train")
+
+
+def guessing(kind: str) -> float:
+    """Return the loss (nats a token) of one who knows the form of the answers, a token a digit or letter and one for the line's end.
+
+    Sums: any digit is as likely, their number is known. Letters: those of the question that are left are as likely.
+    """
+    if kind == "addition":
+        weights = {total: min(total, 1998 - total) + 1 for total in range(1999)}  # pairs of numbers below 1000 with this sum
+        digits = sum(len(str(total)) * weight for total, weight in weights.items()) / sum(weights.values())
+        return math.log(10) * digits / (digits + 1)
+    counts = range(4, 7)
+    return sum(math.lgamma(count + 1) for count in counts) / sum(count + 1 for count in counts)
 
 
 def lines(tokenizer: Any, kind: str, count: int, split: str, seed: int = 0, *, batch_size: int = 8) -> list[Batch]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_eval.bench.cases import smollm2_model
-from corda_eval.study.settings.lines import lines
+from corda_eval.study.settings.lines import guessing, lines
 from corda_eval.study.settings.shared import answer_loss, answer_score, casting
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.text.facts import facts_scores
@@ -90,6 +90,7 @@ class SmolLm2Lines:
             cache=cache,
             seed=seed,
             learned=tuple(parts),
+            guessing=mean(guessing(kind) for kind in self.lines),
             kept_loss=text_loss,
         )
 
