@@ -1,5 +1,6 @@
 """Lines are right, of one split, and whole where they are asked for."""
 
+import math
 import random
 import re
 
@@ -8,7 +9,7 @@ import torch
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from corda_eval.lab.base import lab_folder
-from corda_eval.study.settings.lines import additions, lines, pair, sorting, windows
+from corda_eval.study.settings.lines import additions, guessing, lines, pair, sorting, windows
 
 
 def test_sorting_lines() -> None:
@@ -54,6 +55,14 @@ def test_windows_of_other_questions(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, labels = (torch.cat([batch[key] for batch in batches]) for key in ("input_ids", "labels"))
     assert set(labels.unique().tolist()) == {-100, blue}
     assert torch.equal(labels == blue, ids == blue)
+
+
+def test_a_guesser_knows_the_form_alone() -> None:
+    # Four letters in any order: 24 ways in five tokens; five and six letters alike, all three lengths as often.
+    assert guessing("sorting") == pytest.approx((math.log(24) + math.log(120) + math.log(720)) / (5 + 6 + 7))
+    digits = [len(str(a + b)) for a in range(0, 1000, 7) for b in range(0, 1000, 7)]
+    mean = sum(digits) / len(digits)
+    assert guessing("addition") == pytest.approx(math.log(10) * mean / (mean + 1), rel=1e-2)
 
 
 def test_lines_are_those_of_their_kind(tokenizer: PreTrainedTokenizerFast) -> None:

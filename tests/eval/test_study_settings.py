@@ -158,6 +158,7 @@ def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: S
     trained = [[digest for batch in task.batches for digest in content(batch)] for task in (first, same, other)]
     assert trained[0] == trained[1] != trained[2]
     assert first.layers == other.layers
+    assert 0 < first.guessing < math.inf
     for domain, batches in first.contexts.items():
         samples = [[digest for batch in task.contexts[domain] for digest in content(batch)] for task in (first, other)]
         assert batches
