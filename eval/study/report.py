@@ -234,6 +234,7 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
         xlabel="gain: fall of the loss of what is learned, nats", ylabel="forgetting: mean rise of the kept losses, nats", title=setting
     )
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.set_ylim(bottom=-0.001)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
