@@ -19,6 +19,8 @@ from typing import Any
 from corda_eval.study.task import TARGET
 
 NEARLY = 0.95
+Spread = tuple[float, float, float]
+"""Mean, lowest and highest."""
 BASE, BASELINE = "base", "lora"
 """The arms that all others are held against: the untouched model, and LoRA."""
 
@@ -120,13 +122,24 @@ def unmatched(runs: Sequence[Run], base: Run) -> dict[str, float]:
 
 def gains_and_forgetting(runs: Sequence[Run], base: Run) -> list[tuple[float, float]]:
     """Return (test gain, forgetting) of an arm by rising rate up to its largest gain: means over the seeds."""
-    rates = sorted({run.rate for run in runs if not run.diverged})
+    points = points_by_rate(runs, base)
+    return [(gain[0], lost[0]) for gain, lost in points[: num_rising(points)]]
+
+
+def points_by_rate(runs: Sequence[Run], base: Run) -> list[tuple[Spread, Spread]]:
+    """Return test gain and forgetting of an arm by rising rate, over the seeds whose loss stayed finite."""
     points = []
-    for rate in rates:
+    for rate in sorted({run.rate for run in runs if not run.diverged}):
         its = [run for run in runs if run.rate == rate and not run.diverged]
-        points.append((mean(gain_on_test(run, base) for run in its), mean(forgetting_of(run.result["scores"], base) for run in its)))
-    best = max(range(len(points)), key=lambda place: points[place][0], default=-1)
-    return points[: best + 1]
+        points.append(
+            (spread([gain_on_test(run, base) for run in its]), spread([forgetting_of(run.result["scores"], base) for run in its]))
+        )
+    return points
+
+
+def num_rising(points: Sequence[tuple[Spread, Spread]]) -> int:
+    """Return how many of an arm's points by rate there are up to its largest mean gain."""
+    return 1 + max(range(len(points)), key=lambda place: points[place][0][0], default=-1)
 
 
 def forgetting_at(gain: float, points: Sequence[tuple[float, float]]) -> float:

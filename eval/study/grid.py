@@ -1,8 +1,8 @@
 """Which runs a study needs, and how they are made: in worker processes, each finished one a small JSON file that is never run again.
 
 First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge, and down while the
-lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned one, and that which forgets
-least of those that learn nearly as much as LoRA (``frontier``).
+lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned one, and the
+smallest that learns nearly as much as LoRA (``frontier``).
 """
 
 import dataclasses

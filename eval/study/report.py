@@ -14,11 +14,10 @@ from corda_eval.study.frontier import (
     Run,
     Summary,
     base_of,
-    forgetting_of,
     gain_of,
-    gain_on_test,
+    num_rising,
     pareto,
-    spread,
+    points_by_rate,
     steps_at_equal_rates,
     summaries,
     unmatched,
@@ -198,20 +197,11 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     styles = [(f"C{number % 10}", "osD^v<>pX*"[number // 10 % 10 * 3 % 10]) for number in range(len(arms))]
     everything = []
     for arm, (color, marker) in zip(arms, styles, strict=True):
-        its = [run for run in runs if run.arm == arm and not run.diverged]
-        points = []
-        for rate in sorted({run.rate for run in its}):
-            here = [run for run in its if run.rate == rate]
-            points.append(
-                (
-                    spread([gain_on_test(run, base) for run in here]),
-                    spread([forgetting_of(run.result["scores"], base) for run in here]),
-                )
-            )
+        points = points_by_rate([run for run in runs if run.arm == arm], base)
         if not points:
             continue
         everything += [(gain[0], lost[0]) for gain, lost in points]
-        end = 1 + max(range(len(points)), key=lambda place: points[place][0][0])
+        end = num_rising(points)
         for some, line, alpha, label in ((points[:end], "-", 0.8, arm), (points[end:], "", 0.25, None)):
             gains, losses = [gain for gain, _ in some], [lost for _, lost in some]
             axes.errorbar(
