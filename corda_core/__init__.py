@@ -4,7 +4,7 @@ select_linears -> collect -> plan (decompose, factors) -> attach -> export
 CorDA++ chooses between several collections and gives each layer its rank: select_covariances, allocate_ranks.
 """
 
-from corda_core.adapter import Attachment, attach, attachment_of, change_factors, lora_layers
+from corda_core.adapter import Attachment, attach, attachment_of
 from corda_core.allocate import Candidate, allocate_ranks, assess, compactness, select_covariance
 from corda_core.candidates import Selection, resolved, select_covariances
 from corda_core.checkpoint import load, save
@@ -13,6 +13,7 @@ from corda_core.covariance import Covariance
 from corda_core.decompose import Decomposition, Mode, Solver, Split, decompose, factors, spectrum
 from corda_core.drift import context_drift, output_energies, weight_change
 from corda_core.export import Exported, export, merge
+from corda_core.lora import change_factors, lora_layers
 from corda_core.modules import base_digest, select_linears, weight_digest, weight_matrix
 from corda_core.plan import AdapterInit, AdapterPlan, plan
 from corda_core.probe import Reach, probe

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from corda_core.adapter import FROZEN, Attachment, attach, attachment_of
+from corda_core.adapter import Attachment, attach, attachment_of
 from corda_core.distributed import process_rank
 from corda_core.files import replacing_in
+from corda_core.lora import FROZEN
 from corda_core.modules import gathered_whole, unwrapped
 from corda_core.store import read_plan, save_plan
 

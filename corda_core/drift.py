@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from corda_core.adapter import base_of, change_factors, lora_layers
 from corda_core.covariance import Covariance
+from corda_core.lora import base_of, change_factors, lora_layers
 from corda_core.modules import weight_matrix
 
 

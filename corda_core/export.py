@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from corda_core.adapter import ContextLora, attachment_of, base_of, change_factors, lora_config, lora_layers, whole_modules
+from corda_core.adapter import attachment_of
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
 from corda_core.files import replacing_in
+from corda_core.lora import ContextLora, base_of, change_factors, lora_config, lora_layers, whole_modules
 from corda_core.modules import gathered_whole, is_quantized, is_shared, unwrapped, weight_matrix
 
 

@@ -9,8 +9,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from transformers import Trainer
 
-from corda_core.adapter import base_of
 from corda_core.distributed import is_distributed
+from corda_core.lora import base_of
 
 
 @dataclass(frozen=True)

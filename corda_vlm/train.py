@@ -12,8 +12,8 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core import Covariance, context_drift, output_energies
-from corda_core.adapter import base_of
 from corda_core.collect import evaluating
+from corda_core.lora import base_of
 from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer
 from corda_vlm.data import Collator, Item

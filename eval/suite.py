@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from torch.utils.data import Subset
 
-from corda_core.adapter import base_of
+from corda_core.lora import base_of
 from corda_eval.task import TaskResult
 from corda_eval.text.facts import facts_task
 from corda_eval.text.harness import evaluate_text

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_core import Covariance, weight_matrix
-from corda_core.adapter import base_of
+from corda_core.lora import base_of
 from corda_core.symmetric import Symmetric
 
 

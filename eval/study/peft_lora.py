@@ -3,7 +3,7 @@
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from corda_core.adapter import lora_config, lora_layers
+from corda_core.lora import lora_config, lora_layers
 from corda_core.modules import is_shared, weight_shape
 from corda_eval.study.task import Task
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.adapter import base_of
 from corda_core.collect import evaluating
+from corda_core.lora import base_of
 from corda_eval.task import TaskResult
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_core.adapter import base_of
 from corda_core.collect import evaluating
+from corda_core.lora import base_of
 from corda_eval.task import TaskResult
 from corda_eval.zeroshot.classify import Progress, precision
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches

@@ -9,7 +9,7 @@ from conftest import WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from corda_core.adapter import lora_layers
+from corda_core.lora import lora_layers
 from corda_eval.study.kasa_glue import KasaTrainer, Recipe, adapter, compare, main, read_rows, table
 from corda_eval.study.methods.kasa import kasa_penalty
 

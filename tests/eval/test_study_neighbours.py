@@ -10,7 +10,7 @@ from tiny_study import TALL, WIDE, outputs, tiny_task
 from torch import Tensor
 
 from corda_core import lora_layers, weight_matrix
-from corda_core.adapter import base_of
+from corda_core.lora import base_of
 from corda_eval.study.method import Adapted
 from corda_eval.study.methods import METHODS
 from corda_eval.study.methods.lora_null import LoraNull, null_factors

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from corda_core import select_linears, weight_matrix
-from corda_core.adapter import base_of, lora_layers
+from corda_core.lora import base_of, lora_layers
 from corda_eval.study.change import effective_weight, interpolated, linear_copies
 from corda_eval.study.method import Adapted, Method
 from corda_eval.study.methods import METHODS

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from corda_core import Covariance, allocate_ranks, attach, plan, resolved, select_covariances, weight_matrix
-from corda_core.adapter import Protect
 from corda_core.decompose import Mode, Split
+from corda_core.lora import Protect
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
 

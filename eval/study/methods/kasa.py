@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from corda_core import weight_matrix
-from corda_core.adapter import lora_layers
+from corda_core.lora import lora_layers
 from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared

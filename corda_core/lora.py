@@ -1,0 +1,187 @@
+"""LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
+
+import re
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corda_core.modules import LINEAR_TYPES, gathered_whole, unwrapped
+from corda_core.plan import AdapterInit
+from corda_core.whiten import shortened
+
+Protect = Literal["start", "strict", "whitened"]
+
+NOT_PLAIN = "a CorDA adapter in training is no plain LoRA: write it with corda_core.export, and load what that wrote"
+"""Stands in the saved config where PEFT expects a way to initialise: plain PEFT then refuses the folder with this sentence,
+instead of loading ``B A`` without the frozen ``B0 A0`` and being silently wrong."""
+
+FROZEN = ("lora_A0", "lora_B0", "lora_Q", "lora_lengths")
+"""Where a layer keeps what an adapter starts from, and what it trains in."""
+
+
+class ContextLora(LoraVariant):
+    """LoRA whose factors are made from what trains and what is frozen, and whose change is zero at the start.
+
+    - ``protect="start"``: ``W x + s (B A − B0 A0) x``, computed as ``s [B − B0, B0] [A; A − A0] x``. The papers write
+      ``(W − B0 A0) x + B A x``: the same function, but here the base weight is never written and the start is bit-identical to the
+      base in any precision.
+    - ``protect="strict"``: ``W x + s B A x``, a plain LoRA whose A does not train.
+    - ``protect="whitened"``: ``W x + s B (Ã P) x``.
+
+    What is computed is what ``export`` writes: an exported adapter repeats these very operations.
+    """
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """PEFT's hook for variants that it makes itself; ours are filled by ``attach``."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Return the base's result plus the change."""
+        down, up = _factors(module, active_adapter)
+        # On quantised bases TRL keeps what trains in bfloat16, and what is frozen as it was.
+        x, down = x.to(up.dtype), down.to(up.dtype)
+        change = F.linear(F.linear(module.lora_dropout[active_adapter](x), down), up)
+        return result + change * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight with the change added."""
+        return orig_weight + _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the change to the base weight in place."""
+        orig_weight.data += _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return the base weight with the change taken away again."""
+        return orig_weight - _stored_change(module, active_adapter).to(orig_weight.dtype)
+
+
+class ContextLoraModel(LoraModel):
+    """PEFT's model of LoRA layers, which knows that CorDA's factors cannot be added up by themselves."""
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine plain adapters as PEFT does.
+
+        Raises:
+            ValueError: If one of them is a CorDA adapter in training: PEFT would combine ``B A`` and forget ``B0 A0``.
+        """
+        ours = [name for name in adapters if getattr(self.peft_config.get(name), "init_lora_weights", None) == NOT_PLAIN]
+        if ours:
+            raise ValueError(
+                f"add_weighted_adapter got {ours[0]!r}, which is no plain LoRA; export it and load what that wrote, then combine."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the model that PEFT has put adapters into, or the model itself."""
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """Return the layers that carry this adapter, by their full names in the base model."""
+    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+
+
+def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, ModulesToSaveWrapper]:
+    """Return what trains whole beside this adapter, by full names in the base model."""
+    modules = base_of(model).named_modules()
+    return {name: one for name, one in modules if isinstance(one, ModulesToSaveWrapper) and adapter_name in one.modules_to_save}
+
+
+def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
+    """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
+    A, B = _factors(layer, adapter_name)
+    return A.detach().float(), B.detach().float() * layer.scaling[adapter_name]
+
+
+def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
+    """Return a config whose every layer has its own rank and the one scaling.
+
+    PEFT takes a name for the end of a longer one: ``transformer.….c_fc`` for that in ``visual.transformer.….c_fc`` too (open_clip). So
+    longer ones that are not planned are excluded, and patterns of shorter ones are anchored.
+    """
+    linears = [name for name, module in base.named_modules() if isinstance(module, (*LINEAR_TYPES, LoraLayer))]
+    longer = {name: [other for other in linears if other.endswith(f".{name}")] for name in ranks}
+    odd = {f"^{re.escape(name)}" if longer[name] else name: r for name, r in ranks.items() if r != rank}
+    excluded = sorted({other for others in longer.values() for other in others if other not in ranks})
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_whole_number(rank * scaling),
+        target_modules=list(ranks),
+        exclude_modules=excluded or None,
+        rank_pattern=odd,
+        alpha_pattern={name: _whole_number(r * scaling) for name, r in odd.items()},
+        lora_dropout=0.0,
+        bias="none",
+    )
+
+
+def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:
+    """Give one PEFT layer its starting point."""
+    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    if protect == "strict":
+        weight_a.data.copy_(init.A0)
+        weight_b.data.zero_()
+        # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
+        layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
+        weight_a.requires_grad_(False)
+        layer.lora_variant[adapter_name] = ContextLora()
+        return
+    if protect == "whitened":
+        assert init.whitening is not None, "_check_options sees to it"
+        weight_a.data.copy_(init.whitening.undo(init.A0))
+        weight_b.data.zero_()
+        frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
+    else:
+        root = layer.scaling[adapter_name] ** 0.5
+        A0, B0 = (init.A0, init.B0) if root == 1 else (init.A0 / root, init.B0 / root)
+        frozen = {"lora_A0": A0.to(weight_a), "lora_B0": B0.to(weight_b)}  # the plan's own memory where it can be
+        weight_a.data.copy_(frozen["lora_A0"])
+        weight_b.data.copy_(frozen["lora_B0"])
+    for key, value in frozen.items():
+        if not hasattr(layer, key):
+            setattr(layer, key, BufferDict({}, persistent=True))
+            layer.other_param_names = (*layer.other_param_names, key)  # what PEFT's delete_adapter takes away
+        getattr(layer, key)[adapter_name] = value
+    if offset:
+        layer.lora_variant[adapter_name] = ContextLora()
+
+
+def _whole_number(value: float) -> float:
+    """Return the value as an int where it is one: what most readers of ``adapter_config.json`` expect."""
+    return int(value) if value == int(value) else value
+
+
+def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return the factors of one layer's change, without its scaling: A' (r', n), B' (m, r').
+
+    ``protect="start"``: ``[A; A − A0]`` and ``[B − B0, B0]``, r' = 2r. Differences of factors, not of products: exactly zero at the
+    start whatever kernels torch picks, and no cancellation later. "whitened": ``Ã P`` and B. Else A and B.
+    """
+    A, B = (gathered_whole(one[adapter_name].weight) for one in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
+    if adapter_name in getattr(layer, "lora_A0", {}):
+        # Rounded as what trains is, so that the two still cancel at the start.
+        A0, B0 = layer.lora_A0[adapter_name].to(A.dtype), layer.lora_B0[adapter_name].to(B.dtype)
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
+    if adapter_name in getattr(layer, "lora_Q", {}):
+        return shortened(A, layer.lora_Q[adapter_name].to(A.dtype), layer.lora_lengths[adapter_name].to(A.dtype)), B
+    return A, B
+
+
+def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """Return ``ΔW`` laid out as the base layer stores its weight."""
+    A, B = change_factors(layer, adapter_name)
+    return (B @ A).T if getattr(layer, "fan_in_fan_out", False) else B @ A
