@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from corda_vlm.images import open_image
+
 Item = Any
 """(image or None, text), or a dict with ``text``, ``question``/``answer`` or ``conversations``, and perhaps ``image``."""
 
@@ -285,11 +287,8 @@ def read_images(value: Any) -> tuple[Image.Image, ...]:
         return ()
     if isinstance(value, (list, tuple)):
         return tuple(image for one in value for image in read_images(one))
-    if isinstance(value, (str, Path)):
-        with Image.open(value) as image:
-            return (image.convert("RGB"),)
-    if isinstance(value, Image.Image):
-        return (value if value.mode == "RGB" else value.convert("RGB"),)
+    if isinstance(value, (str, Path, Image.Image)):
+        return (open_image(value),)
     raise ValueError(f"An image is a {type(value).__name__}; expected a PIL image, a path, a list of these, or None.")
 
 

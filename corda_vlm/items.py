@@ -2,25 +2,21 @@
 
 import errno
 import logging
-import struct
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
-from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
+from corda_vlm.images import UNREADABLE, open_image, why_unreadable
+from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What Pillow's readers raise on broken files."""
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
 """What no file is to blame for: too many open ones, a failing disk."""
 
@@ -30,9 +26,6 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
 
     An item depends on its place only, not on what was read before or by which process. With ``on_broken="skip"`` a row whose image
     cannot be read gives the next readable row's item, going round at the end.
-
-    Note:
-        Images are taken as they are stored: EXIF's orientation is not applied, as elsewhere in this package.
     """
 
     def __init__(
@@ -225,13 +218,8 @@ def _read_image(source: Any, name: str, where: str) -> Image.Image:
         _BrokenImageError: If it cannot be read.
     """
     try:
-        if isinstance(source, Image.Image):
-            return source.convert("RGB")
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+        return open_image(source)
     except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise
-        # Pillow's own text for this one has an address in memory.
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or one_line(error)
-        raise _BrokenImageError(f"{where}: the image {name} cannot be read ({reason})") from error
+        raise _BrokenImageError(f"{where}: the image {name} cannot be read ({why_unreadable(error)})") from error

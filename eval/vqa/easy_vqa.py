@@ -6,14 +6,12 @@ Prompt: the question as it stands. Score: exact match of the lower-cased answer 
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-
-from PIL import Image
 
 from corda_eval.assets import package_folder
 from corda_eval.metrics import exact_match
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.files import first
+from corda_vlm.images import open_image
 
 
 def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:
@@ -30,7 +28,7 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
     folder = package_folder("easy_vqa") / "data" / split
     rows = json.loads((folder / "questions.json").read_text())
     chosen = range(len(rows)) if indices is None else [range(len(rows))[i] for i in indices]
-    images = {number: _open(folder / "images" / f"{number}.png") for number in {rows[i][2] for i in chosen}}
+    images = {number: open_image(folder / "images" / f"{number}.png") for number in {rows[i][2] for i in chosen}}
     return [VqaExample(images[rows[i][2]], rows[i][0], rows[i][1], question_id=str(i)) for i in chosen]
 
 
@@ -42,11 +40,6 @@ def load(*, split: str = "test", limit: int | None = None) -> list[VqaExample]:
         ModuleNotFoundError: If the wheel ``easy-vqa`` is not installed.
     """
     return list(first(load_easy_vqa(split), limit))
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 TASK = VqaTask("easy_vqa", load, "accuracy", lambda answer, example: float(exact_match(answer, example.answer)), max_new_tokens=5)

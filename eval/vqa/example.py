@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from corda_vlm.images import UNREADABLE, open_image, why_unreadable
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
@@ -50,17 +51,13 @@ class VqaExample:
         """
         if self.image is None:
             return None
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
         source = self.image() if callable(self.image) else self.image
         try:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            name = source if isinstance(source, Path) else f"of {len(source)} bytes"
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+            return open_image(source)
+        except UNREADABLE as error:
+            name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
             raise ValueError(
-                f"question {self.question_id!r}: the image {name} cannot be read ({reason}); get the file again, or mend it."
+                f"question {self.question_id!r}: the image {name} cannot be read ({why_unreadable(error)}); get the file again, or mend it."
             ) from error
 
 

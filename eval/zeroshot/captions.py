@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from corda_eval.zeroshot.images import open_image
+from corda_eval.zeroshot.images import open_file
 from corda_eval.zeroshot.retrieval import CaptionedImages
 
 
@@ -28,7 +28,7 @@ class OpenedImages(Sequence[Image.Image]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return the image at a place."""
-        return open_image(self.files[index])
+        return open_file(self.files[index])
 
 
 def karpathy(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from corda_vlm.classifier import Template
-from corda_vlm.items import UNREADABLE
+from corda_vlm.images import UNREADABLE, open_image, why_unreadable
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
 PLAIN_TEMPLATE = "a photo of a {}."
@@ -65,23 +65,22 @@ class ImageFiles(Sequence[LabelledImage]):
     def __getitem__(self, index: Any) -> Any:
         """Return the image at a place."""
         file = self.files[index]
-        image = open_image(file)
+        image = open_file(file)
         if self.border:
             image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
         return LabelledImage(file.relative_to(self.folder).as_posix(), image, self.labels[index])
 
 
-def open_image(file: Path) -> Image.Image:
+def open_file(file: Path) -> Image.Image:
     """Return the image of a file, in RGB.
 
     Raises:
         ValueError: If it cannot be read.
     """
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
+        return open_image(file)
     except UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read as an image ({type(error).__name__}); expected a whole image; get it again.") from error
+        raise ValueError(f"{file} cannot be read as an image ({why_unreadable(error)}); expected a whole image; get it again.") from error
 
 
 def class_folders(folder: str | Path) -> list[Path]:
