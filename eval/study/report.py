@@ -97,8 +97,9 @@ def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mappi
     lines = []
     for setting, kinds in tables.items():
         for kind, its in kinds.items():
-            lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-            lines += ["| " + " | ".join(cells(one)) + " |" for one in its]
+            head = (*COLUMNS, "kept: rise of the loss")
+            lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            lines += ["| " + " | ".join((*cells(one), _signed(one.kept))) + " |" for one in its]
             lines += [""]
         lines += [short[setting], ""] if short[setting] else []
         head, rows = step_table(steps[setting])
@@ -149,6 +150,10 @@ def cells(one: Summary) -> list[str]:
         f"{one.seconds:.0f} s",
         f"{one.memory_gb:.1f} GB",
     ]
+
+
+def _signed(rises: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:+.3f}" for name, value in rises.items())
 
 
 def html(
