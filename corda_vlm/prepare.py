@@ -26,7 +26,7 @@ from corda_core import (
     select_covariances,
 )
 from corda_core.collect import split_layers
-from corda_core.modules import weight_shape
+from corda_core.modules import unwrapped, weight_shape
 from corda_vlm.attention import split_attention
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
@@ -245,7 +245,17 @@ def plan_adapters(
 def _layers_and_contexts(
     model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any
 ) -> tuple[tuple[str, ...], list[Context]]:
-    """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model."""
+    """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model.
+
+    Raises:
+        ValueError: If the model carries adapters: its layers have other names then, and perhaps other outputs than the base's.
+    """
+    carried = unwrapped(model)
+    if isinstance(carried, PeftModel):
+        raise ValueError(
+            f"The model carries the adapter {next(iter(carried.peft_config))!r} already, and contexts are those of a base without any: "
+            "collect them before, or merge the adapter first; a second one on the same base is put on with corda_core.attach."
+        )
     if is_open_clip(model):
         split_attention(model)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)

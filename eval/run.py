@@ -32,7 +32,7 @@ from corda_eval.suite import BENCHMARKS, Suite, examples_of, run_task
 from corda_eval.task import TaskResult
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_vlm.adapted import load
-from corda_vlm.models import load_base
+from corda_vlm.models import load_base, network_only_if
 from corda_vlm.processes import processes
 from corda_vlm.recipe import ModelConfig
 
@@ -132,7 +132,8 @@ def _measured(
             model = _adapted(model, folder)
         for task in mine:
             predictions = paths[task].with_suffix(".jsonl")
-            result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
+            with network_only_if(base.download):  # lm_eval's data would be fetched without asking
+                result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}

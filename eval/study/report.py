@@ -97,7 +97,7 @@ def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mappi
     lines = []
     for setting, kinds in tables.items():
         for kind, its in kinds.items():
-            head = (*COLUMNS, "kept: rise of the loss")
+            head = [*COLUMNS, "kept: rise of the loss"]
             lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
             lines += ["| " + " | ".join((*cells(one), _signed(one.kept))) + " |" for one in its]
             lines += [""]

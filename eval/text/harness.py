@@ -127,8 +127,8 @@ def _load(tasks: Sequence[str]) -> Mapping[str, Any]:
             loaded: Mapping[str, Any] = manager.load(names)
         except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
             raise ValueError(
-                f"The data of {', '.join(names)} could not be read ({' '.join(str(error).split())[:200]}): fetch them once with a network "
-                "(HF_HUB_OFFLINE unset), or name local files in a task of your own."
+                f"The data of {', '.join(names)} could not be read ({' '.join(str(error).split())[:200]}): fetch them once (eval "
+                "--download, or HF_HUB_OFFLINE unset), or name local files in a task of your own."
             ) from error
     return loaded
 

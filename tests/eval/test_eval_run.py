@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from corda_eval import run
 from corda_eval.describe import library_versions
 from corda_eval.suite import read_suite
 from corda_vlm.cli import app
+from corda_vlm.recipe import ModelConfig
 
 for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
     pytest.importorskip(package)
@@ -109,6 +111,18 @@ def test_what_is_done_is_not_done_again(place: Path, monkeypatch: Any) -> None:
     assert called(place, "tuned").exit_code == 0
     assert asked == ["perplexity"]
     assert (place / "out" / "report.md").read_text() == before
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_tasks_reach_the_network_only_if_asked(place: Path, download: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = run.run_task
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        run, "run_task", lambda *args, **options: seen.append(huggingface_hub.constants.HF_HUB_OFFLINE) or real(*args, **options)
+    )
+    run.evaluate(ModelConfig(str(place / "base"), dtype="float32", download=download), {}, read_suite(place / "suite.yaml"), place / "out")
+    assert seen == [not download] * 4
 
 
 def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

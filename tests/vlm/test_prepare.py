@@ -318,3 +318,13 @@ def test_mistakes_get_one_clear_sentence(processor: Any, samples: list[Any], tok
         corda_vlm.prepare(tiny_llava(), samples, "both", processor=processor)
     with pytest.warns(UserWarning, match="saw 3 tokens"), pytest.warns(UserWarning, match=r"rank 40 is larger than min\(m, n\)"):
         corda_vlm.prepare(tiny_llama(), [(None, "a red circle")], processor=tokenizer, rank=40)
+
+
+def test_a_model_that_carries_an_adapter_is_refused(processor: Any, samples: list[Any]) -> None:
+    adapted = corda_vlm.prepare(tiny_llava(), samples, rank=4, processor=processor)
+    for again in (
+        lambda: corda_vlm.prepare(adapted, samples, rank=4, processor=processor),
+        lambda: corda_vlm.collect_context(adapted, samples, corda_vlm.CordaConfig(rank=4), processor),
+    ):
+        with pytest.raises(ValueError, match="carries the adapter 'default' already.*collect them before"):
+            again()
