@@ -171,6 +171,10 @@ def compare(
             typer.echo(f"corda-vlm compare: {failure}", err=True)
         command = " ".join(["corda-vlm", *sys.argv[1:]])
         runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
+        if not runs:
+            raise ValueError(
+                f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results."
+            )
         write_study(runs, {"Command": command, "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
     typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
     if failures:
