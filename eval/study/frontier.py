@@ -3,9 +3,9 @@
 Gain: the fall of the loss of what is learned, in nats, from the base's, or from a guesser's where that is lower (``Task.guessing``); on the
 validation samples for choosing and on the test samples for reporting.
 Forgetting: the mean over the kept things of the rise of their loss, in nats; where one fell, that counts as 0 and makes up for no other.
-Tuned: the smallest rate whose validation gain is at least ``NEARLY`` of the arm's best with the first seed.
-Matched: the smallest rate whose validation gain is at least ``NEARLY`` of LoRA's best with the first seed. So an arm's forgetting at
-matched gain is that of runs which were really made, and no kept thing was looked at to choose them.
+Tuned: the smallest rate whose validation gain, the mean over the seeds that ran, is at least ``NEARLY`` of the arm's best.
+Matched: the smallest rate whose validation gain is at least ``NEARLY`` of LoRA's best. So an arm's forgetting at matched gain is that of
+runs which were really made, and no kept thing was looked at to choose them.
 At its own gain: an arm's forgetting over what LoRA's would be at that very gain, on the line through LoRA's runs of all rates: rates are
 coarse, and LoRA may forget much less at a little less gain.
 """
@@ -95,28 +95,33 @@ def forgetting_of(scores: Mapping[str, Any], base: Run, names: Iterable[str] | N
     return mean(max(0.0, scores[name]["loss"] - before[name]) for name in (before if names is None else names))
 
 
+def gains_by_rate(runs: Sequence[Run], base: Run) -> dict[float, float]:
+    """Return an arm's validation gain by rate: the mean over the seeds, so minus infinity where one diverged."""
+    return {rate: mean(gain_of(run, base) for run in runs if run.rate == rate) for rate in sorted({run.rate for run in runs})}
+
+
 def tuned_rate(runs: Sequence[Run], base: Run) -> float | None:
     """Return the arm's tuned rate; None if no run learned anything."""
-    gains = {run.rate: gain_of(run, base) for run in runs if run.seed == 0}
+    gains = gains_by_rate(runs, base)
     best = max(gains.values(), default=-math.inf)
     return min(rate for rate, gain in gains.items() if gain >= NEARLY * best) if best > 0 else None
 
 
 def gain_to_match(baseline: Sequence[Run], base: Run) -> float:
     """Return the validation gain that is nearly LoRA's best, in nats; infinity if LoRA has not run."""
-    return NEARLY * max((gain_of(run, base) for run in baseline if run.seed == 0), default=math.inf)
+    return NEARLY * max(gains_by_rate(baseline, base).values(), default=math.inf)
 
 
 def matched_rate(runs: Sequence[Run], base: Run, baseline: Sequence[Run]) -> float | None:
     """Return the smallest rate at which the arm learns nearly as much as LoRA; None if it never does."""
     wanted = gain_to_match(baseline, base)
-    return min((run.rate for run in runs if run.seed == 0 and not run.diverged and gain_of(run, base) >= wanted), default=None)
+    return min((rate for rate, gain in gains_by_rate(runs, base).items() if gain >= wanted), default=None)
 
 
 def unmatched(runs: Sequence[Run], base: Run) -> dict[str, float]:
-    """Return the arms that never learn nearly as much as LoRA, and what part of LoRA's best gain they reach with the first seed."""
+    """Return the arms that never learn nearly as much as LoRA, and what part of LoRA's best gain they reach."""
     by_arm = _by_arm(runs)
-    best = {arm: max((gain_of(run, base) for run in its if run.seed == 0), default=-math.inf) for arm, its in by_arm.items()}
+    best = {arm: max(gains_by_rate(its, base).values(), default=-math.inf) for arm, its in by_arm.items()}
     return {arm: max(0.0, gain / best[BASELINE]) for arm, gain in best.items() if matched_rate(by_arm[arm], base, by_arm[BASELINE]) is None}
 
 

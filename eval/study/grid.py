@@ -2,7 +2,8 @@
 
 First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge, and down while the
 lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned one, and the
-smallest that learns nearly as much as LoRA (``frontier``).
+smallest that learns nearly as much as LoRA (``frontier``). Should the other seeds show that a rate learns less than another one, that one's
+seeds run too.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from corda_eval.study.frontier import (
     gain_of,
     gain_on_test,
     gains_and_forgetting,
+    gains_by_rate,
     matched_rate,
     pareto,
     steps_at_equal_rates,
@@ -124,6 +125,12 @@ def test_rates() -> None:
     assert matched_rate(of["lora"], BASE, of["lora"]) == 3e-4
     assert matched_rate(of["kpm"], BASE, of["lora"]) == 3e-4  # 0.96 is enough
     assert matched_rate(of["weak"], BASE, of["lora"]) is None
+    # What the first seed alone learns at a rate is not enough, nor is a rate at which another seed diverged.
+    unlucky = [run("lora", 1e-3, 1, 0.2, 0.5, 0.5), run("lora", 1e-3, 2, 0.1, 0.5, 0.5)]
+    assert gains_by_rate([*of["lora"], *unlucky], BASE) == pytest.approx({1e-4: 0.6, 3e-4: 0.96, 1e-3: 1.3 / 3})
+    assert tuned_rate([*of["lora"], *unlucky], BASE) == 3e-4
+    assert tuned_rate([*of["lora"], Run("lora", 3e-4, 2, {"diverged": True})], BASE) == 1e-3
+    assert matched_rate([run("kpm", 1e-4, 0, 0.93, 0.1, 0.1)], BASE, [*of["lora"], *unlucky]) == 1e-4
 
 
 def test_summaries_hold_each_arm_against_lora_seed_by_seed() -> None:

@@ -83,6 +83,16 @@ def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(t
     assert wanted(fewer) == [("lora", 3e-4, 3)]
 
 
+def test_a_rate_that_other_seeds_fail_at_gives_way_to_the_next_best(tmp_path: Path) -> None:
+    config = study(tmp_path, settings={"sums": {"kind": "smollm2_lines", "steps": 3, "arms": ["lora"]}})
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    for rate, gain in ((1e-4, 0.5), (3e-4, 1.0), (1e-3, 0.9)):
+        write(config, planned(config, "sums", "lora", rate, 0), gain, rate)
+    write(config, planned(config, "sums", "lora", 3e-4, 1), 0.0, 0.2)
+    write(config, planned(config, "sums", "lora", 3e-4, 2), 0.1, 0.2)
+    assert wanted(config) == [("lora", 1e-3, 1), ("lora", 1e-3, 2)]
+
+
 def test_rates_go_down_while_the_lowest_learns_nearly_as_much_as_lora(tmp_path: Path) -> None:
     config = study(tmp_path, seeds=1)
     write(config, planned(config, "sums", BASE, 0.0, 0))
