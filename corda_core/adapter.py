@@ -156,9 +156,13 @@ def _check_base(
                 'residual="subtract" and quantize change the base weights, which other adapters on this model need as they are; '
                 "leave them out, or attach to a model without adapters."
             )
+    modules = dict(base.named_modules())
+    absent = [name for name in plan.layers if name not in modules]
+    if absent:
+        raise ValueError(f"The plan was made for another model: this one has no layer {absent[0]}; attach it to the base it was made from.")
     for name in train_fully:
         inside = [layer for layer in plan.layers if layer == name or layer.startswith(f"{name}.")]
-        if name not in dict(base.named_modules()):
+        if name not in modules:
             raise ValueError(f"train_fully names {name!r}, which this model has not; expected full names of modules.")
         if inside:
             raise ValueError(f"train_fully names {name!r}, which holds the planned layer {inside[0]}; leave one of the two out.")

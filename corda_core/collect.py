@@ -148,13 +148,17 @@ def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequenc
     groups: list[list[str]] = []
     seen: set[str] = set()
     last: Tensor | None = None
+    readers: list[str] = []  # of the last input, but for those that had run before
 
     def see(name: str, x: Tensor) -> None:
-        nonlocal last
+        nonlocal last, readers
+        if x is not last:
+            last, readers = x, []
         if name not in seen:
-            groups.append([name]) if x is not last else groups[-1].append(name)
+            if not readers:
+                groups.append(readers)
+            readers.append(name)
             seen.add(name)
-        last = x
 
     bare = unwrapped(model)
     with evaluating(bare), _observed(bare, names, see):
@@ -309,7 +313,7 @@ class _Reading:
         """Return rows √w x (tokens, n) in the sums' precision, Σ w and the number of tokens that count."""
         weights = self.weights_of(name)
         if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
-            weights = weights.reshape(-1)
+            x = x.reshape(*weights.shape, x.shape[-1])
         if weights is not None and weights.shape != x.shape[:-1]:
             raise ValueError(
                 f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "

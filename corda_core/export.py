@@ -113,13 +113,17 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     """
     changes = _changes(model, alpha, adapter_name)
     layers, base = lora_layers(model, adapter_name), base_of(model)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"{merged[0]} has its change in its weight already (merge_adapter); call unmerge_adapter first.")
     starts = _starts(model, adapter_name)
     for name, (A, B) in changes.items():
         own = layers[name].get_base_layer()
         weight = weight_matrix(base, name).float() + B @ A
         if is_shared(base, own.weight):
             own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)  # the embedding that it is tied to stays
-            base.config.tie_word_embeddings = False
+            if hasattr(base, "config"):
+                base.config.tie_word_embeddings = False
         if name in starts:  # "subtract": the base lacks what the change starts from
             weight += starts[name].to(weight)
         if not is_quantized(own):
@@ -170,6 +174,8 @@ def _changes(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tup
         if not isinstance(layer.lora_variant.get(adapter_name, ContextLora()), ContextLora):
             kind = type(layer.lora_variant[adapter_name]).__name__
             raise ValueError(f"{name} has an adapter of PEFT's kind {kind}, which is no product of two factors; use merge_and_unload().")
+        if layer.lora_bias.get(adapter_name):
+            raise ValueError(f"{name} has a bias beside its factors (lora_bias), which is no product of two; use merge_and_unload().")
         A, B = change_factors(layer, adapter_name)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"{name}: the trained weights are not finite; take an earlier checkpoint.")
@@ -193,15 +199,15 @@ def _interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str
     base = wrapper.original_module.state_dict()
     trained = wrapper.modules_to_save[adapter_name].state_dict()
     return {
-        key: gathered_whole(value) if not value.is_floating_point() else torch.lerp(base[key].to(value), value, alpha).to(base[key].dtype)
-        for key, value in ((key, gathered_whole(value)) for key, value in trained.items())
+        key: torch.lerp(before.to(value), value, alpha).to(before.dtype) if value.is_floating_point() else value
+        for key, before, value in ((key, gathered_whole(base[key]), gathered_whole(value)) for key, value in trained.items())
     }
 
 
 def _plain(layer: Any, weight: Tensor) -> nn.Linear:
     """Return a plain layer with this weight, of the type that the quantised layer computes in."""
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    dtype = next((one for one in (layer.bias and layer.bias.dtype, getattr(layer, "compute_dtype", None)) if one), weight.dtype)
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype if layer.bias is None else layer.bias.dtype
     plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
     return plain.train(layer.training)
 

@@ -271,3 +271,9 @@ def test_refusals() -> None:
         attach(model, made)
     with pytest.raises(ValueError, match="no LoRA adapter named 'other'"):
         export(attach(tiny_llama(), made), "unused", adapter_name="other")
+
+
+def test_a_plan_for_another_architecture_is_refused() -> None:
+    made = planned(tiny_llama())
+    with pytest.raises(ValueError, match=r"made for another model: this one has no layer model\.layers\.0"):
+        attach(tiny_gpt2(), made)

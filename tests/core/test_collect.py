@@ -149,6 +149,44 @@ def test_sample_max_is_the_papers_mean_over_scaled_samples(chunk: int) -> None:
     torch.testing.assert_close(found["q"].matrix.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+class Flat(nn.Module):
+    """Passes all tokens on as one row, as OPT does."""
+
+    def __init__(self, inner: Toy) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.inner(x.flatten(0, 1))
+
+
+def test_sample_max_knows_samples_whose_tokens_come_as_one_row() -> None:
+    model, x = Toy(), torch.randn(3, 4, 6) * torch.tensor([1.0, 100.0, 1e-3])[:, None, None]
+    batches = [{"x": x, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]])}]
+    expected = collect(model, batches, NAMES, normalize="sample-max")
+    found = collect(Flat(model), batches, [f"inner.{name}" for name in NAMES], normalize="sample-max")
+    for name in NAMES:
+        torch.testing.assert_close(found[f"inner.{name}"].matrix, expected[name].matrix, rtol=1e-5, atol=1e-6)
+
+
+class Again(nn.Module):
+    """A layer that has run before stands between two that read different inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return self.a(y) + self.c(y)
+
+
+def test_layers_of_different_inputs_are_no_group() -> None:
+    model, batches = Again(), [{"x": torch.randn(4, 6)}]
+    one = Symmetric.num_bytes(6, torch.float32)
+    assert [list(part) for part in collect_in_passes(model, batches, ["a", "b", "c"], one)] == [["a"], ["b"], ["c"]]
+
+
 @pytest.mark.parametrize(("budget", "passes"), [(10**9, 1), (300, 1), (200, 2), (1, 2), (None, 1)])
 def test_passes_within_a_budget_give_the_same(budget: int | None, passes: int) -> None:
     model, batches = Toy(), [{"x": torch.randn(3, 4, 6)} for _ in range(3)]

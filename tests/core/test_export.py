@@ -180,3 +180,41 @@ def test_an_adapter_in_training_is_not_written_over(tmp_path: Path) -> None:
     save(model, tmp_path)
     with pytest.raises(ValueError, match="holds an adapter in training"):
         export(model, tmp_path)
+
+
+def test_what_is_merged_already_is_not_merged_twice() -> None:
+    model = tuned()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="has its change in its weight already"):
+        merge(model)
+    model.unmerge_adapter()
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge(model)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_bias_beside_the_factors_is_refused(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match="q_proj has a bias beside its factors"):
+        export(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and no config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_tied_weights_of_a_model_without_a_config() -> None:
+    model, x = Tied(), torch.randn(40, 6)
+    adapted = attach(model, plan(model, collect(model, [{"x": x}], ["second"]), mode="kpm", rank=2), protect="strict")
+    lora_layers(adapted)["second"].lora_B["default"].weight.data.normal_()
+    with torch.no_grad():
+        expected = adapted(x)
+        torch.testing.assert_close(merge(adapted)(x), expected, rtol=0, atol=1e-5)

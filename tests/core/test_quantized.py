@@ -243,3 +243,19 @@ def test_what_trains_may_be_kept_in_bfloat16(protect: Any) -> None:
     torch.testing.assert_close(result.logits, expected, rtol=0, atol=0)
     result.logits.square().sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_quantised_layers_that_have_a_bias(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    x = torch.randn(96, 64, dtype=dtype)
+    made = plan(model, collect(model, [{"input": x}], ["0", "1"]), mode="kpm", rank=4)
+    adapted = attach(model, made, protect="strict", quantize="nf4")
+    for layer in lora_layers(adapted).values():
+        layer.lora_B["default"].weight.data.normal_(std=0.1)
+    with torch.no_grad():
+        expected = adapted(x)
+        merged = merge(adapted)
+        assert {one.weight.dtype for one in merged} == {one.bias.dtype for one in merged} == {dtype}
+        torch.testing.assert_close(merged(x), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
