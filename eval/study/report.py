@@ -187,8 +187,8 @@ def html(
 def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     """Return a figure (PNG): what each arm gained and forgot, a line over its rates, and the frontier of all.
 
-    Points are means over the seeds, bars from the lowest to the highest. A line ends where the gain is largest; pale points are of higher
-    rates, at which the arm learns less again.
+    Points are means over the seeds, bars from the lowest to the highest; LoRA is black, arms of one seed are pale. A line ends where the
+    gain is largest; points without one are of higher rates, at which the arm learns less again.
     """
     import io
 
@@ -202,12 +202,15 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     styles = [(f"C{number % 10}", "osD^v<>pX*"[number // 10 % 10 * 3 % 10]) for number in range(len(arms))]
     everything = []
     for arm, (color, marker) in zip(arms, styles, strict=True):
-        points = points_by_rate([run for run in runs if run.arm == arm], base)
+        its = [run for run in runs if run.arm == arm]
+        points = points_by_rate(its, base)
+        # What all are held against stands out, and what one run alone shows steps back.
+        color, strength = ("black", 1.0) if arm == BASELINE else (color, 0.8 if any(run.seed for run in its) else 0.4)
         if not points:
             continue
         everything += [(gain[0], lost[0]) for gain, lost in points]
         end = num_rising(points)
-        for some, line, alpha, label in ((points[:end], "-", 0.8, arm), (points[end:], "", 0.25, None)):
+        for some, line, alpha, label in ((points[:end], "-", strength, arm), (points[end:], "", strength / 4, None)):
             gains, losses = [gain for gain, _ in some], [lost for _, lost in some]
             axes.errorbar(
                 [mean for mean, _, _ in gains],
@@ -217,7 +220,7 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
                 fmt=f"{line}{marker}",
                 color=color,
                 markersize=5,
-                linewidth=0.8,
+                linewidth=2.0 if arm == BASELINE else 0.8,
                 elinewidth=1.2,
                 alpha=alpha,
                 label=label,
