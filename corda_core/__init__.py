@@ -5,7 +5,7 @@ CorDA++ chooses between several collections and gives each layer its rank: selec
 """
 
 from corda_core.adapter import Attachment, attach, attachment_of
-from corda_core.allocate import Candidate, allocate_ranks, assess, compactness, select_covariance
+from corda_core.allocate import Candidate, allocate_ranks, assess, compactness
 from corda_core.candidates import Selection, resolved, select_covariances
 from corda_core.checkpoint import load, save
 from corda_core.collect import TokenWeights, attention_mask_of, collect, collect_in_passes
@@ -66,7 +66,6 @@ __all__ = [
     "save",
     "save_covariances",
     "save_plan",
-    "select_covariance",
     "select_covariances",
     "select_linears",
     "spectrum",

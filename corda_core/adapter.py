@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corda_core.decompose import Mode
 from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, base_of, fill, lora_config, lora_layers, whole_modules
-from corda_core.modules import base_digest, is_quantized, is_shared, unwrapped
+from corda_core.modules import base_digest, check_present, is_quantized, is_shared, unwrapped
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.quantize import KINDS, check_quantizable, quantize_linears_
 
@@ -157,9 +157,7 @@ def _check_base(
                 "leave them out, or attach to a model without adapters."
             )
     modules = dict(base.named_modules())
-    absent = [name for name in plan.layers if name not in modules]
-    if absent:
-        raise ValueError(f"The plan was made for another model: this one has no layer {absent[0]}; attach it to the base it was made from.")
+    check_present(base, plan.layers, "The plan")
     for name in train_fully:
         inside = [layer for layer in plan.layers if layer == name or layer.startswith(f"{name}.")]
         if name not in modules:

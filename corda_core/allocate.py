@@ -6,7 +6,7 @@ Pure functions on matrices and spectra. Throughout: C (n, n) damped and scaled t
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,32 +94,6 @@ def _compactness(isotropy_of_C: float, m: int) -> float:
             "choose; leave the layer out."
         )
     return pi
-
-
-def select_covariance(
-    weight: Tensor, candidates: Iterable[Covariance], *, damping: float = 0.01
-) -> tuple[int, Covariance, list[Candidate]]:
-    """Return the place of the covariance with the lowest score, itself, and how all of them did.
-
-    Candidates are gone over once and in any order; of two with the same score the first is chosen.
-
-    Args:
-        weight: W (m, n), any floating type.
-        candidates: Covariances of the same layer over different samples; a generator keeps only the best so far in memory.
-        damping: λ of ``Covariance.damped``.
-
-    Raises:
-        ValueError: As ``assess``; or if there is no candidate.
-    """
-    best: Covariance | None = None
-    place, assessed = 0, list[Candidate]()
-    for number, covariance in enumerate(candidates):
-        assessed.append(assess(weight, covariance, damping=damping))
-        if best is None or assessed[number].score < assessed[place].score:
-            best, place = covariance, number
-    if best is None:
-        raise ValueError("There are no candidates; give at least one covariance.")
-    return place, best, assessed
 
 
 def allocate_ranks(

@@ -102,9 +102,17 @@ def _assess(covariances: Mapping[str, Covariance], isotropies: Mapping[int, floa
 
 def _isotropies(covariances: Mapping[str, Covariance], damping: float) -> dict[int, float]:
     """Return ``isotropy`` of each distinct covariance, by its id."""
-    distinct = {id(one): one for one in covariances.values()}
-    workers = num_workers(((one.packed.n, one.packed.n) for one in distinct.values()), next(iter(distinct.values())).packed.device)
-    return dict(zip(distinct, in_threads(partial(isotropy, damping=damping), distinct.values(), workers), strict=True))
+    readers = {id(one): name for name, one in covariances.items()}  # one layer of each
+
+    def isotropy_of(name: str) -> float:
+        try:
+            return isotropy(covariances[name], damping)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    packed = [covariances[name].packed for name in readers.values()]
+    workers = num_workers(((one.n, one.n) for one in packed), packed[0].device)
+    return dict(zip(readers, in_threads(isotropy_of, readers.values(), workers), strict=True))
 
 
 def _check_tokens(number: int, covariances: Mapping[str, Covariance]) -> None:

@@ -90,27 +90,12 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool
 
 def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "default") -> PeftModel:
     """Return the model with an adapter attached as it once was, at its start."""
-    return attach(
-        model,
-        attachment.plan,
-        alpha=attachment.alpha,
-        protect=attachment.protect,
-        residual=attachment.residual,
-        quantize=attachment.quantize,
-        train_fully=attachment.train_fully,
-        adapter_name=adapter_name,
-    )
+    return attach(model, **vars(attachment), adapter_name=adapter_name)
 
 
 def save_attachment(attachment: Attachment, path: str | os.PathLike[str]) -> None:
     """Write what an adapter was attached with: its plan and the options."""
-    options = {
-        "alpha": attachment.alpha,
-        "protect": attachment.protect,
-        "residual": attachment.residual,
-        "quantize": attachment.quantize,
-        "train_fully": list(attachment.train_fully),
-    }
+    options = {key: value for key, value in vars(attachment).items() if key != "plan"}
     save_plan(attachment.plan, path, attached=options)
 
 

@@ -181,7 +181,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         ):  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
             module.training = True
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they are overwritten
             yield
     finally:
         for module, training in modes.items():
@@ -194,11 +194,16 @@ def _observed(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
     handles = []
     try:
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(partial(_see_input, see, name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _see_input(see: Callable[[str, Tensor], None], name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+    see(name, next(iter((*args, *kwargs.values()))))  # models call a layer with its input by place or by name
 
 
 class _Sums:

@@ -112,6 +112,18 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor:
     return gathered_whole(_oriented(layer, name))
 
 
+def check_present(model: nn.Module, names: Iterable[str], made: str) -> None:
+    """Refuse a model that lacks a layer; ``made`` is what was made for these layers.
+
+    Raises:
+        ValueError: If a layer is missing.
+    """
+    modules = dict(unwrapped(model).named_modules())
+    absent = [name for name in names if name not in modules]
+    if absent:
+        raise ValueError(f"{made} was made for another model: this one has no layer {absent[0]}; use the base that it was made from.")
+
+
 def is_quantized(layer: Any) -> bool:
     """Return whether bitsandbytes holds the layer's weight in 4 or 8 bits."""
     kind, weight = type(layer.weight).__name__, layer.weight

@@ -103,7 +103,7 @@ def plan(
         progress: Called with a part's layer names and a title, returns them to be gone over: a progress bar, for instance.
 
     Raises:
-        ValueError: If the rank is below 1, or a layer cannot be decomposed (the text names it).
+        ValueError: If the rank is below 1, ``ranks`` lacks a layer, or a layer cannot be decomposed (the text names it).
     """
     if rank < 1 or min((ranks or {"": 1}).values()) < 1:
         raise ValueError(f"rank is {rank} and ranks are {ranks}; expected at least 1 for each layer.")
@@ -123,6 +123,11 @@ def plan(
     parts = [covariances] if isinstance(covariances, Mapping) else covariances
     sizes: dict[str, tuple[int, int]] = {}
     for part in parts:
+        unranked = [] if ranks is None else [name for name in part if name not in ranks]
+        if unranked:
+            raise ValueError(
+                f"ranks has none for {unranked[0]}, which has a covariance; give each layer its rank, or leave it out of both."
+            )
         new = {name: weight_shape(model, name) for name in part}
         sizes |= new
         _warn_of_few_tokens(new, part)

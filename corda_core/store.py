@@ -20,7 +20,7 @@ from corda_core.allocate import Candidate
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode
 from corda_core.files import replacing_in
-from corda_core.modules import base_digest, unwrapped, weight_digest
+from corda_core.modules import base_digest, check_present, weight_digest
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.symmetric import Symmetric
 from corda_core.whiten import Whitening
@@ -79,10 +79,11 @@ def load_covariances(
         ValueError: If the file is damaged, holds something else, or was made from another base, with other options or over other data.
     """
     tensors, header = _read(Path(path), "covariances")
+    check_present(model, header["layers"], str(path))
     for what, found, wanted in (
         ("other options", header["options"], dict(options)),
         ("other data", header["data_digest"], data or header["data_digest"]),
-        ("other base weights", header["base_digest"], base_digest(model, _present(model, header["layers"], path))),
+        ("other base weights", header["base_digest"], base_digest(model, header["layers"])),
     ):
         if found != wanted:
             raise ValueError(f"{path} was made with {what}: {found}, but here is {wanted}; collect again.")
@@ -148,14 +149,6 @@ def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         candidates=tuple(Candidate(log_pi, tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"])),
         chosen=about["chosen"],
     )
-
-
-def _present(model: nn.Module, names: Iterable[str], path: str | os.PathLike[str]) -> Iterable[str]:
-    modules = dict(unwrapped(model).named_modules())
-    missing = [name for name in names if name not in modules]
-    if missing:
-        raise ValueError(f"{path} was made for another model: this one has no layer {missing[0]}; collect again.")
-    return names
 
 
 def _write(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:

@@ -154,8 +154,13 @@ def check(config: StudyConfig) -> None:
     """Check a study before its first run.
 
     Raises:
-        ValueError: If an arm that a setting names is missing, LoRA is, a rate is not on the ladder, or a number of seeds is below 1.
+        ValueError: If a setting or an arm has no options by name, an arm that a setting names is missing, LoRA is, a rate is not on the
+            ladder, or a number of seeds is below 1.
     """
+    for kind, entries in (("setting", config.settings), ("arm", config.arms)):
+        for name, options in entries.items():
+            if not isinstance(options, Mapping):
+                raise ValueError(f"The {kind} {name} is {options!r}; expected its options by name, as configs/compare_lab.yaml has them.")
     odd: list[float] = []
     for setting in config.settings:
         arms = arms_of(config, setting)[1:]

@@ -152,8 +152,8 @@ def cells(one: Summary) -> list[str]:
     ]
 
 
-def _signed(rises: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:+.3f}" for name, value in rises.items())
+def _signed(rises: Mapping[str, float], digits: int = 3) -> str:
+    return ", ".join(f"{name} {value:+.{digits}f}" for name, value in rises.items())
 
 
 def html(
@@ -165,7 +165,9 @@ def html(
     figures = {setting: base64.b64encode((folder / f"{setting}.png").read_bytes()).decode() for setting in tables}
     rows = {
         setting: {
-            TITLES[kind]: [(cells(one), one.kept, one.accuracy_drops, one.arm.partition(",")[0] == one.arm) for one in its]
+            TITLES[kind]: [
+                (cells(one), _signed(one.kept), _signed(one.accuracy_drops, 1), one.arm.partition(",")[0] == one.arm) for one in its
+            ]
             for kind, its in kinds.items()
         }
         for setting, kinds in tables.items()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_core import Covariance, allocate_ranks, assess, compactness, select_covariance, spectrum
+from corda_core import Covariance, allocate_ranks, assess, compactness, spectrum
 
 
 def covariance(n: int, seed: int = 0, decay: float = 2.0) -> Covariance:
@@ -51,7 +51,7 @@ def test_compactness_bounds_what_dropping_a_component_changes(seed: int) -> None
         assert ((one_more - kept) @ X).abs().sum() <= compactness(one, 6) * sigma[6 - r] * 1.001
 
 
-def test_assessment_and_selection_are_the_formula() -> None:
+def test_assessment_is_the_formula() -> None:
     torch.manual_seed(0)
     W = torch.randn(9, 14)
     candidates = [covariance(14, seed, decay) for seed, decay in enumerate((1.0, 3.0, 0.5, 2.0))]
@@ -61,23 +61,14 @@ def test_assessment_and_selection_are_the_formula() -> None:
         values = torch.linalg.eigvalsh(C)
         sigma = torch.linalg.svdvals(W.double() @ C)
         scores.append(math.log(math.sqrt(9 * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
-    place, best, assessed = select_covariance(W, iter(candidates))
+    assessed = [assess(W, one) for one in candidates]
     assert [one.score for one in assessed] == pytest.approx(scores, rel=1e-3)
-    assert place == scores.index(min(scores))
-    assert best is candidates[place]
     expected = spectrum(W, candidates[1])
     torch.testing.assert_close(assessed[1].spectrum, expected, rtol=0, atol=3e-6 * float(expected[0]))
 
 
-def test_of_equal_candidates_the_first_is_chosen() -> None:
-    one = covariance(8)
-    assert select_covariance(torch.randn(4, 8), [one, one, one])[0] == 0
-
-
 def test_bad_candidates_are_named() -> None:
     one = covariance(8)
-    with pytest.raises(ValueError, match="no candidates"):
-        select_covariance(torch.randn(4, 8), [])
     with pytest.raises(ValueError, match="log π > 0"):
         compactness(Covariance.of(torch.eye(8), 64), 1)
     with pytest.raises(ValueError, match="damping is 0"):

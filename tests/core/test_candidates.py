@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -41,6 +42,11 @@ def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) 
         assert found.best(name) is found.candidates[name][found.chosen[name]]
         places.add(found.chosen[name])
     assert len(places) > 1
+
+
+def test_of_equal_candidates_the_first_is_chosen(model: nn.Module) -> None:
+    one = some_set(model, 0)
+    assert set(select_covariances(model, [one, dict(one), dict(one)]).chosen.values()) == {0}
 
 
 def test_only_the_chosen_spectra_are_resolved(model: nn.Module) -> None:
@@ -85,6 +91,9 @@ def test_a_plan_of_given_ranks(model: nn.Module) -> None:
     assert made.num_parameters == sum(r * sum(model.get_submodule(name).weight.shape) for name, r in ranks.items())
     with pytest.raises(ValueError, match="at least 1 for each layer"):
         plan(model, covariances, mode="kpm", rank=4, ranks={**ranks, next(iter(ranks)): 0})
+    missing = ranks.popitem()[0]
+    with pytest.raises(ValueError, match=rf"ranks has none for {re.escape(missing)}"):
+        plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
 
 
 def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
@@ -94,5 +103,9 @@ def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
         select_covariances(model, [one, other])
     with pytest.raises(ValueError, match="no candidates"):
         select_covariances(model, [])
+    name = "model.layers.0.mlp.down_proj"
+    nothing = Covariance.of(torch.zeros(one[name].packed.n, one[name].packed.n), one[name].num_tokens)
+    with pytest.raises(ValueError, match=r"Candidate 1: model\.layers\.0\.mlp\.down_proj: the covariance has trace 0"):
+        select_covariances(model, [one, {**one, name: nothing}])
     with pytest.raises(ValueError, match="candidate 1 saw 16 tokens for 32 inputs"):
         select_covariances(model, [one, some_set(model, 1, tokens=16)])

@@ -102,6 +102,29 @@ def test_input_overwritten_in_place_after_the_call() -> None:
     torch.testing.assert_close(found["second"].matrix.double(), after.T @ after / 4, rtol=1e-5, atol=1e-6)
 
 
+def test_input_given_by_name_is_read() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(input=x)
+
+    x = torch.randn(4, 6)
+    found = collect(ByName(), [{"x": x}], ("first",))["first"]
+    torch.testing.assert_close(found.matrix, x.T @ x / 4)
+
+
+def test_inference_mode_outside_changes_nothing() -> None:
+    model, batches = Toy(), [{"x": torch.randn(2, 4, 6)}]
+    expected = collect(model, batches, NAMES)
+    with torch.inference_mode():
+        found = collect(model, batches, NAMES)
+    for name in NAMES:
+        torch.testing.assert_close(found[name].matrix, expected[name].matrix, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_accumulates_in_float32_or_better(dtype: torch.dtype) -> None:
     model = Toy().to(dtype)

@@ -143,6 +143,8 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
         ({"rates": ()}, "'lora' cannot run in the setting sums"),
         ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
+        ({"settings": {"sums": None}}, "setting sums is None"),
+        ({"arms": {"lora": "lora"}}, "arm lora is 'lora'"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": (4e-4,)}}}}, "0.0004"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lorra": (3e-4,)}}}}, "'lorra'"),
     ],
