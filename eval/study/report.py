@@ -9,6 +9,7 @@ from typing import Any
 
 from corda_core.files import write_whole
 from corda_eval.study.frontier import (
+    BASE,
     BASELINE,
     NEARLY,
     Run,
@@ -75,8 +76,8 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     }
     stored = _without_infinities({"facts": dict(facts), "settings": summary})
     write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(output / "study.md", markdown(tables, short, steps).encode())
-    write_whole(output / "study.html", html(tables, short, steps, facts, output).encode())
+    write_whole(output / "study.md", (markdown(tables, short, steps) + glossary(runs)).encode())
+    write_whole(output / "study.html", html(tables, short, steps, meanings(runs), facts, output).encode())
     return summary
 
 
@@ -90,6 +91,28 @@ def shortfalls(runs: Sequence[Run], base: Run) -> str:
     diverged = [f"{run.arm} at {run.rate:g} (seed {run.seed})" for run in runs if run.diverged]
     never = f"These never learn {NEARLY:.0%} of LoRA's best gain (in brackets what they reach): {', '.join(parts)}." if parts else ""
     return f"{never} {'Not finite: ' + ', '.join(diverged) + '.' if diverged else ''}".strip()
+
+
+def meanings(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str]]:
+    """Return what the names of settings and of arms stand for: the kind or the method, and its options."""
+    settings = {setting: its[0].result["spec"]["setting"] for setting, its in runs.items()}
+    arms = {run.arm: run.result["spec"]["method"] for its in runs.values() for run in its if run.arm != BASE}
+    found = {"Settings": settings, "Arms": dict(sorted(arms.items()))}
+    return {title: {name: _options(options) for name, options in entries.items()} for title, entries in found.items()}
+
+
+def glossary(runs: Mapping[str, Sequence[Run]]) -> str:
+    """Return ``meanings`` as Markdown."""
+    lines = []
+    for title, its in meanings(runs).items():
+        lines += [f"### {title}", "", *(f"- `{name}`: {meaning}" for name, meaning in its.items()), ""]
+    return "\n".join(lines)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """Return options as people read them, that which says what they belong to first and without its name."""
+    kind = options.get("kind", options.get("method"))
+    return ", ".join([str(kind), *(f"{key} {json.dumps(value)}" for key, value in options.items() if key not in ("kind", "method"))])
 
 
 def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps) -> str:
@@ -157,7 +180,12 @@ def _signed(rises: Mapping[str, float], digits: int = 3) -> str:
 
 
 def html(
-    tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps, facts: Mapping[str, str], folder: Path
+    tables: Mapping[str, Mapping[str, Sequence[Summary]]],
+    short: Mapping[str, str],
+    steps: Steps,
+    names: Mapping[str, Mapping[str, str]],
+    facts: Mapping[str, str],
+    folder: Path,
 ) -> str:
     """Return a page that loads nothing from anywhere; the figures are read from the folder."""
     import base64
@@ -179,7 +207,7 @@ def html(
         tables=rows,
         columns=COLUMNS,
         figures=figures,
-        facts=facts,
+        lists={**names, "What was run": facts},
         short=short,
         steps=parts,
         steps_title=STEPS_TITLE,
@@ -199,8 +227,8 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     arms = [arm for arm in dict.fromkeys(run.arm for run in runs) if arm != base.arm]
+    figure, axes = pyplot.subplots(figsize=(9, max(5.5, 0.2 * len(arms) + 1)), layout="constrained")  # as high as its legend
     styles = [(f"C{number % 10}", "osD^v<>pX*"[number // 10 % 10 * 3 % 10]) for number in range(len(arms))]
     everything = []
     for arm, (color, marker) in zip(arms, styles, strict=True):

@@ -30,11 +30,16 @@ BASE = Run(
     0.0,
     0,
     {
+        "spec": {"setting": {"kind": "sums", "steps": 10}, "method": None},
         "validation": 2.0,
         "scores": {"target": {"loss": 2.1, "accuracy": 0.0}, "docs": {"loss": 3.0, "accuracy": None}}
         | {"code": {"loss": 1.0, "accuracy": 50.0}, "facts": {"loss": None, "accuracy": 70.0}},
     },
 )
+
+
+def spec(arm: str) -> dict[str, Any]:
+    return {"setting": {"kind": "sums", "steps": 10}, "method": {"method": arm, "context": ["docs"]}}
 
 
 def run(arm: str, rate: float, seed: int, gain: float, docs: float, code: float, **more: Any) -> Run:
@@ -45,6 +50,7 @@ def run(arm: str, rate: float, seed: int, gain: float, docs: float, code: float,
         "facts": {"loss": None, "accuracy": 69.0},
     }
     result = {
+        "spec": spec(arm),
         "scores": scores,
         "validation_losses": [[0, 2.0], [5, 2.0 - gain / 2], [10, 2.0 - gain]],
         "change": 0.1,
@@ -67,7 +73,7 @@ RUNS = [
     run("kpm", 3e-4, 1, 0.96, 0.02, 0.04),
     run("kpm", 1e-3, 0, 1.5, 0.2, 0.2),
     run("weak", 1e-3, 0, 0.2, 0.0, 0.0),
-    Run("weak", 3e-3, 0, {"diverged": True}),
+    Run("weak", 3e-3, 0, {"spec": spec("weak"), "diverged": True}),
 ]
 
 
@@ -112,7 +118,7 @@ def test_arms_that_fall_short_are_told() -> None:
 
 def test_seeds_that_diverged_stop_no_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    write_study({"sums": [*RUNS, Run("lora", 3e-4, 2, {"diverged": True})]}, {}, tmp_path)
+    write_study({"sums": [*RUNS, Run("lora", 3e-4, 2, {"spec": spec("lora"), "diverged": True})]}, {}, tmp_path)
     assert "lora at 0.0003 (seed 2)" in (tmp_path / "study.html").read_text()
 
 
@@ -129,7 +135,7 @@ def test_rates() -> None:
     unlucky = [run("lora", 1e-3, 1, 0.2, 0.5, 0.5), run("lora", 1e-3, 2, 0.1, 0.5, 0.5)]
     assert gains_by_rate([*of["lora"], *unlucky], BASE) == pytest.approx({1e-4: 0.6, 3e-4: 0.96, 1e-3: 1.3 / 3})
     assert tuned_rate([*of["lora"], *unlucky], BASE) == 3e-4
-    assert tuned_rate([*of["lora"], Run("lora", 3e-4, 2, {"diverged": True})], BASE) == 1e-3
+    assert tuned_rate([*of["lora"], Run("lora", 3e-4, 2, {"spec": spec("lora"), "diverged": True})], BASE) == 1e-3
     assert matched_rate([run("kpm", 1e-4, 0, 0.93, 0.1, 0.1)], BASE, [*of["lora"], *unlucky]) == 1e-4
 
 
@@ -185,6 +191,9 @@ def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
     assert "http" not in page.replace("http-equiv", "")
     assert "weak" in text
+    assert '- `kpm`: kpm, context ["docs"]' in text
+    assert "- `sums`: sums, steps 10" in text
+    assert "<dt>kpm</dt>" in page
     assert "| kpm |  | 67% |" in text.replace("never", "")
     assert stored["settings"]["sums"]["steps_at_equal_rates"]["kpm"] == {"0.0003": None, "0.001": pytest.approx(2 / 3)}
     assert "at the same rate" in page
