@@ -22,7 +22,7 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
         "study.html",
         "study.json",
         "study.md",
-        *(f"{one}.png" for one in ("clip", "llava", "smollm2")),
+        *(f"{one}.png" for one in ("clip", "llava", "smollm2", "smollm2_two")),
     }
 
 
