@@ -217,7 +217,7 @@ class Summary:
     """Part of LoRA's steps after which the validation loss is at LoRA's final one; infinity if never."""
     parameters: int
     seconds: float
-    """Of preparing and training."""
+    """Of preparing and of training, each the least of all the arm's runs: others shared the machine, or collected the context too."""
     memory_gb: float
 
 
@@ -225,7 +225,8 @@ def summarise(
     runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], line: Sequence[tuple[float, float]], arm: str, rate: float
 ) -> Summary:
     """Return the summary of an arm at a rate; ``baseline`` are LoRA's runs at matched gain by seed, ``line`` its points of all rates."""
-    its = [run for run in runs if run.arm == arm and run.rate == rate and not run.diverged]
+    of_arm = [run for run in runs if run.arm == arm and not run.diverged]
+    its = [run for run in of_arm if run.rate == rate]
     lost = {run.seed: forgetting_of(run.result["scores"], base) for run in its}
     reference = {seed: forgetting_of(run.result["scores"], base) for seed, run in baseline.items()}
     ratios = [lost[seed] / reference[seed] for seed in lost if reference.get(seed, 0) > 0]
@@ -256,7 +257,7 @@ def summarise(
         change=mean(run.result["change"] for run in its),
         steps_to_baseline=mean(steps) if steps else math.inf,
         parameters=its[0].result["trainable_parameters"],
-        seconds=mean(run.result["seconds"]["prepare"] + run.result["seconds"]["train"] for run in its),
+        seconds=sum(min(run.result["seconds"][part] for run in of_arm) for part in ("prepare", "train")),
         memory_gb=max(run.result["peak_memory_gb"] for run in its),
     )
 

@@ -16,12 +16,15 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
-from corda_eval.study.run import RunSpec
+from corda_eval.study.methods import METHODS
+from corda_eval.study.run import RunSpec, made
+from corda_eval.study.settings import SETTINGS
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
@@ -85,7 +88,7 @@ def finished(config: StudyConfig, setting: str) -> list[Run]:
     folder = Path(config.results)
     found = []
     for arm in arms_of(config, setting):
-        for file in sorted((folder / setting).glob(f"{arm}-*.json")):
+        for file in sorted((folder / setting).glob(f"{escape(arm)}-*.json")):
             try:
                 result = json.loads(file.read_text())
                 spec = RunSpec(**result["spec"])
@@ -93,9 +96,21 @@ def finished(config: StudyConfig, setting: str) -> list[Run]:
                 raise ValueError(
                     f"{file} is no result of a run ({error!r}); expected what `corda-vlm compare` writes; remove it."
                 ) from error
-            if planned(config, setting, arm, spec.rate, spec.seed).spec == spec:
+            if planned(config, setting, arm, spec.rate, spec.seed).file_name == f"{setting}/{file.name}":
                 found.append(Run(arm, spec.rate, spec.seed, result))
+    _check_bases(config, setting, found)
     return sorted(found, key=lambda run: (run.arm, run.rate, run.seed))
+
+
+def _check_bases(config: StudyConfig, setting: str, runs: Sequence[Run]) -> None:
+    """Refuse runs that were made on another base than that which was measured; results of before that was noted pass."""
+    digests = {run.result["base_digest"]: run for run in reversed(runs) if "base_digest" in run.result}  # the first run of each
+    if len(digests) > 1:
+        one, other = (planned(config, setting, run.arm, run.rate, run.seed).file_name for run in list(digests.values())[:-3:-1])
+        raise ValueError(
+            f"{config.results}/{one} and {other} were made on different base weights; give another `results`, or remove those of the old "
+            "base."
+        )
 
 
 def arms_of(config: StudyConfig, setting: str) -> list[str]:
@@ -157,10 +172,7 @@ def check(config: StudyConfig) -> None:
         ValueError: If a setting or an arm has no options by name, an arm that a setting names is missing, LoRA is, a rate is not on the
             ladder, or a number of seeds is below 1.
     """
-    for kind, entries in (("setting", config.settings), ("arm", config.arms)):
-        for name, options in entries.items():
-            if not isinstance(options, Mapping):
-                raise ValueError(f"The {kind} {name} is {options!r}; expected its options by name, as configs/compare_lab.yaml has them.")
+    _check_kinds(config)
     odd: list[float] = []
     for setting in config.settings:
         arms = arms_of(config, setting)[1:]
@@ -177,8 +189,35 @@ def check(config: StudyConfig) -> None:
     for seeds in (config.seeds, *(arm["seeds"] for arm in config.arms.values() if "seeds" in arm)):
         if not isinstance(seeds, int) or seeds < 1:
             raise ValueError(f"The study asks for {seeds!r} seeds; expected a whole number of at least 1, of the study and of each arm.")
+    for options in config.settings.values():
+        made({key: value for key, value in options.items() if key not in ("arms", "rates")}, "kind", SETTINGS, "setting")
+    for options in config.arms.values():
+        made({key: value for key, value in options.items() if key not in ("rates", "seeds")}, "method", METHODS, "method")
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
+
+
+def _check_kinds(config: StudyConfig) -> None:
+    """Refuse values of another kind than is expected, which YAML makes of little slips, before anything is made of them."""
+    for kind, entries in (("setting", config.settings), ("arm", config.arms)):
+        for name, options in (entries if isinstance(entries, Mapping) else {"": entries}).items():
+            if not isinstance(options, Mapping):
+                raise ValueError(f"The {kind} {name!r} is {options!r}; expected its options by name, as configs/compare_lab.yaml has them.")
+            if kind == "setting" and not isinstance(options.get("rates", {}), Mapping):
+                raise ValueError(f"The setting {name!r} has the rates {options['rates']!r}; expected lists by the names of arms.")
+            if kind == "setting" and not _is_list_of(options.get("arms", []), str):
+                raise ValueError(f"The setting {name!r} has the arms {options['arms']!r}; expected a list of names.")
+    lists = {"rates": config.rates, "alphas": config.alphas}
+    lists |= {f"rates of the arm {name}": arm["rates"] for name, arm in config.arms.items() if "rates" in arm}
+    for setting, options in config.settings.items():
+        lists |= {f"rates of {name} in the setting {setting}": rates for name, rates in options.get("rates", {}).items()}
+    for what, values in lists.items():
+        if not _is_list_of(values, (int, float)):
+            raise ValueError(f"The {what} are {values!r}; expected a list of numbers. YAML reads 1e-3 as text: write 1.0e-3.")
+
+
+def _is_list_of(values: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(one, kind) for one in values)
 
 
 def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:

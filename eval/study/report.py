@@ -53,17 +53,22 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
 
     Raises:
         ModuleNotFoundError: If matplotlib or jinja2 are not installed.
-        ValueError: If a setting has no measurement of the base, or no run of LoRA that learned anything.
+        ValueError: If no setting has a measurement of the base and a run of LoRA that learned something; those without are left out.
     """
     report.require_extra()
     output.mkdir(parents=True, exist_ok=True)
+    ready = {setting: its for setting, its in runs.items() if _can_be_reported(its)}
+    if not ready:
+        raise ValueError(f"{', '.join(runs)}: no setting has finished runs of the base and of LoRA that learned; run the study first.")
+    facts = {**facts, "Versions": _versions(ready)}
+    if len(ready) < len(runs):
+        facts["Left out"] = f"{', '.join(runs.keys() - ready.keys())}: without finished runs of the base and of LoRA that learned"
+    runs = ready
     tables: dict[str, dict[str, list[Summary]]] = {}
     steps = {setting: steps_at_equal_rates(its) for setting, its in runs.items()}
     short: dict[str, str] = {}
     for setting, its in runs.items():
-        base = base_of(its)
-        if base is None or not any(gain_of(run, base) > 0 for run in its if run.arm == BASELINE):
-            raise ValueError(f"The setting {setting} has no finished run of the base, or none of LoRA that learned; run the study first.")
+        base = next(run for run in its if run.arm == BASE)
         tuned, matched = summaries(with_interpolations(its), base)
         short[setting] = shortfalls(its, base)
         tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
@@ -79,6 +84,18 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     write_whole(output / "study.md", (markdown(tables, short, steps) + glossary(runs)).encode())
     write_whole(output / "study.html", html(tables, short, steps, meanings(runs), facts, output).encode())
     return summary
+
+
+def _can_be_reported(runs: Sequence[Run]) -> bool:
+    base = base_of(runs)
+    return base is not None and any(gain_of(run, base) > 0 for run in runs if run.arm == BASELINE)
+
+
+def _versions(runs: Mapping[str, Sequence[Run]]) -> str:
+    """Return the versions that the runs were made with, each set of them once."""
+    noted = [run.result.get("versions") for its in runs.values() for run in its]
+    found = dict.fromkeys(", ".join(f"{name} {one}" for name, one in versions.items()) for versions in noted if versions)
+    return "; ".join([*found, *(["not noted"] if None in noted else [])])
 
 
 Steps = Mapping[str, Mapping[str, Mapping[float, float]]]

@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import math
+import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corda_core import Covariance
+from corda_core import Covariance, base_digest
 from corda_core.files import write_whole
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
@@ -22,6 +24,8 @@ from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Score, Task
 from corda_eval.study.train import train
 from corda_vlm.config import from_mapping
+
+PACKAGES = ("corda-vlm", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,19 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         ValueError: If setting or method are unknown, or their options wrong.
     """
     torch.manual_seed(spec.seed)
-    task = _made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
+    task = made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
+    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions()}
     if spec.method is None:
         scores = _plain(task.measure(task.model))
-        found = {"spec": dataclasses.asdict(spec), "scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
+        found = about | {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
         return found | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
     originals = linear_copies(task.model, task.layers)
     kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()
-    adapted: Adapted = _made(spec.method, "method", METHODS, "method").adapt(task)
+    adapted: Adapted = made(spec.method, "method", METHODS, "method").adapt(task)
     prepared = time.perf_counter() - start
     trained = train(adapted, task, spec.rate)
-    found = {
-        "spec": dataclasses.asdict(spec),
+    found = about | {
         "trainable_parameters": sum(p.numel() for p in adapted.model.parameters() if p.requires_grad),
         "diverged": trained.diverged,
         "training_losses": [round(loss, 5) for loss in trained.training_losses],
@@ -70,6 +74,11 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
     }
     return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run's figures depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def _measured(
@@ -85,7 +94,7 @@ def _measured(
     return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
 
 
-def _made(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
+def made(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
     """Return the dataclass that a mapping names, filled with its other values."""
     options = dict(values)
     name = options.pop(key, None)

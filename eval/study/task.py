@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corda_core import Covariance, collect, data_digest, load_covariances, save_covariances
+from corda_core import Covariance, base_digest, collect, data_digest, load_covariances, save_covariances
 from corda_core.modules import LINEAR_TYPES
 
 Batch = Mapping[str, Any]
@@ -95,7 +95,7 @@ class Task:
             raise ValueError(f"A context of {first} batches of each domain is empty; expected at least 1, or None for all.")
         batches = [batch for domain in domains for batch in self.contexts[domain][:first]]
         digest = data_digest(batches)
-        key = hashlib.sha256("\n".join((digest, *self.layers)).encode()).hexdigest()[:12]
+        key = hashlib.sha256("\n".join((digest, base_digest(self.model, self.layers), *self.layers)).encode()).hexdigest()[:12]
         path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"
         if not path.exists():
             found = self._collected(domains, batches)

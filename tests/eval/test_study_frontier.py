@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,16 @@ def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
 
 def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="sums has no finished run of the base"):
-        write_study({"sums": RUNS[1:]}, {}, tmp_path)
-    with pytest.raises(ValueError, match="none of LoRA that learned"):
-        write_study({"sums": [BASE, RUNS[-1]]}, {}, tmp_path)
+    for unfinished in (RUNS[1:], [BASE, RUNS[-1]]):
+        with pytest.raises(ValueError, match="sums: no setting has finished runs of the base and of LoRA that learned"):
+            write_study({"sums": unfinished}, {}, tmp_path)
+        assert not any(tmp_path.iterdir())
+        assert write_study({"sums": RUNS, "begun": unfinished}, {}, tmp_path / "out").keys() == {"sums"}
+        assert "begun: without finished runs" in (tmp_path / "out" / "study.html").read_text()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_time_is_the_least_of_an_arms_runs() -> None:
+    slow = run("lora", 3e-4, 2, 0.96, 0.1, 0.3, seconds={"prepare": 9.0, "train": 1.5})
+    tuned, _ = summaries([*RUNS, slow], BASE)
+    assert tuned["lora"].seconds == 2.5

@@ -10,9 +10,6 @@ import pytest
 from corda_core.files import write_whole
 from corda_eval.study import grid
 from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
-from corda_eval.study.methods import METHODS
-from corda_eval.study.run import _made
-from corda_eval.study.settings import SETTINGS
 from corda_vlm.config import read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -134,6 +131,24 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
     assert planned(config, "sums", "lora", 1e-4, 0).file_name != planned(wider, "sums", "lora", 1e-4, 0).file_name
 
 
+def test_arms_are_told_apart_whatever_they_are_called(tmp_path: Path) -> None:
+    lora = {"method": "lora", "rank": 4}
+    config = study(tmp_path, arms={"lora": lora, "lora-b": lora, "strict [docs]": lora})
+    for arm in ("lora-b", "strict [docs]"):
+        write(config, planned(config, "sums", arm, 1e-4, 0), 0.5)
+    assert [(run.arm, run.rate) for run in finished(config, "sums")] == [("lora-b", 1e-4), ("strict [docs]", 1e-4)]
+
+
+def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    write(config, planned(config, "sums", BASE, 0.0, 0), base_digest="old")
+    write(config, planned(config, "sums", "lora", 1e-4, 0), 0.5, base_digest="old")
+    assert len(finished(config, "sums")) == 2
+    write(config, planned(config, "sums", "lora", 3e-4, 0), 0.5, base_digest="new")
+    with pytest.raises(ValueError, match=r"sums/base-0-0-\w+\.json and sums/lora-0\.0003-0-\w+\.json were made on different base weights"):
+        finished(config, "sums")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -143,8 +158,18 @@ def test_results_of_other_options_are_no_part_of_a_study(tmp_path: Path) -> None
         ({"rates": ()}, "'lora' cannot run in the setting sums"),
         ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
-        ({"settings": {"sums": None}}, "setting sums is None"),
-        ({"arms": {"lora": "lora"}}, "arm lora is 'lora'"),
+        ({"settings": {"sums": None}}, "setting 'sums' is None"),
+        ({"settings": ["sums"]}, r"expected its options by name"),
+        ({"arms": {"lora": "lora"}}, "arm 'lora' is 'lora'"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "rates": [1e-3]}}}, r"'sums' has the rates \[0\.001\]"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "arms": None}}}, "'sums' has the arms None"),
+        ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": 1e-3}}}}, "rates of lora in the setting sums are 0.001"),
+        ({"rates": ("1e-3",)}, "YAML reads 1e-3 as text"),
+        ({"arms": {"lora": {"method": "lora", "rank": 4, "rates": 1e-3}}}, "rates of the arm lora are 0.001"),
+        ({"alphas": 0.5}, "alphas are 0.5"),
+        ({"arms": {"lora": {"method": "lorra", "rank": 4}}}, "'lorra' is unknown"),
+        ({"arms": {"lora": {"method": "lora", "rang": 4}}}, "did you mean 'rank'"),
+        ({"settings": {"sums": {"kind": "smollm2"}}}, "'smollm2' is unknown"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": (4e-4,)}}}}, "0.0004"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lorra": (3e-4,)}}}}, "'lorra'"),
     ],
@@ -158,10 +183,6 @@ def test_a_wrong_study_is_named(tmp_path: Path, changes: dict[str, object], word
 def test_shipped_studies_name_what_there_is(path: Path) -> None:
     config = read_config(path, StudyConfig)
     check(config)
-    for options in config.settings.values():
-        _made({key: value for key, value in options.items() if key not in ("arms", "rates")}, "kind", SETTINGS, "setting")
-    for options in config.arms.values():
-        _made({key: value for key, value in options.items() if key not in ("rates", "seeds")}, "method", METHODS, "method")
 
 
 def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

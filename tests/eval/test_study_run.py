@@ -84,6 +84,9 @@ def test_the_base_is_measured_and_nothing_else(tmp_path: Path) -> None:
     found = run(RunSpec({"kind": "toy"}, None, 0.0, 0, []), tmp_path)
     assert found["scores"]["kept"] == {"loss": 0.0, "accuracy": None}
     assert found["validation"] == found["scores"][TARGET]["loss"]
+    trained = run(RunSpec({"kind": "toy"}, {"method": "lora", "rank": 4}, 1e-2, 0, []), tmp_path)
+    assert trained["base_digest"] == found["base_digest"]
+    assert trained["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,7 @@ def test_corda_plus_plus_spends_the_budget_of_constant_rank(tmp_path: Path) -> N
         ({"kind": "toys"}, None, "'toys' is unknown; expected kind: one of"),
         ({"kind": "toy", "step": 3}, None, "did you mean 'steps'"),
         ({"kind": "toy"}, {"method": "lorra", "rank": 2}, "'lorra' is unknown"),
+        ({"kind": "toy"}, {"method": "corda", "rank": 2, "context": ["kept"], "candidates": [["kept"]]}, "both context and candidates"),
         ({"kind": "toy"}, {"method": "corda", "rank": 2, "context": ["photos"]}, "photos is not one of this setting's: kept, target"),
     ],
 )

@@ -100,12 +100,13 @@ def test_other_data_and_other_layers_are_collected_anew(tmp_path: Path, collecti
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
-    task_of(tmp_path).covariances("pictures")
+def test_another_base_is_collected_anew(tmp_path: Path, collections: Counter[str]) -> None:
+    first = task_of(tmp_path).covariances("pictures")
     other = task_of(tmp_path)
     other.model.get_submodule("first").weight.data += 1
-    with pytest.raises(ValueError, match="other base weights"):
-        other.covariances("pictures")
+    assert not torch.equal(other.covariances("pictures")["second"].matrix, first["second"].matrix)
+    assert torch.equal(task_of(tmp_path).covariances("pictures")["second"].matrix, first["second"].matrix)
+    assert collections["collected"] == 2
 
 
 def test_an_adapted_model_is_not_collected_on_but_reads_what_is_there(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def smollm2_federation(clients: int, rounds: int, steps: int, *, batch_size: int
 def main(
     out: Annotated[Path, typer.Argument(help="JSON lines: the options, then the rounds.")],
     method: MethodName = MethodName.FEDSMOOTH,
-    clients: int = 3,
-    rounds: int = 4,
-    steps: Annotated[int, typer.Option(help="Of each client, in each round.")] = 10,
+    clients: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Of each client, in each round.")] = 10,
     rank: int = 8,
     rate: float = 1e-3,
     zeta: Annotated[float, typer.Option(help="fedsmooth: ζ in the first round.")] = FedSmooth.zeta,
@@ -65,10 +65,13 @@ def main(
     rules: dict[MethodName, Rule] = {
         MethodName.FEDSMOOTH: FedSmooth(zeta, min_zeta, gamma),
         MethodName.FEDAVG: FedAvg(),
-        MethodName.FULLRANK: FullRank(),
+        MethodName.FULLRANK: FullRank(seed),
     }
     torch.manual_seed(seed)
-    federation = smollm2_federation(clients, rounds, steps, seed=seed)
+    try:
+        federation = smollm2_federation(clients, rounds, steps, seed=seed)
+    except ValueError as error:
+        raise SystemExit(f"corda_eval.study.federated: {error}") from error
     before = [client.validate(federation.model) for client in federation.clients]
     with out.open("w", encoding="utf-8") as file:
         print(json.dumps({"options": options, "base": before}), file=file, flush=True)

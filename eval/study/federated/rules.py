@@ -80,11 +80,14 @@ class FedAvg:
 class FullRank:
     """FedAvg of ``B_c A_c`` at full rank, merged each round: exact, what a server of rank r can at best come near to."""
 
+    seed: int = 0
+    """Of the rounds' starts."""
+
     merges: ClassVar[bool] = True
 
     def start(self, turn: Turn) -> Start:
         """Return a new LoRA, the same for all clients: A Kaiming, B = 0."""
-        generator = torch.Generator().manual_seed(turn.number)
+        generator = torch.Generator().manual_seed(1000 * self.seed + turn.number)
         return Start(
             {
                 name: Change(nn.init.kaiming_uniform_(one.A.clone(), a=math.sqrt(5), generator=generator), torch.zeros_like(one.B))

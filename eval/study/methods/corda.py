@@ -28,7 +28,13 @@ class Corda:
     """CorDA++: sets of domains of which each layer takes the one that suits it best, and a rank of the budget."""
 
     def adapt(self, task: Task) -> Adapted:
-        """Return the model with the adapter on the task's layers."""
+        """Return the model with the adapter on the task's layers.
+
+        Raises:
+            ValueError: If both ``context`` and ``candidates`` are given.
+        """
+        if self.context and self.candidates:
+            raise ValueError("CorDA got both context and candidates, which are contexts themselves; leave one of the two out.")
         whiten = self.protect == "whitened"
         covariances: Mapping[str, Covariance]
         if not self.candidates:
