@@ -55,8 +55,9 @@ class CordaConfig:
     train_fully: Sequence[str] = ()
     """Parts that train whole beside the adapters, such as "projector"."""
 
-    protect: str = "start"
-    """"start": A and B train (as published); "strict": A is frozen; "whitened": A trains where the context is short (both KPM only)."""
+    protect: str | None = None
+    """"strict": A is frozen; "start": A and B train (as published); "whitened": A trains where the context is short. The first and the last
+    are for KPM in offset form; None is "strict" there and "start" elsewhere."""
 
     variant: str = "corda"
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
@@ -104,7 +105,7 @@ class CordaConfig:
             ("mode", self.mode, [str(one) for one in Mode]),
             ("split", self.split, [str(one) for one in Split]),
             ("residual", self.residual, ["offset", "subtract"]),
-            ("protect", self.protect, ["start", "strict", "whitened"]),
+            ("protect", self.protect, [None, "start", "strict", "whitened"]),
             ("variant", self.variant, ["corda", "corda++"]),
             ("solver", self.solver, [str(one) for one in Solver]),
             ("normalize", self.normalize, [None, "sample-max"]),
@@ -126,7 +127,7 @@ class CordaConfig:
             raise ValueError(f'tokens is {self.tokens!r}; expected "all", "image", "text", or weights >= 0 of both, not all zero.')
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f'max_memory is {self.max_memory!r}; expected a positive size such as "8GB".')
-        if self.protect != "start" and (self.mode != "kpm" or self.residual != "offset"):
+        if self.protection != "start" and (self.mode != "kpm" or self.residual != "offset"):
             raise ValueError(
                 f'protect="{self.protect}" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.'
             )
@@ -143,6 +144,11 @@ class CordaConfig:
             raise ValueError(
                 f'min_rank is {self.min_rank} and max_rank {self.max_rank}, but there is no budget to spread; set budget="rank".'
             )
+
+    @property
+    def protection(self) -> str:
+        """``protect``, or what stands for None: "strict" where it can be, as it forgets least and does no harm at LoRA's rates."""
+        return self.protect or ("strict" if self.mode == "kpm" and self.residual == "offset" else "start")
 
     @property
     def spreads(self) -> bool:

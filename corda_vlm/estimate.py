@@ -83,7 +83,7 @@ def estimate(recipe: Recipe) -> Estimate:
     parts = {part: _part(ofs, recipe) for part, ofs in grouped.items()}
     whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     adapters = sum(part.num_parameters for part in parts.values()) if budget is None else budget
-    trained = adapters if corda.protect != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
+    trained = adapters if corda.protection != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
     num_base = sum(parameter.numel() for parameter in model.parameters())
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
@@ -102,7 +102,7 @@ def estimate(recipe: Recipe) -> Estimate:
         num_context_tokens=context_length,
         steps=None if steps is None else int(steps),
         base_bytes=int(num_base * bits / 8),
-        training_bytes=4 * (adapters * (2 if corda.protect == "start" else 1) + 3 * (trained + whole) + whole),
+        training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
         covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in distinct), corda.max_bytes or 1 << 62),
         context_flops=tokens * (2 * num_base + sum(n * n for _, n in distinct)),
         # The products with C, and the iteration or factorisation: some multiples of them.

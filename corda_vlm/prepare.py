@@ -54,7 +54,7 @@ def prepare(
     residual: str = "offset",
     quantize: str | None = None,
     train_fully: Sequence[str] = (),
-    protect: str = "start",
+    protect: str | None = None,
     variant: str = "corda",
     candidates: int | Sequence[Iterable[Any]] | None = None,
     budget: int | str | None = None,
@@ -158,7 +158,7 @@ def attach_plan(model: nn.Module, adapter_plan: AdapterPlan, config: CordaConfig
         model,
         adapter_plan,
         alpha=config.alpha,
-        protect=config.protect,  # type: ignore[arg-type]
+        protect=config.protection,  # type: ignore[arg-type]
         residual=config.residual,  # type: ignore[arg-type]
         quantize=config.quantize,
         train_fully=modules_of(model, config.train_fully),
@@ -237,7 +237,7 @@ def plan_adapters(
         split=config.split,
         damping=config.damping,
         solver=config.solver,
-        whiten=config.protect == "whitened",
+        whiten=config.protection == "whitened",
         progress=progress_bar,
     )
 

@@ -72,8 +72,9 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     """Samples that one process takes through the model at once; None takes its whole share of the batch."""
 
-    learning_rate: float = 2e-5
-    """Peak rate."""
+    learning_rate: float = 2e-4
+    """Peak rate; LLaVA's own for LoRA, which ``protect: strict`` bears and gains by raising. The papers' form (``protect: start``,
+    ``split: paper``) takes their 2e-5."""
 
     projector_learning_rate: float | None = None
     """Peak rate of what trains in the projector; None takes ``learning_rate``."""

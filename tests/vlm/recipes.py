@@ -35,7 +35,7 @@ def write_recipe(folder: Path, processor: Any, **changes: Any) -> Path:
         "data": {"source": str(folder / "data.json")},
         "context": {"source": str(folder / "kept.json")},
         "output": str(folder / "output"),
-        "corda": {"rank": 4, "parts": ["vision", "language"], "train_fully": ["projector"], "batch_size": 4},
+        "corda": {"protect": "start", "rank": 4, "parts": ["vision", "language"], "train_fully": ["projector"], "batch_size": 4},
         "training": {"steps": 8, "batch_size": 4, "learning_rate": 5e-3, "save_every": 2, "log_to": "none"},
     }
     for section, values in changes.items():

@@ -1,6 +1,7 @@
 """Configs: every shipped one loads, contradictions and unknown keys are refused in the user's words."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,20 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("demo*.yaml"))
 def test_shipped_configs_load(path: Path) -> None:
     config = read_config(path, DemoConfig)
     assert set(config.learning_rates) == set(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "protection"),
+    [
+        ({}, "strict"),
+        ({"protect": "start"}, "start"),
+        ({"protect": "whitened"}, "whitened"),
+        ({"mode": "ipm"}, "start"),
+        ({"residual": "subtract"}, "start"),
+    ],
+)
+def test_kpm_is_strict_unless_something_else_is_asked_for(options: dict[str, Any], protection: str) -> None:
+    assert CordaConfig(**options).protection == protection
 
 
 @pytest.mark.parametrize(

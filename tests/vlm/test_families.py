@@ -44,7 +44,7 @@ def test_every_planned_layer_starts_at_the_base_and_learns(family: str) -> None:
     model, batch = build(family)
     model.requires_grad_(False)  # as PEFT will: torch's fused attention (SigLIP's head) then takes another path
     expected = outputs(model, batch)
-    adapted = corda_vlm.prepare(model, [batch, batch], rank=3, parts=all_parts(model))
+    adapted = corda_vlm.prepare(model, [batch, batch], rank=3, protect="start", parts=all_parts(model))
     assert torch.equal(outputs(adapted, batch), expected)
     found = adapted(**batch)
     next(found[key] for key in RESULTS if key in found).square().sum().backward()
@@ -65,7 +65,7 @@ def test_default_parts(family: str) -> None:
 def trained(family: str) -> tuple[Any, dict[str, Any], Tensor]:
     """Return an adapted model that has learned something, its batch and its outputs."""
     model, batch = build(family)
-    adapted = corda_vlm.prepare(model, [batch, batch], rank=3, parts=all_parts(model))
+    adapted = corda_vlm.prepare(model, [batch, batch], rank=3, protect="start", parts=all_parts(model))
     generator = torch.Generator().manual_seed(1)
     for layer in lora_layers(adapted).values():
         weight = layer.lora_B["default"].weight

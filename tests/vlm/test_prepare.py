@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import corda_vlm
 import corda_vlm.prepare
-from corda_core import lora_layers, weight_digest
+from corda_core import attachment_of, lora_layers, weight_digest
 from corda_vlm import context
 from corda_vlm.data import Collator
 
@@ -56,6 +56,12 @@ def test_the_whole_path(processor: Any, samples: list[Any], tmp_path: Path) -> N
     corda_vlm.export(adapted, tmp_path)
     loaded = PeftModel.from_pretrained(tiny_llava(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded, processor, samples), logits(adapted, processor, samples), rtol=0, atol=1e-5)
+
+
+def test_the_default_trains_no_protected_direction(processor: Any, samples: list[Any]) -> None:
+    adapted = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
+    assert attachment_of(adapted).protect == "strict"
+    assert {name.split(".")[-3] for name, parameter in adapted.named_parameters() if parameter.requires_grad} == {"lora_B"}
 
 
 @pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
