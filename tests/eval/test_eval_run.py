@@ -34,7 +34,7 @@ def place(tmp_path: Path, processor: Any) -> Path:
     tiny_llava().save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     samples = [(Image.new("RGB", (16, 16), color), "what color is this ?") for color in ("red", "green", "blue")]
-    adapted = corda_vlm.prepare(tiny_llava(), samples, rank=4, processor=processor)
+    adapted = corda_vlm.prepare(tiny_llava(), samples, rank=4, processor=processor, protect="start")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.manual_seed(len(name))
