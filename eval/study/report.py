@@ -62,7 +62,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         raise ValueError(f"{', '.join(runs)}: no setting has finished runs of the base and of LoRA that learned; run the study first.")
     facts = {**facts, "Versions": _versions(ready)}
     if len(ready) < len(runs):
-        facts["Left out"] = f"{', '.join(runs.keys() - ready.keys())}: without finished runs of the base and of LoRA that learned"
+        facts["Left out"] = f"{', '.join(sorted(runs.keys() - ready.keys()))}: without finished runs of the base and of LoRA that learned"
     runs = ready
     tables: dict[str, dict[str, list[Summary]]] = {}
     steps = {setting: steps_at_equal_rates(its) for setting, its in runs.items()}
