@@ -28,6 +28,8 @@ from corda_eval.study.settings import SETTINGS
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
+OF_SETTINGS, OF_ARMS = ("arms", "rates"), ("rates", "seeds")
+"""What a setting and an arm say to the study; the rest are options of task and method, and decide what a run finds."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,14 @@ class Planned:
 
 def planned(config: StudyConfig, setting: str, arm: str, rate: float, seed: int) -> Planned:
     """Return the run of one arm in one setting."""
-    options = {key: value for key, value in config.settings[setting].items() if key not in ("arms", "rates")}
-    method = None if arm == BASE else {key: value for key, value in config.arms[arm].items() if key not in ("rates", "seeds")}
-    return Planned(setting, arm, RunSpec(options, method, rate, seed, list(config.alphas) if method else []))
+    method = None if arm == BASE else _without(config.arms[arm], OF_ARMS)
+    return Planned(
+        setting, arm, RunSpec(_without(config.settings[setting], OF_SETTINGS), method, rate, seed, list(config.alphas) if method else [])
+    )
+
+
+def _without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in keys}
 
 
 def finished(config: StudyConfig, setting: str) -> list[Run]:
@@ -190,9 +197,9 @@ def check(config: StudyConfig) -> None:
         if not isinstance(seeds, int) or seeds < 1:
             raise ValueError(f"The study asks for {seeds!r} seeds; expected a whole number of at least 1, of the study and of each arm.")
     for options in config.settings.values():
-        made({key: value for key, value in options.items() if key not in ("arms", "rates")}, "kind", SETTINGS, "setting")
+        made(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
     for options in config.arms.values():
-        made({key: value for key, value in options.items() if key not in ("rates", "seeds")}, "method", METHODS, "method")
+        made(_without(options, OF_ARMS), "method", METHODS, "method")
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
 

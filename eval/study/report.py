@@ -79,10 +79,11 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         | {"steps_at_equal_rates": {arm: {f"{rate:g}": part for rate, part in rates.items()} for arm, rates in steps[setting].items()}}
         for setting, kinds in tables.items()
     }
+    names = meanings(runs)
     stored = _without_infinities({"facts": dict(facts), "settings": summary})
     write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(output / "study.md", (markdown(tables, short, steps) + glossary(runs)).encode())
-    write_whole(output / "study.html", html(tables, short, steps, meanings(runs), facts, output).encode())
+    write_whole(output / "study.md", (markdown(tables, short, steps) + glossary(names)).encode())
+    write_whole(output / "study.html", html(tables, short, steps, names, facts, output).encode())
     return summary
 
 
@@ -118,10 +119,10 @@ def meanings(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str]]:
     return {title: {name: _options(options) for name, options in entries.items()} for title, entries in found.items()}
 
 
-def glossary(runs: Mapping[str, Sequence[Run]]) -> str:
+def glossary(names: Mapping[str, Mapping[str, str]]) -> str:
     """Return ``meanings`` as Markdown."""
     lines = []
-    for title, its in meanings(runs).items():
+    for title, its in names.items():
         lines += [f"### {title}", "", *(f"- `{name}`: {meaning}" for name, meaning in its.items()), ""]
     return "\n".join(lines)
 

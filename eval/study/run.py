@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from corda_core import Covariance, base_digest
 from corda_core.files import write_whole
+from corda_eval.describe import library_versions
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
 from corda_eval.study.methods import METHODS
@@ -24,8 +24,6 @@ from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Score, Task
 from corda_eval.study.train import train
 from corda_vlm.config import from_mapping
-
-PACKAGES = ("corda-vlm", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     """
     torch.manual_seed(spec.seed)
     task = made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
-    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions()}
+    versions = {"python": platform.python_version(), **library_versions()}
+    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions}
     if spec.method is None:
         scores = _plain(task.measure(task.model))
         found = about | {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
@@ -74,11 +73,6 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
     }
     return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a run's figures depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def _measured(
