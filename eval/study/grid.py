@@ -28,7 +28,7 @@ from corda_eval.study.settings import SETTINGS
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
-OF_SETTINGS, OF_ARMS = ("arms", "rates"), ("rates", "seeds")
+OF_SETTINGS, OF_ARMS = ("arms", "rates"), ("rates",)
 """What a setting and an arm say to the study; the rest are options of task and method, and decide what a run finds."""
 
 
@@ -41,14 +41,13 @@ class StudyConfig:
     begins here for some of them, by name."""
 
     arms: Mapping[str, Mapping[str, Any]]
-    """By name: ``method``, its options, ``rates``, where the ladder begins for it elsewhere, and ``seeds``, how many for it. One must be
-    called ``lora``."""
+    """By name: ``method``, its options, and ``rates``, where the ladder begins for it elsewhere. One must be called ``lora``."""
 
     rates: tuple[float, ...]
     """Where the ladder begins."""
 
     seeds: int
-    """How many, but for arms that say otherwise."""
+    """Of each arm, at the rates that decide."""
 
     alphas: tuple[float, ...] = ()
     """Interpolations with the base that are measured of each run (WiSE-FT)."""
@@ -144,7 +143,7 @@ def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> 
     for arm in arms:
         its = [run for run in runs if run.arm == arm]
         repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
-        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.arms[arm].get("seeds", config.seeds))]
+        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
     return [planned(config, setting, *one) for one in wanted if one not in have]
 
 
@@ -177,7 +176,7 @@ def check(config: StudyConfig) -> None:
 
     Raises:
         ValueError: If a setting or an arm has no options by name, an arm that a setting names is missing, LoRA is, a rate is not on the
-            ladder, or a number of seeds is below 1.
+            ladder, or the number of seeds is below 1.
     """
     _check_kinds(config)
     odd: list[float] = []
@@ -193,9 +192,8 @@ def check(config: StudyConfig) -> None:
             odd += [rate for rate in rates_from(config, setting, arm) if rate not in LADDER]
         if BASELINE not in arms:
             raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
-    for seeds in (config.seeds, *(arm["seeds"] for arm in config.arms.values() if "seeds" in arm)):
-        if not isinstance(seeds, int) or seeds < 1:
-            raise ValueError(f"The study asks for {seeds!r} seeds; expected a whole number of at least 1, of the study and of each arm.")
+    if not isinstance(config.seeds, int) or config.seeds < 1:
+        raise ValueError(f"The study asks for {config.seeds!r} seeds; expected a whole number of at least 1.")
     for options in config.settings.values():
         made(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
     for options in config.arms.values():

@@ -24,6 +24,7 @@ from corda_eval.study.frontier import (
     unmatched,
     with_interpolations,
 )
+from corda_eval.study.headline import TITLE, headline, ratio_text, spread_text
 from corda_vlm import report
 
 COLUMNS = (
@@ -67,9 +68,11 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     tables: dict[str, dict[str, list[Summary]]] = {}
     steps = {setting: steps_at_equal_rates(its) for setting, its in runs.items()}
     short: dict[str, str] = {}
+    never: dict[str, dict[str, float]] = {}
     for setting, its in runs.items():
         base = next(run for run in its if run.arm == BASE)
         tuned, matched = summaries(with_interpolations(its), base)
+        never[setting] = unmatched(its, base)
         short[setting] = shortfalls(its, base)
         tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
         write_whole(output / f"{setting}.png", draw(setting, its, base))
@@ -80,10 +83,11 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         for setting, kinds in tables.items()
     }
     names = meanings(runs)
+    heading = headline({setting: kinds["matched"] for setting, kinds in tables.items()}, never)
     stored = _without_infinities({"facts": dict(facts), "settings": summary})
     write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(output / "study.md", (markdown(tables, short, steps) + glossary(names)).encode())
-    write_whole(output / "study.html", html(tables, short, steps, names, facts, output).encode())
+    write_whole(output / "study.md", (markdown(heading, tables, short, steps) + glossary(names)).encode())
+    write_whole(output / "study.html", html(heading, tables, short, steps, names, facts, output).encode())
     return summary
 
 
@@ -133,21 +137,28 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join([str(kind), *(f"{key} {json.dumps(value)}" for key, value in options.items() if key not in ("kind", "method"))])
 
 
-def markdown(tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps) -> str:
-    """Return a table a setting and choice of rates, and one of the steps at equal rates."""
-    lines = []
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Head and rows."""
+
+
+def markdown(heading: Table, tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps) -> str:
+    """Return the headline, and of each setting its figure, a table a choice of rates, and one of the steps at equal rates."""
+    lines = [f"### {TITLE}", "", *markdown_table(*heading)]
     for setting, kinds in tables.items():
+        lines += [f"![Gain against forgetting in the setting {setting}]({setting}.png)", ""]
         for kind, its in kinds.items():
-            head = [*COLUMNS, "kept: rise of the loss"]
-            lines += [f"### {setting}: {TITLES[kind]}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-            lines += ["| " + " | ".join((*cells(one), _signed(one.kept))) + " |" for one in its]
-            lines += [""]
+            rows = [[*cells(one), _signed(one.kept)] for one in its]
+            lines += [f"### {setting}: {TITLES[kind]}", "", *markdown_table([*COLUMNS, "kept: rise of the loss"], rows)]
         lines += [short[setting], ""] if short[setting] else []
         head, rows = step_table(steps[setting])
         if rows:
-            lines += [f"### {setting}: {STEPS_TITLE}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+            lines += [f"### {setting}: {STEPS_TITLE}", "", *markdown_table(head, rows)]
     return "\n".join(lines)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines, the last of them empty."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 TITLES = {
@@ -174,15 +185,15 @@ def _part(value: float) -> str:
 
 def cells(one: Summary) -> list[str]:
     """Return a row's cells as people read them: means, and (lowest … highest) over the seeds."""
-    ratio = "" if one.ratio is None else " " if one.arm == BASELINE else _spread(one.ratio, 2)
+    ratio = "" if one.ratio is None else " " if one.arm == BASELINE else ratio_text(one.ratio)
     accuracy = "" if one.accuracy is None else f"{one.accuracy:.1f} %"
     return [
         one.arm,
         f"{one.rate:g}",
         str(one.num_seeds),
-        _spread(one.gain, 3),
+        spread_text(one.gain, 3),
         accuracy,
-        _spread(one.forgetting, 4),
+        spread_text(one.forgetting, 4),
         ratio,
         "" if one.ratio_at_gain is None or one.arm == BASELINE else f"{one.ratio_at_gain:.2f}",
         _part(one.steps_to_baseline),
@@ -198,6 +209,7 @@ def _signed(rises: Mapping[str, float], digits: int = 3) -> str:
 
 
 def html(
+    heading: Table,
     tables: Mapping[str, Mapping[str, Sequence[Summary]]],
     short: Mapping[str, str],
     steps: Steps,
@@ -222,6 +234,8 @@ def html(
     return report.page(
         "study.html.j2",
         Path(__file__).parent,
+        title=TITLE,
+        heading=heading,
         tables=rows,
         columns=COLUMNS,
         figures=figures,
@@ -305,8 +319,3 @@ def _bars(values: Sequence[tuple[float, float, float]]) -> tuple[list[float], li
 def _ordered(found: Mapping[str, Summary]) -> list[Summary]:
     """Return the summaries by rising forgetting."""
     return sorted(found.values(), key=lambda one: one.forgetting[0])
-
-
-def _spread(values: tuple[float, float, float], digits: int) -> str:
-    middle, low, high = (f"{value:.{digits}f}" for value in values)
-    return middle if low == high else f"{middle} ({low} … {high})"

@@ -76,8 +76,7 @@ def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(t
         write(config, planned(config, "sums", arm, rate, seed), 1.0, 0.1)
     assert wanted(config) == []
     assert len(finished(config, "sums")) == 14
-    fewer = study(tmp_path, arms={name: {**arm, "seeds": 2} if name == "strict" else arm for name, arm in config.arms.items()}, seeds=4)
-    assert wanted(fewer) == [("lora", 3e-4, 3)]
+    assert wanted(study(tmp_path, seeds=4)) == [("lora", 3e-4, 3), ("strict", 3e-3, 3), ("strict", 1e-2, 3)]
 
 
 def test_a_rate_that_other_seeds_fail_at_gives_way_to_the_next_best(tmp_path: Path) -> None:
@@ -156,7 +155,7 @@ def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
         ({"settings": {"sums": {"kind": "smollm2_lines", "arms": ["strict"]}}}, "no arm called 'lora'"),
         ({"seeds": 0}, "0 seeds"),
         ({"rates": ()}, "'lora' cannot run in the setting sums"),
-        ({"arms": {"lora": {"method": "lora", "rank": 4, "seeds": "three"}}}, "'three' seeds"),
+        ({"seeds": "three"}, "'three' seeds"),
         ({"rates": (2e-4,)}, "0.0002"),
         ({"settings": {"sums": None}}, "setting 'sums' is None"),
         ({"settings": ["sums"]}, r"expected its options by name"),
