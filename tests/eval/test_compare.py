@@ -17,7 +17,10 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(app, ["compare", "--config", "configs/compare_lab.yaml", "--only-report", "--output", str(tmp_path)])
     assert done.exit_code == 0, (done.output, done.exception)
-    assert (tmp_path / "study.md").read_text() == (ROOT / "eval/results/compare/study.md").read_text()
+    found = (tmp_path / "study.md").read_text()
+    assert found == (ROOT / "eval/results/compare/study.md").read_text()
+    _title, headline, _rest = found.split("\n\n", 2)
+    assert headline in (ROOT / "README.md").read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
         "study.html",
         "study.json",
