@@ -96,8 +96,8 @@ def prepare(
         train_fully: See ``CordaConfig``.
         protect: See ``CordaConfig``.
         variant: See ``CordaConfig``.
-        candidates: See ``CordaConfig``; or further contexts, each as ``images_texts``: several tasks to keep, say. Each layer takes
-            the one that suits it best.
+        candidates: See ``CordaConfig``; or further contexts, each as ``images_texts``. Each layer takes the one that suits it best, and
+            does not see the others: several tasks that are to be kept belong into one context.
         budget: See ``CordaConfig``.
         min_rank: See ``CordaConfig``.
         max_rank: See ``CordaConfig``.

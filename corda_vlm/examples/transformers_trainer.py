@@ -19,12 +19,12 @@ arguments = TrainingArguments(
     learning_rate=1e-3,
     logging_steps=10,
     remove_unused_columns=False,  # the collator reads them
-    save_strategy="no",  # `export` writes it; a checkpoint with protect="start" is no plain LoRA
+    save_strategy="no",  # `export` writes what is wanted
 )
 processor = AutoProcessor.from_pretrained(model_path)
 model = AutoModelForImageTextToText.from_pretrained(model_path).to(arguments.device)
 kept, training = Dataset.from_json(kept_path), Dataset.from_json(training_path)
-model = corda_vlm.prepare(model, kept, mode="kpm", protect="strict", rank=8, processor=processor)
+model = corda_vlm.prepare(model, kept, mode="kpm", rank=8, processor=processor)
 trainer = Trainer(model, arguments, train_dataset=training, data_collator=Collator(processor, with_labels=True))
 trainer.train()
 if trainer.is_world_process_zero():

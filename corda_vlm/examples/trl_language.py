@@ -18,7 +18,7 @@ config = SFTConfig(
 )
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 model = AutoModelForCausalLM.from_pretrained(model_path).to(config.device)
-model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", protect="start", rank=8, processor=tokenizer)
+model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", rank=8, processor=tokenizer)
 training = Dataset.from_json(training_path).map(
     lambda row: {
         "prompt": [{"role": "user", "content": row["question"]}],

@@ -16,7 +16,7 @@ model_path, kept_path, training_path, output = sys.argv[1:]
 config = SFTConfig(output, max_steps=50, per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", bf16=False, max_length=None)
 processor = AutoProcessor.from_pretrained(model_path)
 model = AutoModelForImageTextToText.from_pretrained(model_path).to(config.device)
-model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", protect="strict", rank=8, processor=processor)
+model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", rank=8, processor=processor)
 training = Dataset.from_json(training_path).map(
     lambda row: {
         "prompt": [{"role": "user", "content": row["question"]}],
