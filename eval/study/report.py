@@ -73,7 +73,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         base = next(run for run in its if run.arm == BASE)
         tuned, matched = summaries(with_interpolations(its), base)
         never[setting] = unmatched(its, base)
-        short[setting] = shortfalls(its, base)
+        short[setting] = shortfalls(its, never[setting])
         tables[setting] = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
         write_whole(output / f"{setting}.png", draw(setting, its, base))
     summary: dict[str, Any] = {
@@ -107,9 +107,9 @@ Steps = Mapping[str, Mapping[str, Mapping[float, float]]]
 """``steps_at_equal_rates`` by setting."""
 
 
-def shortfalls(runs: Sequence[Run], base: Run) -> str:
-    """Return a sentence on the arms that never learn nearly as much as LoRA, and one on the runs whose loss was not finite."""
-    parts = [f"{arm} ({part:.0%})" for arm, part in unmatched(runs, base).items()]
+def shortfalls(runs: Sequence[Run], reached: Mapping[str, float]) -> str:
+    """Return a sentence on the arms that ``unmatched`` found, with what they reach, and one on the runs whose loss was not finite."""
+    parts = [f"{arm} ({part:.0%})" for arm, part in reached.items()]
     diverged = [f"{run.arm} at {run.rate:g} (seed {run.seed})" for run in runs if run.diverged]
     never = f"These never learn {NEARLY:.0%} of LoRA's best gain (in brackets what they reach): {', '.join(parts)}." if parts else ""
     return f"{never} {'Not finite: ' + ', '.join(diverged) + '.' if diverged else ''}".strip()

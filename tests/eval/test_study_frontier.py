@@ -111,10 +111,10 @@ def test_forgetting_between_points() -> None:
 def test_arms_that_fall_short_are_told() -> None:
     assert unmatched(RUNS, BASE) == {"weak": pytest.approx(0.2)}
     assert unmatched([*RUNS[:5], Run("gone", 1e-3, 0, {"diverged": True})], BASE) == {"gone": 0}
-    told = shortfalls(RUNS, BASE)
+    told = shortfalls(RUNS, unmatched(RUNS, BASE))
     assert "weak (20%)" in told
     assert "Not finite: weak at 0.003 (seed 0)." in told
-    assert shortfalls(RUNS[:5], BASE) == ""
+    assert shortfalls(RUNS[:5], unmatched(RUNS[:5], BASE)) == ""
 
 
 def test_seeds_that_diverged_stop_no_report(tmp_path: Path) -> None:
