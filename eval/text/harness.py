@@ -1,11 +1,14 @@
 """Text benchmarks by lm-evaluation-harness, on a language model in memory or the language part of a vision-language model.
 
 Tasks by their usual names (nq_open, triviaqa, webqs, arc_easy, hellaswag, mmlu, wikitext, gsm8k, …), whose data come from the cache of
-``datasets``; or YAML files of one's own, whose data may be local: then nothing is fetched. Figures are the harness's own.
+``datasets``; or YAML files of one's own, whose data may be local: then nothing is fetched. What is drawn by chance (examples in a prompt,
+the order of choices) is drawn as by ``lm_eval.simple_evaluate`` with its default seeds, the same for every model that is measured. Figures
+are those of that function too, but for half precision, where log-likelihoods come from a softmax in float32.
 """
 
 import copy
 import logging
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -20,6 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from corda_core.collect import evaluating
 from corda_eval.task import TaskResult
+
+logger = logging.getLogger(__name__)
+
+FEWSHOT_SEED = 1234
+"""What ``lm_eval.simple_evaluate`` draws the examples of prompts with."""
 
 
 def evaluate_text(
@@ -42,16 +51,17 @@ def evaluate_text(
         tasks: Names of lm_eval, or paths of YAML files that define a task.
         batch_size: Requests at once. In half precision padding moves log-likelihoods: 1 is the reference.
         limit: Only the first examples of each task (of a group: of each of its tasks); None for all.
-        num_fewshot: Examples in the prompt; None takes the task's own number.
+        num_fewshot: Examples in the prompt; None takes the task's own number. A task that says 0 itself stays without, as in lm_eval.
 
     Raises:
         ModuleNotFoundError: If lm_eval is not installed.
         ValueError: If a task is unknown, or its data are not on this disk.
     """
     require_harness()
-    loaded = _load(tasks)
-    start = time.perf_counter()
-    report = run_tasks(model, tokenizer, loaded, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
+    with _default_seeds():  # some tasks shuffle their choices while they are loaded
+        loaded = _load(tasks)
+        start = time.perf_counter()
+        report = run_tasks(model, tokenizer, loaded, batch_size=batch_size, limit=limit, num_fewshot=num_fewshot)
     count = sum(len({sample["doc_id"] for sample in samples}) for samples in report["samples"].values())
     rate = count / (time.perf_counter() - start)
     names = [_name_of(task) for task in tasks]
@@ -90,9 +100,8 @@ def run_tasks(
 
     with _errors_only("lm_eval"), evaluating(model):
         loaded = tasks if isinstance(tasks, Mapping) else TaskManager(include_defaults=False).load(list(tasks))
-        if num_fewshot is not None:
-            for task in loaded["tasks"].values():
-                task.set_config(key="num_fewshot", value=num_fewshot)
+        for name, task in loaded["tasks"].items():
+            _set_fewshot(name, task, num_fewshot)
         # Backend: LLaVA's class is not among those lm_eval knows as causal. Softmax: in bfloat16 the choices would often tie.
         # Copy: lm_eval gives a tokenizer without a padding token one.
         language = HFLM(
@@ -105,6 +114,18 @@ def run_tasks(
         # Not simple_evaluate: it reseeds the caller's random generators and runs pip and git to describe the machine.
         report: dict[str, Any] = evaluate(lm=language, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     return report
+
+
+def _set_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
+    """Set how many examples a task's prompts get, and the seed that they are drawn with, as ``lm_eval.simple_evaluate`` does."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot and own == 0:
+        logger.warning(
+            "%s asks for no examples in its prompts itself; as in lm_eval, num_fewshot=%d does not change that.", name, num_fewshot
+        )
+    keeps_its_own = num_fewshot is None or own == 0
+    task.set_config(key="num_fewshot", value=own or 0 if keeps_its_own else num_fewshot)
+    task.set_fewshot_seed(FEWSHOT_SEED)
 
 
 def _load(tasks: Sequence[str]) -> Mapping[str, Any]:
@@ -193,3 +214,19 @@ def _errors_only(logger: str) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _default_seeds() -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators as ``lm_eval.simple_evaluate`` does, and give the caller's states back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        random.seed(0)
+        np.random.seed(1234)
+        torch.manual_seed(1234)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

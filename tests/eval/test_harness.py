@@ -1,15 +1,23 @@
 """lm_eval on models in memory: tasks of one's own without a network, figures as the harness gives them."""
 
+import copy
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tiny_llama
 
 pytest.importorskip("lm_eval")
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from corda_eval.text import harness
 from corda_eval.text.harness import evaluate_text
 
 TASK = """
@@ -75,3 +83,91 @@ def test_unknown_tasks_and_absent_data_are_sentences(tasks: list[str], tokenizer
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(ValueError, match="data of choice could not be read"):
         evaluate_text(tiny_llama(), tokenizer, tasks[:1])
+
+
+FEWSHOT = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/asked.jsonl, train: {folder}/shown.jsonl}}}}
+test_split: test
+fewshot_split: {split}
+output_type: {kind}
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+{rest}
+metric_list:
+  - metric: {metric}
+"""
+SHUFFLES = """import random
+
+def shuffled(docs):
+    return docs.select(random.sample(range(len(docs)), len(docs)))
+"""
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """Tasks whose prompts or order are drawn by chance: other examples, those of the test split, or the task's own shuffling."""
+    colors = ["red", "blue", "green", "one", "two"]
+    for name, start, count in (("asked", 0, 12), ("shown", 100, 40)):
+        rows = [{"q": f"what color is {start + number} ?", "a": colors[number % 5], "choices": colors} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "utils.py").write_text(SHUFFLES)
+    choose = ("multiple_choice", "acc", 'doc_to_choice: "{{choices}}"')
+    for name, split, (kind, metric, rest) in (
+        ("shot", "train", choose),
+        ("same_split", "test", choose),
+        ("three", "train", (*choose[:2], choose[2] + "\nnum_fewshot: 3")),
+        ("none", "train", (*choose[:2], choose[2] + "\nnum_fewshot: 0")),
+        ("shuffled", "train", (*choose[:2], choose[2] + "\nprocess_docs: !function utils.shuffled")),
+        (
+            "said",
+            "train",
+            ("generate_until", "exact_match", "generation_kwargs: {until: [two], max_gen_toks: 3, do_sample: true, temperature: 1.0}"),
+        ),
+    ):
+        text = FEWSHOT.format(name=name, folder=tmp_path, split=split, kind=kind, metric=metric, rest=rest)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def asked(report: Any, task: str) -> list[Any]:
+    """Return each prompt, in the order of the data, with what was answered."""
+    samples = sorted(report["samples"][task], key=lambda sample: sample["doc_id"])
+    return [(sample["arguments"], sample["resps"]) for sample in samples]
+
+
+@pytest.mark.parametrize("num_fewshot", [None, 2])
+@pytest.mark.parametrize("task", ["shot", "same_split", "three", "none", "shuffled", "said"])
+def test_prompts_are_drawn_as_the_harness_draws_them(
+    drawn: Path, tokenizer: Any, task: str, num_fewshot: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
+    monkeypatch.setattr(evaluator, "get_git_commit_hash", lambda: "")
+    model = tiny_llama()
+    language = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", softmax_dtype=torch.float32)
+    manager = TaskManager(include_path=[drawn], include_defaults=False)
+    theirs = evaluator.simple_evaluate(
+        model=language, tasks=[task], num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    reports: list[Any] = []
+    real = harness.run_tasks
+    monkeypatch.setattr(harness, "run_tasks", lambda *args, **options: reports.append(real(*args, **options)) or reports[-1])
+    for seed in (3, 4):  # the caller's own generators do not matter, and are left as they were
+        random.seed(seed)
+        torch.manual_seed(seed)
+        (mine,) = evaluate_text(model, tokenizer, [str(drawn / f"{task}.yaml")], num_fewshot=num_fewshot)
+        assert random.random() == random.Random(seed).random()
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(seed)))
+        assert mine.metrics[mine.headline] == theirs["results"][task][mine.headline]
+        assert asked(reports[-1], task) == asked(theirs, task)
+    shown = str(asked(theirs, task)[0][0]).count("what color")
+    assert shown == {("none", 2): 1, ("three", None): 4}.get((task, num_fewshot), 1 + (num_fewshot or 0)) * (1 if task == "said" else 5)
+
+
+def test_a_task_that_wants_no_examples_is_said_to_get_none(drawn: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate_text(tiny_llama(), tokenizer, [str(drawn / "none.yaml")], num_fewshot=2)
+    assert "none asks for no examples in its prompts itself; as in lm_eval, num_fewshot=2 does not change that." in caplog.messages
+    caplog.clear()
+    evaluate_text(tiny_llama(), tokenizer, [str(drawn / "shot.yaml")], num_fewshot=2)
+    assert not caplog.messages
