@@ -1,15 +1,34 @@
-"""Write files whole or not at all."""
+"""Files that are whole or not there, that say what they are when they cannot be read, and folders that one run at a time writes to."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from corda_core.modules import weight_digest
+from corda_core.parallel import in_threads
 
 PARTIAL = ".partial-"
 """How folders of half-written files begin: a killed process leaves them behind."""
+LOCK = ".lock"
+"""What the run that writes to a folder holds; the file stays, the lock goes with the process."""
+LOCK_WAIT = 6.0
+"""Seconds that a lock is waited for: workers of a DataLoader share it, and outlive a killed process by up to five."""
+DIGEST = "sha256"
+"""Where a safetensors file has the digest of its tensors and of what else its metadata say."""
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -25,18 +44,147 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def replacing_in(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to write to; at the end its files are renamed into ``folder``, last name first.
+    """Yield an empty folder to write to; at the end its files are on the disk and renamed into ``folder``, last name first.
 
-    A process that is killed, or an error, leaves the old files or none, never half of one.
+    A process that is killed, or an error, leaves the old files or none, never half of one; so does a machine that loses power.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as fresh:
         yield Path(fresh)
-        for file in sorted(Path(fresh).iterdir(), reverse=True):
+        files = sorted(Path(fresh).iterdir(), reverse=True)
+        for file in files:
+            flush(file)
+        for file in files:
             os.replace(file, folder / file.name)
+        flush(folder)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write one file."""
     with replacing_in(path.parent) as fresh:
         (fresh / path.name).write_bytes(data)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do this for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process that asks for it out of a folder, until the end or this process's death.
+
+    Raises:
+        BlockingIOError: If another process has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=LOCK_WAIT)
+    try:
+        lock.acquire()
+    except Timeout:
+        # Not "from": the cause says nothing more.
+        raise BlockingIOError(f"{folder} is in use by another run; wait until that has ended, or name another output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def read_json(path: Path, cure: str = "get the file again") -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: The file.
+        cure: What to do if it is damaged, for the error's text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not whole JSON.
+    """
+    text = _text(path, cure)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}); {cure}.") from error
+
+
+def read_yaml(path: Path, cure: str = "mend that line") -> Any:
+    """Return what a YAML file holds; no code in it is run.
+
+    Args:
+        path: The file.
+        cure: What to do if it cannot be read, for the error's text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no YAML.
+    """
+    text = _text(path, cure)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; {cure}.") from error
+
+
+def _text(path: Path, cure: str) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a file; correct the path.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); {cure}.") from error
+
+
+def _why_no_file(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "does not exist"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose metadata hold, beside what is given, a digest of it and of the tensors."""
+    held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(held, path, metadata={**metadata, DIGEST: tensors_digest(held, metadata)})
+
+
+def read_tensors(path: Path, cure: str = "make it again") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and metadata of a safetensors file; if it holds a digest, they are checked against it.
+
+    Args:
+        path: The file.
+        cure: What to do if it is damaged, for the error's text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a safetensors file.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            keys = file.keys()
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); {cure}.") from error
+    kept = {key: value for key, value in metadata.items() if key != DIGEST}
+    if DIGEST in metadata and metadata[DIGEST] != tensors_digest(tensors, kept):
+        raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
+    return tensors, metadata
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors, each hashed in a thread of its own, and over metadata."""
+    parts = in_threads(weight_digest, ({name: tensors[name]} for name in sorted(tensors)), min(8, torch.get_num_threads()))
+    return hashlib.sha256("".join([json.dumps(dict(metadata), sort_keys=True), *parts]).encode()).hexdigest()

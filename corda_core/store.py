@@ -1,32 +1,34 @@
 """Covariances and plans as safetensors files that say in their header what they were made from; never pickle.
 
-Reading a file checks it against the model and the options it is to be used with. Files are written beside their place and moved
-there when whole: a killed process leaves the old file or none.
+Reading a file checks it against the digest that it carries, and against the model and the options it is to be used with. Files are
+written beside their place and moved there when whole: a killed process leaves the old file or none.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corda_core.allocate import Candidate
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode
-from corda_core.files import replacing_in
-from corda_core.modules import base_digest, check_present, weight_digest
+from corda_core.files import DIGEST, read_tensors, replacing_in, write_tensors
+from corda_core.modules import base_digest, check_present, weight_digest, weight_shape
 from corda_core.plan import AdapterInit, AdapterPlan
 from corda_core.symmetric import Symmetric
 from corda_core.whiten import Whitening
 
 HEADER = "corda"
-FORMAT = 2
+FORMAT = 3
+UNSEALED = 2
+"""The format of corda-vlm 0.1.0, without a digest; else the same."""
 
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
@@ -79,23 +81,43 @@ def load_covariances(
         ValueError: If the file is damaged, holds something else, or was made from another base, with other options or over other data.
     """
     tensors, header = _read(Path(path), "covariances")
-    check_present(model, header["layers"], str(path))
-    for what, found, wanted in (
-        ("other options", header["options"], dict(options)),
-        ("other data", header["data_digest"], data or header["data_digest"]),
-        ("other base weights", header["base_digest"], base_digest(model, header["layers"])),
-    ):
-        if found != wanted:
-            raise ValueError(f"{path} was made with {what}: {found}, but here is {wanted}; collect again.")
-    widths: dict[int, list[Tensor]] = {}
+    with _sound_header(path):
+        found = _covariances(tensors, header["layers"], header["num_tokens"])
+        made = {"options": header["options"], "data": header["data_digest"], "base weights": header["base_digest"]}
+    check_present(model, found, str(path))
+    wanted = {"options": dict(options), "data": data or made["data"], "base weights": base_digest(model, found)}
+    for what, value in wanted.items():
+        if made[what] != value:
+            raise ValueError(f"{path} was made with other {what}: {made[what]}, but here is {value}; collect again.")
+    for name, covariance in found.items():
+        if covariance.packed.n != weight_shape(model, name)[1]:
+            raise ValueError(f"{path} has a covariance of {covariance.packed.n} inputs for {name}, which has others; collect again.")
+    return found
+
+
+def _covariances(tensors: Mapping[str, Tensor], places: Mapping[str, int], num_tokens: list[int]) -> dict[str, Covariance]:
+    panels: dict[int, list[Tensor]] = {}
     for key in sorted(tensors, key=lambda key: [int(part) for part in key.split(".")]):
-        widths.setdefault(int(key.split(".")[0]), []).append(tensors[key])
-    distinct = [Covariance(Symmetric(tuple(widths[i])), tokens) for i, tokens in enumerate(header["num_tokens"])]
-    return {name: distinct[place] for name, place in header["layers"].items()}
+        panels.setdefault(int(key.split(".")[0]), []).append(tensors[key])
+    distinct = [Covariance(Symmetric.joined(panels[place]), int(tokens)) for place, tokens in enumerate(num_tokens)]
+    return {name: distinct[place] for name, place in places.items()}
 
 
-def save_plan(plan: AdapterPlan, path: str | os.PathLike[str], *, attached: Mapping[str, Any] | None = None) -> None:
-    """Write an adapter plan; ``attached`` says with what options it was put on a model, if it was (``corda_core.checkpoint``)."""
+def save_plan(
+    plan: AdapterPlan,
+    path: str | os.PathLike[str],
+    *,
+    attached: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter plan.
+
+    Args:
+        plan: The plan.
+        path: The file.
+        attached: With what options it was put on a model, if it was (``corda_core.checkpoint``).
+        beside: Digests of what was saved with it.
+    """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, init in plan.layers.items():
@@ -111,8 +133,8 @@ def save_plan(plan: AdapterPlan, path: str | os.PathLike[str], *, attached: Mapp
             tensors |= {f"{name}.Q": init.whitening.vectors, f"{name}.lengths": init.whitening.lengths}
             layers[name]["whitening"] = {"unit": init.whitening.unit, "error": init.whitening.error}
     provenance = dict(plan.provenance)
-    header = {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers, "attached": attached}
-    _write(tensors, header, Path(path))
+    header = {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers}
+    _write(tensors, {**header, "attached": attached, "beside": beside}, Path(path))
 
 
 def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
@@ -125,51 +147,66 @@ def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
     return read_plan(path)[0]
 
 
-def read_plan(path: str | os.PathLike[str]) -> tuple[AdapterPlan, dict[str, Any] | None]:
-    """Return the adapter plan in a file, and the options that it was attached with, if it was.
+def read_plan(path: str | os.PathLike[str]) -> tuple[AdapterPlan, dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the adapter plan in a file, and what ``save_plan`` was given as ``attached`` and ``beside``.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or holds something else.
     """
     tensors, header = _read(Path(path), "plan")
-    layers = {name: _init(name, about, tensors) for name, about in header["layers"].items()}
-    return AdapterPlan(layers, Mode(header["mode"]), header["rank"], header["provenance"]), header.get("attached")
+    with _sound_header(path):
+        layers = {name: _init(name, about, tensors) for name, about in header["layers"].items()}
+        plan = AdapterPlan(layers, Mode(header["mode"]), int(header["rank"]), dict(header["provenance"]))
+        attached, beside = (None if header.get(key) is None else dict(header[key]) for key in ("attached", "beside"))
+    return plan, attached, beside
+
+
+@contextmanager
+def _sound_header(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of which file it is that a header lacks an entry, or holds one of another kind, or other tensors than it tells of."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has a header that does not fit its content ({error!r}); make it again.") from error
 
 
 def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterInit:
     white = about.get("whitening")
-    return AdapterInit(
+    init = AdapterInit(
         A0=tensors[f"{name}.A0"],
         B0=tensors[f"{name}.B0"],
         sigma=tensors[f"{name}.sigma"],
-        components=slice(*about["components"]),
-        num_tokens=about["num_tokens"],
+        components=slice(*map(int, about["components"])),
+        num_tokens=int(about["num_tokens"]),
         whitening=Whitening(tensors[f"{name}.Q"], tensors[f"{name}.lengths"], **white) if white else None,
-        candidates=tuple(Candidate(log_pi, tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"])),
-        chosen=about["chosen"],
+        candidates=tuple(Candidate(float(log_pi), tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"])),
+        chosen=int(about["chosen"]),
     )
+    rank = init.components.stop - init.components.start
+    if not (init.A0.shape[:-1] == init.B0.shape[1:] == init.sigma.shape == (rank,)):
+        raise ValueError(f"{name} has factors of shapes {tuple(init.A0.shape)} and {tuple(init.B0.shape)} for {rank} components")
+    return init
 
 
 def _write(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     versions = {package: version(package) for package in ("corda-vlm", "torch")}
-    metadata = {HEADER: json.dumps({"format": FORMAT, "versions": versions, **header})}
     with replacing_in(path.parent) as fresh:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, fresh / path.name, metadata=metadata)
+        write_tensors(tensors, fresh / path.name, {HEADER: json.dumps({"format": FORMAT, "versions": versions, **header})})
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a file of {kind}.")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            keys = file.keys()
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); make it again.") from error
-    if header.get("kind") != kind or header.get("format") != FORMAT:
+    tensors, metadata = read_tensors(path)
+    with _sound_header(path):
+        header = dict(json.loads(metadata.get(HEADER, "{}")))
+    sealed, known = DIGEST in metadata, (header.get("kind"), header.get("format"))
+    if known not in ((kind, FORMAT), (kind, UNSEALED)) or (known == (kind, FORMAT) and not sealed):
         raise ValueError(
-            f"{path} holds {header.get('kind', 'something else')!r} of format {header.get('format')}; expected {kind!r} of format {FORMAT}."
+            f"{path} holds {known[0] or 'something else'!r} of format {known[1]}{'' if sealed else ' without a digest'}; expected {kind!r} "
+            f"of format {FORMAT} with one; make it again."
+        )
+    if not sealed:
+        warnings.warn(
+            f"{path} was written by corda-vlm 0.1.0 and has no digest: damage to it would not be seen; save it again.", stacklevel=4
         )
     return tensors, header

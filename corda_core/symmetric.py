@@ -1,5 +1,6 @@
 """A symmetric matrix of which only the upper block triangle is stored and computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,18 @@ class Symmetric:
     def of(matrix: Tensor) -> "Symmetric":
         """Return a dense symmetric matrix (n, n) in this form."""
         return Symmetric(tuple(matrix[:end, start:end].clone() for start, end in _bounds(len(matrix))))
+
+    @staticmethod
+    def joined(panels: Sequence[Tensor]) -> "Symmetric":
+        """Return an S from its panels.
+
+        Raises:
+            ValueError: If they are not those of one S.
+        """
+        sizes, n = [tuple(panel.shape) for panel in panels], len(panels[-1])
+        if sizes != [(end, end - start) for start, end in _bounds(n)]:
+            raise ValueError(f"panels of the sizes {sizes} make no symmetric matrix")
+        return Symmetric(tuple(panels))
 
     @staticmethod
     def num_bytes(n: int, dtype: torch.dtype) -> int:

@@ -4,19 +4,20 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import yaml
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core import attachment_of
-from corda_core.checkpoint import ATTACHMENT, WEIGHTS, save_attachment
+from corda_core.checkpoint import ATTACHMENT, check_saved_together, put_weights_, read_adapter, read_attachment, save_attachment
 from corda_core.distributed import from_first_process, process_rank
-from corda_core.files import PARTIAL, write_whole
+from corda_core.files import PARTIAL, flush, locked, read_json, read_yaml, write_whole
 from corda_vlm.processes import processes
 from corda_vlm.recipe import RECIPE, Recipe
 
@@ -26,7 +27,30 @@ FREE = {
     *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
     *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
 }
-"""Options that may be others when a run is gone on with: the losses stay the same, but for what is skipped, or up to rounding."""
+"""Options that may be others when a run is resumed: the losses stay the same, but for what is skipped, or up to rounding."""
+STATE = "trainer_state.json"
+DAMAGED = "damaged-"
+"""How checkpoints are called that were whole once, and are set aside."""
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of an output while this one, of however many processes, lives.
+
+    Raises:
+        BlockingIOError: If another run has it.
+    """
+    with ExitStack() as held:
+        problem = None
+        if process_rank() == 0:
+            try:
+                held.enter_context(locked(output))
+            except BlockingIOError as error:
+                problem = str(error)
+        problem = from_first_process(problem)
+        if problem is not None:
+            raise BlockingIOError(problem)
+        yield
 
 
 def claim(recipe: Recipe, output: Path, resume: bool) -> None:
@@ -49,7 +73,9 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
     elif not resume:
         raise FileExistsError(f"{output} holds a run already; go on with it (--resume), or name another output.")
     else:
-        found = yaml.safe_load((output / RECIPE).read_text())
+        found = read_yaml(output / RECIPE, "name another output, or put that run's recipe there again")
+        if not isinstance(found, dict):
+            raise ValueError(f"{output / RECIPE} holds no options; name another output, or put that run's recipe there again.")
         different = _first_difference(found, asked)
         if different:
             raise ValueError(
@@ -59,17 +85,30 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
     processes().wait_for_everyone()
     if process_rank() == 0:
         write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
-        partial = [*output.glob(f"{PARTIAL}*"), *output.glob(f"checkpoint-*/{PARTIAL}*")]
-        half = [checkpoint for checkpoint in output.glob("checkpoint-*") if not _is_whole(checkpoint)]
-        for left in (*partial, *half):  # by a process that died while it wrote or removed them
+        for left in (*output.glob(f"{PARTIAL}*"), *output.glob(f"checkpoint-*/{PARTIAL}*")):  # by a process that died while it wrote them
             shutil.rmtree(left, ignore_errors=True)
+        for checkpoint in output.glob("checkpoint-*"):
+            _put_away_if_not_whole(checkpoint)
     processes().wait_for_everyone()
 
 
-def last_whole(output: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end; under several processes the first one's answer counts."""
-    whole = [folder for folder in output.glob("checkpoint-*") if _is_whole(folder)]
-    return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+def last_whole(output: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written; under several processes the first one's answer counts."""
+    numbered = {int(number): folder for folder in output.glob("checkpoint-*") if (number := folder.name.rpartition("-")[2]).isdecimal()}
+    return next((numbered[number] for number in sorted(numbered, reverse=True) if not _what_is_wrong(numbered[number])), None)
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / STATE))
+    return state.global_step >= state.max_steps
+
+
+def restore_(trainer: Trainer, checkpoint: Path) -> None:
+    """Give a Trainer that has nothing left to do the weights and losses of a checkpoint; its own resuming would take one step more."""
+    _, trained = read_adapter(checkpoint)
+    put_weights_(trainer.model, trained)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -96,17 +135,58 @@ class WholeCheckpoints(TrainerCallback):
             control.should_log = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs."""
+        """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs and they are on the disk."""
         processes().wait_for_everyone()
         if state.is_world_process_zero:
-            save_attachment(self.attachment, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / ATTACHMENT)
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            for path in (*checkpoint.rglob("*"), checkpoint):
+                flush(path)
+            save_attachment(self.attachment, checkpoint / ATTACHMENT, saved_with=checkpoint)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end, and none of it removed since."""
-    names = (ATTACHMENT, "trainer_state.json", "scheduler.pt", WEIGHTS)
-    # What torch saves is a zip file, whose end tells that it is whole.
-    return all((checkpoint / name).exists() for name in names) and all(map(is_zipfile, checkpoint.glob("*.pt")))
+def _put_away_if_not_whole(checkpoint: Path) -> None:
+    """Remove a checkpoint that a process left half written or half removed; set one aside that has another content than it had."""
+    wrong = _what_is_wrong(checkpoint)
+    if isinstance(wrong, FileNotFoundError):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    elif wrong is not None:
+        aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        logger.warning("%s is damaged (%s): it is kept as %s, and an earlier checkpoint is taken.", checkpoint, wrong, aside.name)
+
+
+def _what_is_wrong(checkpoint: Path) -> Exception | None:
+    """Return why a checkpoint cannot be resumed from; None if it is as it was written."""
+    try:
+        _, beside = read_attachment(checkpoint / ATTACHMENT)
+        if beside is None:
+            _check_unsealed(checkpoint)
+        else:
+            check_saved_together(checkpoint)
+    except (OSError, ValueError) as error:
+        return error
+    return None
+
+
+def _check_unsealed(checkpoint: Path) -> None:
+    """Check what can be of a checkpoint of corda-vlm 0.1.0, which has no digests but those of torch's zip files.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged.
+    """
+    read_adapter(checkpoint)
+    if not isinstance(read_json(checkpoint / STATE), dict):
+        raise ValueError(f"{checkpoint / STATE} holds no state.")
+    for file in {checkpoint / "scheduler.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}:
+        try:
+            with ZipFile(file) as archive:
+                broken = archive.testzip()
+        except BadZipFile as error:
+            raise ValueError(f"{file} is not whole ({error}).") from error
+        if broken is not None:
+            raise ValueError(f"{file} is damaged in {broken}.")
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ from corda_vlm.items import Items, load_items
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.recipe import Recipe
-from corda_vlm.resume import WholeCheckpoints, claim, last_whole
+from corda_vlm.resume import WholeCheckpoints, alone_in, claim, has_ended, last_whole, restore_
 from corda_vlm.sources import DataConfig
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.train import losses_of, trainer_for
@@ -78,9 +78,15 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
 
 
 def _train(recipe: Recipe, resume: bool) -> Trained:
-    output = Path(recipe.output)
     arguments = training_arguments(recipe)  # before all else: joins the group of processes
-    claim(recipe, output, resume)
+    output = Path(recipe.output)
+    with alone_in(output):
+        claim(recipe, output, resume)
+        return _trained(recipe, arguments, output, resume)
+
+
+def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume: bool) -> Trained:
+    """Train in an output that is this run's own."""
     start = time.time()
     model, processor, items = _loaded(recipe, arguments)
     evaluation = None if recipe.evaluation is None else _items(recipe.evaluation, recipe, model)
@@ -97,7 +103,11 @@ def _train(recipe: Recipe, resume: bool) -> Trained:
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
     trainer = trainer_for(adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[WholeCheckpoints(adapted)])
     try:
-        trainer.train(resume_from_checkpoint=from_first_process(last_whole(output)) if resume else None)
+        checkpoint = from_first_process(last_whole(output)) if resume else None
+        if checkpoint is not None and has_ended(checkpoint):
+            restore_(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if evaluation is not None and recipe.training.evaluate_every is None:
             trainer.evaluate()
         save(trainer.model, output)
@@ -133,9 +143,10 @@ def prepare(recipe: Recipe) -> AdapterPlan:
     output = Path(recipe.output)
     with network_only_if(recipe.model.download):
         arguments = training_arguments(recipe)
-        claim(recipe, output, resume=False)
-        model, processor, items = _loaded(recipe, arguments)
-        return attachment_of(_adapted(model, processor, items, recipe, output)).plan
+        with alone_in(output):
+            claim(recipe, output, resume=False)
+            model, processor, items = _loaded(recipe, arguments)
+            return attachment_of(_adapted(model, processor, items, recipe, output)).plan
 
 
 def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, Items]:
