@@ -3,8 +3,9 @@
 Folder: ``TextVQA_0.5.1_val.json``, the images as ``train_images/003a8ae2ef43b901.jpg`` and, for ``textvqa_ocr``,
 ``TextVQA_Rosetta_OCR_v0.2_val.json`` (https://textvqa.org/dataset). Table: as ``lmms-lab/textvqa``, split "validation", for
 ``textvqa_ocr`` with its ``ocr_tokens``. Score: VQA accuracy as EvalAI normalises.
-Prompt: LLaVA-1.5's; ``textvqa_ocr`` adds the line "Reference OCR token: …", with which LLaVA-1.5's 58.2 was measured. Without it scores are
-some 10 points lower: the two are tasks of their own.
+Prompt: LLaVA-1.5's, which capitalises questions as Python does: the first letter upper, all others lower. ``textvqa_ocr`` adds the line
+"Reference OCR token: …", with which LLaVA-1.5's 58.2 was measured; without it that model scores some 10 points lower (others do not all):
+the two are tasks of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ def load(
 
 
 def _example(row: Mapping[str, Any], where: object, ocr: bool) -> VqaExample:
+    row = {**row, "question": row["question"].capitalize()}
     return people_example(row, where, (f"\nReference OCR token: {', '.join(row['ocr_tokens'])}" if ocr else "") + SHORT_ANSWER)
 
 

@@ -2,8 +2,9 @@
 
 Folder: ``Annotations/val.json`` (or ``val.json``) and the images as ``val/VizWiz_val_00000000.jpg``
 (https://vizwiz.org/tasks-and-datasets/vqa); the same with train. Table: as ``lmms-lab/VizWiz-VQA``, split "val".
-Many questions cannot be answered, and models are told what to say then. Prompt: LLaVA-1.5's for this benchmark.
-Score: VQA accuracy as EvalAI normalises, also by type of answer.
+Many questions cannot be answered, and models are told what to say then. Prompt: LLaVA-1.5's for this benchmark, which capitalises questions
+as Python does: the first letter upper, all others lower. Score: VQA accuracy as EvalAI normalises (lmms-eval's), also by type of answer.
+LLaVA's published numbers are the test split's, which only the evaluation server knows.
 """
 
 from pathlib import Path
@@ -32,7 +33,8 @@ def load(source: str | Path, *, split: str | None = None, limit: int | None = No
         where = where if where.exists() else folder / f"{part}.json"
         found = first(rows_of(read_json(where), ("image", "question", "answers"), where), limit)
         rows = [{**row, "question_id": row["image"], "image": folder / part / row["image"]} for row in found]
-    return checked([people_example(row, where, UNANSWERABLE + SHORT_ANSWER) for row in rows], where)
+    asked = [{**row, "question": row["question"].capitalize()} for row in rows]
+    return checked([people_example(row, where, UNANSWERABLE + SHORT_ANSWER) for row in asked], where)
 
 
 TASK = people_task("vizwiz", load, "evalai")

@@ -130,28 +130,36 @@ def test_coco_questions_broken(tmp_path: Path, case: str) -> None:
 
 
 def test_textvqa(tmp_path: Path) -> None:
-    row = {"question_id": 34602, "image_id": "003a", "question": "what brand?", "answers": TEN, "image_width": 6}
+    row = {"question_id": 34602, "image_id": "003a", "question": "what brand is the NOKIA? Or TV?", "answers": TEN, "image_width": 6}
     write(tmp_path / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [row]})
     picture(tmp_path / "train_images/003a.jpg")
     (plain,) = textvqa.load(tmp_path)
-    assert (plain.question, plain.answer, plain.answers) == ("what brand?" + SHORT, "red", tuple(TEN))
+    assert (plain.question, plain.answer, plain.answers) == ("What brand is the nokia? or tv?" + SHORT, "red", tuple(TEN))
     with pytest.raises(FileNotFoundError, match="Rosetta"):
         TASKS["textvqa_ocr"].load(tmp_path)
     ocr = tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json"
     write(ocr, {"data": [{"image_id": "003a", "ocr_tokens": ["NOKIA", "3310"]}]})
     (read,) = TASKS["textvqa_ocr"].load(tmp_path)
-    assert read.question == "what brand?\nReference OCR token: NOKIA, 3310" + SHORT
+    assert read.question == "What brand is the nokia? or tv?\nReference OCR token: NOKIA, 3310" + SHORT
     write(ocr, {"data": [{"image_id": "other", "ocr_tokens": []}]})
     with pytest.raises(ValueError, match="1 of 1 questions have no OCR in .*, first question 34602"):
         textvqa.load(tmp_path, ocr=True)
 
 
 def test_vizwiz(tmp_path: Path) -> None:
-    row = {"image": "VizWiz_val_00000000.jpg", "question": "What is this?", "answers": people(TEN), "answer_type": "other", "answerable": 1}
+    row = {
+        "image": "VizWiz_val_00000000.jpg",
+        "question": "what is THIS? Thank you.",
+        "answers": people(TEN),
+        "answer_type": "other",
+        "answerable": 1,
+    }
     write(tmp_path / "Annotations/val.json", [row])
     picture(tmp_path / "val/VizWiz_val_00000000.jpg")
     (example,) = vizwiz.load(tmp_path)
-    assert example.question == f"What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT}"
+    assert (
+        example.question == f"What is this? thank you.\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT}"
+    )
     assert (example.question_id, example.answer, example.kind) == ("VizWiz_val_00000000.jpg", "red", "other")
     write(tmp_path / "test.json", [{"image": "VizWiz_test_00000000.jpg", "question": "What is this?"}])
     with pytest.raises(ValueError, match="without all of .*'answers'"):
