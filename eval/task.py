@@ -22,7 +22,8 @@ class TaskResult:
     """Each example's part of the headline, in the order of the data: what paired intervals are drawn from."""
 
     records: Sequence[Mapping[str, Any]]
-    """One an example, JSON values: its id, what was predicted, what is right."""
+    """One each time that something was asked, JSON values: its id, what was predicted, what is right. As many as scores, but of benchmarks
+    that ask an example in several ways (MMBench)."""
 
     examples_per_second: float
 

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SCIENCEQA_LETTERS = LETTERS[:5]
-LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[.):,]|\Z|(?=\s*\n))")
+SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+NEAR_THE_END = 4
+"""Among how many words from the end a letter is taken for the answer."""
+NO_CHOICE = "Z"
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+"""What VLMEvalKit takes for no answer, whatever else is said."""
 
 
 def pope_answer(text: str) -> str:
@@ -91,20 +101,30 @@ def scienceqa_accuracy(predictions: Sequence[str], answers: Sequence[str]) -> fl
 
 
 def multiple_choice_answer(prediction: str, choices: Sequence[str]) -> int | None:
-    """Return the place of the choice that a prediction names, from 0, or None if it names none or several.
+    """Return the place of the choice that a prediction names, from 0, or None if it names none or several, by VLMEvalKit's rule.
 
-    A letter alone or in front ("B", "B. a dog", "(B)"), else the text of one choice, but for case, white space and a final period.
+    If one choice's letter alone is among the words, and among the last four, it is that: "B", "(B) cat", "The answer is B.", "A dog" as
+    well. Else, if the text of one choice alone is in the prediction in any case, and that is not twice as long as all choices' texts, it is
+    that one. "Z" without a choice's letter, and some sentences of refusal, name none.
 
     Note:
-        The benchmarks' own tools let a language model guess what remains; here it counts as wrong.
+        Where this finds nothing VLMEvalKit may ask a language model, if it is given one; here the answer counts as wrong, as it does there
+        under ``exact_matching``.
     """
-    text = prediction.strip()
-    letter = LEADING_LETTER.match(text)
-    if letter and letter[1] in LETTERS[: len(choices)]:
-        return LETTERS.index(letter[1])
-    same = [place for place, choice in enumerate(choices) if _plain(choice) == _plain(text)]
-    return same[0] if len(same) == 1 else None
+    if any(refusal in prediction for refusal in REFUSALS):
+        return None
+    words = prediction.translate(SEPARATORS).split()
+    letters = [letter for letter in LETTERS[: len(choices)] if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - NEAR_THE_END:
+        return LETTERS.index(letters[0])
+    if not letters and NO_CHOICE in words:
+        return None
+    return _choice_in(prediction.lower(), choices)
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).removesuffix(".").lower()
+def _choice_in(text: str, choices: Sequence[str]) -> int | None:
+    """Return the place of the one choice whose text is in a text that is not much longer than they are."""
+    if len(text) > 2 * sum(map(len, choices)):
+        return None
+    found = [place for place, choice in enumerate(choices) if choice.lower() in text]
+    return found[0] if len(found) == 1 else None

@@ -39,6 +39,9 @@ class VqaExample:
     """What scores are also given by: type of answer, category."""
 
     def as_item(self) -> dict[str, object]:
+    group: str = ""
+    """What the examples of one group share: one question asked in several ways, see ``VqaTask.circular``."""
+
         """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
         image = self.image if isinstance(self.image, (Image.Image, Path)) else self.open_image()
         return {"image": image, "question": self.question, "answer": self.answer}
@@ -72,7 +75,7 @@ class VqaTask:
     comes with its package: ``load(split=…, limit=…)``."""
 
     headline: str
-    """Name of the mean score."""
+    """Name of the mean score, also given by kind."""
 
     score: Callable[[str, VqaExample], float]
     """Score of one answer as the model gave it, from 0 to 1."""
@@ -83,6 +86,10 @@ class VqaTask:
     more_metrics: Callable[[Sequence[VqaExample], Sequence[str]], Mapping[str, float]] = lambda examples, answers: {}
     """What else is computed from all answers."""
 
+
+    circular: str = ""
+    """Name of the mean over groups, each of which scores as its worst example. Where there is one, it is the result's headline, and the
+    groups' scores are the result's."""
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """Return a question with a lettered line for each choice."""

@@ -3,15 +3,15 @@
 Folder: ``mmbench_dev_20230712.tsv`` (https://download.openmmlab.com/mmclassification/datasets/mmbench) or another .tsv with the columns
 index, question, A, B, answer and image (base64, or the index of a row whose image is meant); perhaps C, D, hint and category.
 Table: as ``lmms-lab/MMBench`` (its configuration "en") or ``lmms-lab/MMBench_EN``, split "dev", with the same columns.
-Prompt: hint, question, lettered choices, and the request for a letter (LLaVA-1.5's). Scores: accuracy over rows, also by category; and
-``circular_accuracy``, the official one: a question's rows, with its choices rotated (index + 1,000,000 …), count only if all are right.
-The official tool lets a language model read answers without a letter; here they are wrong.
+Prompt: hint, question, lettered choices, and the request for a letter (LLaVA-1.5's). Headline: ``circular_accuracy``, the official score:
+a question's rows, with its choices rotated (index + 1,000,000 …), count only if all are right. Also ``accuracy`` over rows, all and by
+category. Answers are read by VLMEvalKit's rule without a language model (``multiple_choice_answer``); the figures that its server or a
+judge gives may be higher where answers name no choice.
 """
 
 import base64
 import csv
 import io
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def _example(row: Mapping[str, Any], where: str) -> VqaExample:
         question_id=str(row["index"]),
         choices=tuple(choices),
         kind=_filled(row.get("category")) or "",
+        group=_unrotated(str(row["index"])),
     )
 
 
@@ -94,11 +95,4 @@ def _filled(value: str | None) -> str | None:
     return None if value is None or value.strip().lower() in NOTHING else value.strip()
 
 
-def _circular(examples: Sequence[VqaExample], answers: Sequence[str]) -> Mapping[str, float]:
-    rounds: dict[str, list[float]] = defaultdict(list)
-    for example, answer in zip(examples, answers, strict=True):
-        rounds[_unrotated(example.question_id)].append(choice_score(answer, example))
-    return {"circular_accuracy": sum(map(min, rounds.values())) / len(rounds)}
-
-
-TASK = VqaTask("mmbench", load, "accuracy", choice_score, more_metrics=_circular)
+TASK = VqaTask("mmbench", load, "accuracy", choice_score, max_new_tokens=1024, circular="circular_accuracy")

@@ -3,8 +3,9 @@
 Folder: ``test_2.csv`` with the images of ``images_2.zip`` as ``figures/…``; or, for the splits "test" and "test_clean", ``test.csv`` and
 ``test_clean.csv`` with those of ``images.zip`` as ``images/…`` (https://huggingface.co/datasets/xmcmic/PMC-VQA).
 Table: as ``mdwiratathya/PMC-VQA_small``, split "test", which is version 2's; rows have no ids, so their places, from 0, are taken.
-Prompt: question, lettered choices, and the request for a letter (LLaVA-1.5's). Score: the letter, or else the text of one choice. The
-paper compares texts by similarity instead, for models that cannot be asked for a letter.
+Prompt: question, lettered choices, and the request for a letter (LLaVA-1.5's). Score: the letter, or else the text of one choice, read as
+MMBench's answers are (``multiple_choice_answer``). The paper compares texts by similarity instead, for models that cannot be asked for a
+letter.
 """
 
 import csv

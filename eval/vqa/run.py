@@ -43,7 +43,7 @@ def evaluate(
     pad_images: bool = False,
     progress: Any = iter,
 ) -> TaskResult:
-    """Return a model's figures on a benchmark: the headline, also by kind of question ("accuracy:binary"), and what else it defines.
+    """Return a model's figures on a benchmark: the mean score, also by kind of question ("accuracy:binary"), and what else it defines.
 
     Args:
         task: The benchmark.
@@ -99,4 +99,16 @@ def score(task: VqaTask, examples: Sequence[VqaExample], answers: Sequence[str],
     ]
     metrics = {task.headline: fmean(scores)} | {kind: fmean(values) for kind, values in sorted(by_kind.items())}
     metrics |= task.more_metrics(examples, answers)
-    return TaskResult(task.name, metrics, task.headline, scores, records, len(examples) / seconds if seconds else 0.0)
+    headline = task.circular or task.headline
+    if task.circular:
+        scores = _worst_of_groups(examples, scores)
+        metrics[headline] = fmean(scores)
+    return TaskResult(task.name, metrics, headline, scores, records, len(examples) / seconds if seconds else 0.0)
+
+
+def _worst_of_groups(examples: Sequence[VqaExample], scores: Sequence[float]) -> list[float]:
+    """Return the lowest score of each group, in the order of their first examples."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for example, value in zip(examples, scores, strict=True):
+        groups[example.group or example.question_id].append(value)
+    return [min(values) for values in groups.values()]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from corda_eval.comparison import compare
+from corda_eval.forgetting import bootstrap_interval
 from corda_eval.vqa import gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
 from corda_eval.vqa.example import VqaExample
 from corda_eval.vqa.run import TASKS, score
@@ -330,6 +332,31 @@ def test_mmbench(tmp_path: Path) -> None:
     assert picture_of_row.size == (6, 4)
     result = score(mmbench.TASK, examples, ["A", "A", "A"])
     assert result.metrics == pytest.approx({"accuracy": 2 / 3, "accuracy:animals": 2 / 3, "circular_accuracy": 0.5})
+    assert (result.headline, result.scores, result.num_examples) == ("circular_accuracy", [0, 1], 2)
+    assert [(record["id"], record["score"]) for record in result.records] == [("5", 1), ("1000005", 0), ("6", 1)]
+    better = score(mmbench.TASK, examples, ["The answer is A", "Option B", "A dog"])
+    (row,) = compare([result], [better], {"mmbench": "kept"})
+    assert (row.metric, row.before, row.after, row.num_examples) == ("circular_accuracy", 0.5, 1, 2)
+    assert row.interval == bootstrap_interval([0, 1], [1, 1])  # questions are drawn, with all their rotations
+
+
+def test_mmbench_counts_by_question_whatever_the_order(tmp_path: Path) -> None:
+    one, other, *rest = mmbench_rows()
+    write(tmp_path / "mmbench_dev_20230712.tsv", table([*rest, other, one], "\t"))
+    examples = mmbench.load(tmp_path)
+    assert [example.group for example in examples] == ["6", "5", "5"]
+    assert score(mmbench.TASK, examples, ["A", "B", "B"]).scores == [1, 0]
+
+
+def test_answers_are_cut_where_llava_cuts_them() -> None:
+    limits = {name: task.max_new_tokens for name, task in TASKS.items()}
+    assert {name for name, limit in limits.items() if limit == 1024} == {"mmbench", "scienceqa", "scienceqa_image"}
+    assert {name for name, limit in limits.items() if limit == 128} == limits.keys() - {
+        "mmbench",
+        "scienceqa",
+        "scienceqa_image",
+        "easy_vqa",
+    }
 
 
 @pytest.mark.parametrize(
