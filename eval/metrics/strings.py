@@ -22,8 +22,8 @@ def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5, raw
         prediction: The model's answer.
         answers: The right ones.
         threshold: Smallest similarity that counts.
-        raw_length: Lengths are those of the texts as they were given, and white space is collapsed (DocVQA's script and most others);
-            False takes the lengths of the lower-cased, stripped texts that are compared (LLaVA, M4C).
+        raw_length: White space is collapsed, but lengths are those of the texts as they were given, upper-cased ("ß" has two): DocVQA's
+            script and most others. False takes the lengths of the lower-cased, stripped texts that are compared (LLaVA, M4C).
 
     Raises:
         ValueError: If there are no answers.
@@ -58,7 +58,7 @@ def edit_distance(first: str, second: str) -> int:
 def _similarity(prediction: str, answer: str, raw_length: bool) -> float:
     if raw_length:
         compared = [" ".join(text.lower().split()) for text in (prediction, answer)]
-        longest = max(len(prediction), len(answer))
+        longest = max(len(prediction.upper()), len(answer.upper()))
     else:
         compared = [text.lower().strip() for text in (prediction, answer)]
         longest = max(map(len, compared))

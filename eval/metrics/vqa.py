@@ -9,7 +9,7 @@ What is compared are normalised texts, and evaluations differ in when they norma
 - ``official_2017``: the official script of 2017 and most of its copies. The prediction always; people's answers only if they differ, and
   then only their punctuation.
 - ``official``: later copies of it. Neither if all people agree, both otherwise; people's answers are stripped too.
-- ``always``: both, always (lmms-eval's VQAv2, VLMEvalKit).
+- ``always``: both, always (lmms-eval's VQAv2).
 - ``evalai``: both, always, after cutting the text as mmf does (LLaVA's TextVQA; EvalAI submissions; OK-VQA, VizWiz in lmms-eval).
 """
 

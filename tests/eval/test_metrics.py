@@ -256,6 +256,9 @@ def test_exact_and_gqa_match() -> None:
         # One of five raw characters is wrong, or one of three that are left.
         (" abd ", ["abc"], 0.8, 2 / 3),
         ("a  b", ["a b"], 1, 0.75),
+        # In upper case "ß" is two letters, and the official scripts divide by those.
+        ("Strase", ["Straße"], 6 / 7, 5 / 6),
+        ("Grus", ["x", "Gruß"], 0.8, 0.75),
     ],
 )
 def test_anls(prediction: str, answers: list[str], raw: float, trimmed: float) -> None:
