@@ -10,7 +10,8 @@ from corda_vlm.images import UNREADABLE, open_image, why_unreadable
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
-"""What LLaVA-1.5 was told in training and is told in its evaluations."""
+"""How LLaVA-1.5's training data and evaluations end a question. What stands in front of all, vicuna's system sentence, is an option of who
+asks: ``generate_answers``."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class VqaExample:
     kind: str = ""
     """What scores are also given by: type of answer, category."""
 
-    def as_item(self) -> dict[str, object]:
     group: str = ""
     """What the examples of one group share: one question asked in several ways, see ``VqaTask.circular``."""
 
+    def as_item(self) -> dict[str, object]:
         """Return the example in the form that ``corda_vlm.prepare`` and ``corda_vlm.fine_tune`` read."""
         image = self.image if isinstance(self.image, (Image.Image, Path)) else self.open_image()
         return {"image": image, "question": self.question, "answer": self.answer}
@@ -80,16 +81,16 @@ class VqaTask:
     score: Callable[[str, VqaExample], float]
     """Score of one answer as the model gave it, from 0 to 1."""
 
-    max_new_tokens: int = 16
-    """Where an answer that does not end by itself is cut."""
+    max_new_tokens: int = 128
+    """Where an answer that does not end by itself is cut; that of LLaVA-1.5's evaluations."""
 
     more_metrics: Callable[[Sequence[VqaExample], Sequence[str]], Mapping[str, float]] = lambda examples, answers: {}
     """What else is computed from all answers."""
 
-
     circular: str = ""
     """Name of the mean over groups, each of which scores as its worst example. Where there is one, it is the result's headline, and the
     groups' scores are the result's."""
+
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """Return a question with a lettered line for each choice."""

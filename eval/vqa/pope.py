@@ -66,6 +66,4 @@ def _more(examples: Sequence[VqaExample], answers: Sequence[str]) -> Mapping[str
     return pope_scores(answers, [example.answer for example in examples], [example.kind for example in examples])
 
 
-TASK = VqaTask(
-    "pope", load, "accuracy", lambda answer, example: float(pope_answer(answer) == example.answer), max_new_tokens=128, more_metrics=_more
-)
+TASK = VqaTask("pope", load, "accuracy", lambda answer, example: float(pope_answer(answer) == example.answer), more_metrics=_more)

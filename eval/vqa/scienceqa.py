@@ -79,5 +79,5 @@ def _score(answer: str, example: VqaExample) -> float:
     return float(scienceqa_answer(answer) == example.answer)
 
 
-TASK = VqaTask("scienceqa", load, "accuracy", _score)
-IMAGE_TASK = VqaTask("scienceqa_image", partial(load, only_images=True), "accuracy", _score)
+TASK = VqaTask("scienceqa", load, "accuracy", _score, max_new_tokens=1024)
+IMAGE_TASK = VqaTask("scienceqa_image", partial(load, only_images=True), "accuracy", _score, max_new_tokens=1024)
