@@ -6,7 +6,6 @@ prompt of a training sample has the very tokens that it has when the model is as
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from corda_vlm.images import open_image
+from corda_vlm.media import image_field, image_sources
 
 Item = Any
 """(image or None, text), or a dict with ``text``, ``question``/``answer`` or ``conversations``, and perhaps ``image``."""
@@ -272,24 +272,13 @@ def fields_of(item: Item) -> Mapping[str, Any]:
     raise ValueError(f"A sample is a {type(item).__name__}; expected a pair (image or None, text) or a dict.")
 
 
-def image_field(fields: Mapping[str, Any]) -> Any:
-    """Return what a sample has for its image or images."""
-    return fields.get("image", fields.get("images"))
-
-
 def read_images(value: Any) -> tuple[Image.Image, ...]:
-    """Return the images of a sample's field in RGB: a PIL image, a path, a list of these, or None.
+    """Return the images of a sample's field (``image_sources``) in RGB.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is of another form.
     """
-    if value is None:
-        return ()
-    if isinstance(value, (list, tuple)):
-        return tuple(image for one in value for image in read_images(one))
-    if isinstance(value, (str, Path, Image.Image)):
-        return (open_image(value),)
-    raise ValueError(f"An image is a {type(value).__name__}; expected a PIL image, a path, a list of these, or None.")
+    return tuple(open_image(source) for source in image_sources(value))
 
 
 def _role(name: str) -> str:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corda_vlm.data import Item, fields_of, image_field, read_images
+from corda_vlm.data import Item, fields_of, read_images
+from corda_vlm.media import image_field
 
 
 class PairCollator(ABC):
