@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from corda_core.adapter import attachment_of
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
-from corda_core.files import replacing_in
+from corda_core.files import replacing_in, write_tensors
 from corda_core.lora import ContextLora, base_of, change_factors, lora_config, lora_layers, whole_modules
 from corda_core.modules import gathered_whole, is_quantized, is_shared, unwrapped, weight_matrix
 
@@ -92,7 +91,7 @@ def export(
     folder = Path(path)
     if process_rank() == 0:
         with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
-            save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(tensors, fresh / WEIGHTS, {"format": "pt"})
             config.save_pretrained(fresh)
     return Exported(folder, max(ranks.values()), lost)
 

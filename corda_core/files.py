@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ LOCK = ".lock"
 LOCK_WAIT = 6.0
 """Seconds that a lock is waited for: workers of a DataLoader share it, and outlive a killed process by up to five."""
 DIGEST = "sha256"
-"""Where a safetensors file has the digest of its tensors and of what else its metadata say."""
+"""Where a file of ours has the digest of what else it holds: in the metadata of safetensors, at the top of JSON."""
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -81,6 +83,8 @@ def flush(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other process that asks for it out of a folder, until the end or this process's death.
 
+    What dead processes left half written in it is removed.
+
     Raises:
         BlockingIOError: If another process has the folder.
     """
@@ -92,6 +96,8 @@ def locked(folder: Path) -> Iterator[None]:
         # Not "from": the cause says nothing more.
         raise BlockingIOError(f"{folder} is in use by another run; wait until that has ended, or name another output.") from None
     try:
+        for left in list(folder.rglob(f"{PARTIAL}*")):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         lock.release()
@@ -119,6 +125,33 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}); {cure}.") from error
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
+    write_whole(path, json.dumps({**value, DIGEST: _json_digest(value)}, indent=1).encode())
+
+
+def read_sealed(path: Path, cure: str) -> dict[str, Any]:
+    """Return an object that ``write_sealed`` wrote, or corda-vlm 0.1.0, which gave it no digest.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or no object.
+    """
+    value = read_json(path, cure)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no object of JSON, as corda-vlm writes; {cure}.")
+    found = value.pop(DIGEST, None)
+    if found is None:
+        warnings.warn(f"{path} was written by corda-vlm 0.1.0 and has no digest: damage to it would not be seen.", stacklevel=3)
+    elif found != _json_digest(value):
+        raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
+    return value
+
+
+def _json_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_yaml(path: Path, cure: str = "mend that line") -> Any:

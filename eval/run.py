@@ -10,7 +10,6 @@ Under ``accelerate launch`` the tasks are shared out over the processes.
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 
 from corda_core import lora_layers, weight_change
-from corda_core.checkpoint import ATTACHMENT, WEIGHTS
+from corda_core.checkpoint import ATTACHMENT, WEIGHTS, read_adapter
 from corda_core.distributed import num_processes, process_rank
-from corda_core.files import write_whole
+from corda_core.files import file_digest, read_json, read_sealed, read_tensors, write_sealed, write_whole
 from corda_eval.comparison import averages, compare
 from corda_eval.comparison_page import html, markdown, sentences, summary
 from corda_eval.describe import library_versions
@@ -35,7 +33,10 @@ from corda_vlm.adapted import load
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.processes import processes
 from corda_vlm.recipe import ModelConfig
+from corda_vlm.resume import alone_in
+from corda_vlm.sources import one_line
 
+CONFIG = "adapter_config.json"
 BASE = "base"
 
 
@@ -69,11 +70,18 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
         command: What was typed, for the record.
 
     Raises:
+        BlockingIOError: If another run writes to the output.
         FileNotFoundError: If a file is missing.
         ValueError: If data, adapter or output are not right.
     """
-    start = time.time()
     processes()  # joins the others, if there are any
+    with alone_in(output):
+        return _evaluated(base, adapters, suite, output, command)
+
+
+def _evaluated(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path, command: str) -> dict[str, Any]:
+    """Measure, in an output that is this run's own."""
+    start = time.time()
     results, changes = {}, {}
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
@@ -137,14 +145,14 @@ def _measured(
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
             held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
-            write_whole(paths[task], json.dumps(held).encode())
+            write_sealed(paths[task], held)
             score = f"{result.headline} {result.metrics[result.headline]:.4g}"
             print(
                 f"{output.name}: {task.title}: {score}, {result.num_examples} examples, {result.examples_per_second:.3g} a second",
                 flush=True,
             )
     processes().wait_for_everyone()
-    kept = [json.loads(paths[task].read_text()) for task in suite.tasks]
+    kept = [_done(paths[task]) for task in suite.tasks]
     return [TaskResult(**one["result"]) for one in kept], kept[0]["change"]
 
 
@@ -156,7 +164,7 @@ def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    found = json.loads(path.read_text())["asked"]
+    found = _done(path)["asked"]
     different = [key for key in asked if found.get(key) != asked[key]]
     if different:
         key = different[0]
@@ -164,23 +172,51 @@ def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
     return True
 
 
+def _done(path: Path) -> dict[str, Any]:
+    """Return what a task's file holds: what was asked, of whom, and the result.
+
+    Raises:
+        ValueError: If it is damaged or holds something else.
+    """
+    cure = "remove it: the task is measured again"
+    found = read_sealed(path, cure)
+    fields = {field.name for field in dataclasses.fields(TaskResult)}
+    if not {"asked", "change", "result"} <= set(found) or not isinstance(found["asked"], dict) or set(found["result"]) != fields:
+        raise ValueError(f"{path} holds no result of a task; {cure}.")
+    return found
+
+
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:
-    """Return the base with an adapter of ours on it, or an ordinary LoRA."""
+    """Return the base with an adapter of ours on it, or an ordinary LoRA.
+
+    Raises:
+        ValueError: If the LoRA does not fit the base.
+    """
     if (folder / ATTACHMENT).exists():
         return load(model, folder)
-    return PeftModel.from_pretrained(model, folder).eval()
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except Exception as error:  # PEFT lets through whatever a config of other values leads to
+        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG}.") from error
 
 
 def _digest(folder: Path) -> str:
-    """Return what identifies an adapter's weights.
+    """Return what identifies an adapter's weights, once they are known to be whole: told here, not after hours.
 
     Raises:
         FileNotFoundError: If there are none.
+        ValueError: If they are damaged.
     """
     weights = folder / WEIGHTS
     if not weights.exists():
         raise FileNotFoundError(f"{weights} does not exist; expected a folder that `corda-vlm train` or `export` wrote.")
-    with safe_open(weights, "pt") as file:
-        file.keys()  # damaged files are told here, not after hours
-    with weights.open("rb") as raw:
-        return hashlib.file_digest(raw, "sha256").hexdigest()
+    if (folder / ATTACHMENT).exists():
+        read_adapter(folder)
+        return file_digest(weights)
+    tensors, _ = read_tensors(weights, "export the adapter again")
+    spoilt = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if spoilt is not None:
+        raise ValueError(f"{weights} has values in {spoilt} that are not finite; export the adapter again.")
+    if not isinstance(read_json(folder / CONFIG, "export the adapter again"), dict):
+        raise ValueError(f"{folder / CONFIG} is no config of a LoRA; export the adapter again.")
+    return file_digest(weights)

@@ -1,5 +1,7 @@
 """Adapters on disk: saved, loaded in new processes, trained on; another base, another adapter or a damaged file is refused."""
 
+import json
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -13,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_adapter import FAMILIES, IDS, logits, planned, trained
 
 from corda_core import attach, attachment_of, export, load, lora_layers, merge, save
-from corda_core.checkpoint import load_attachment
+from corda_core.checkpoint import load_attachment, save_attachment
+from corda_core.files import read_tensors
 
 FORMS = [
     ("start", "offset", None),
@@ -172,6 +175,53 @@ def test_refusals(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="expected the weights of an adapter"):
         load(tiny_llama(), folder)
+
+
+def test_files_that_were_not_saved_together_are_refused(tmp_path: Path) -> None:
+    """As a save that is killed between its two renames leaves them, or a folder that somebody put together."""
+    made = planned(tiny_llama())
+    first = save(trained(attach(tiny_llama(), made)), tmp_path / "first")
+    second = save(trained(trained(attach(tiny_llama(), made))), tmp_path / "second")
+    for name in ("adapter_model.safetensors", "corda.safetensors"):
+        mixed = shutil.copytree(first, tmp_path / f"mixed-{name}")
+        shutil.copy(second / name, mixed / name)
+        with pytest.raises(ValueError, match=r"was not saved together with corda\.safetensors"):
+            load(tiny_llama(), mixed)
+    save_attachment(attachment_of(attach(tiny_llama(), made)), first / "corda.safetensors")  # of a run before its first step
+    with pytest.raises(ValueError, match=r"was not saved together with corda\.safetensors"):
+        load(tiny_llama(), first)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_weights_that_are_not_finite_or_of_another_shape_are_refused(name: str, tmp_path: Path) -> None:
+    folder = save(trained(attach(tiny_llama(), planned(tiny_llama()))), tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    state = load_file(weights)
+    key = next(key for key in state if name in key)
+    for spoilt, sentence in ((state[key] * float("nan"), "not finite"), (state[key][1:], "of shape"), (state[key][None], "of shape")):
+        save_file({**state, key: spoilt}, weights)
+        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors has .*{name}.* {sentence}"):
+            load(tiny_llama(), folder)
+
+
+def test_an_adapter_of_the_first_version_loads_with_one_warning(tmp_path: Path) -> None:
+    adapted = trained(attach(tiny_llama(), planned(tiny_llama())))
+    folder = save(adapted, tmp_path)
+    as_version_one(folder)
+    with pytest.warns(UserWarning, match="was written by corda-vlm 0.1.0") as told:
+        again = load(tiny_llama(), folder)
+    assert len([one for one in told if "0.1.0" in str(one.message)]) == 1
+    assert torch.equal(logits(again), logits(adapted))
+
+
+def as_version_one(folder: Path) -> None:
+    """Rewrite an adapter as 0.1.0 wrote it."""
+    for path in (folder / "corda.safetensors", folder / "adapter_model.safetensors"):
+        tensors, metadata = read_tensors(path)
+        header = json.loads(metadata.get("corda", "{}"))
+        header.pop("beside", None)
+        about = {"corda": json.dumps({**header, "format": 2})} if header else {"format": "pt"}
+        save_file(tensors, path, about)
 
 
 def test_a_deleted_adapter_leaves_nothing_behind() -> None:

@@ -1,10 +1,16 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, damaged ones are told by name, and one run at a time has a folder."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from corda_core.files import replacing_in, write_whole
+from corda_core import files
+from corda_core.files import locked, read_json, read_sealed, read_tensors, read_yaml, replacing_in, write_sealed, write_tensors, write_whole
 
 
 def test_files_are_replaced_together_at_the_end(tmp_path: Path) -> None:
@@ -34,3 +40,89 @@ def test_one_file_is_written_into_a_new_folder(tmp_path: Path) -> None:
     write_whole(tmp_path / "new" / "a", b"data")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
     assert (tmp_path / "new" / "a").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize(
+    ("content", "reader", "sentence"),
+    [
+        (b'{"a": 1', read_json, "is not whole JSON"),
+        (b"\xff\xfe", read_json, "is no text in UTF-8"),
+        (b"[" * 100_000, read_json, "is not whole JSON"),
+        (b"a: [1", read_yaml, "is no YAML"),
+        (b"day: 2026-02-30", read_yaml, "is no YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", read_yaml, "is no YAML"),
+        (b"a: \x00", read_yaml, "is no YAML"),
+        (b"", read_tensors, "is damaged or no safetensors file"),
+        (b"\xff" * 100, read_tensors, "is damaged or no safetensors file"),
+    ],
+)
+def test_readers_name_the_file(content: bytes, reader: Callable[[Path], Any], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} {sentence}"):
+        reader(path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is a folder"):
+        reader(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'} does not exist"):
+        reader(tmp_path / "none")
+
+
+def test_every_flipped_bit_of_a_file_of_tensors_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "tensors"
+    tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "none": torch.zeros(0, 3)}
+    write_tensors(tensors, path, {"about": "these"})
+    found, metadata = read_tensors(path)
+    assert metadata["about"] == "these"
+    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        try:
+            again, about = read_tensors(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:  # a bit of the digest's own name: readers of files that must carry one refuse it
+            assert "sha256" not in about or all(torch.equal(value, tensors[name]) for name, value in again.items())
+
+
+def test_sealed_json_comes_back_or_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "held.json"
+    write_sealed(path, {"score": 0.1, "names": ["ä", None], "1": {"b": 1, "a": 2}})
+    assert read_sealed(path, "remove it") == {"score": 0.1, "names": ["ä", None], "1": {"b": 1, "a": 2}}
+    path.write_text(path.read_text().replace("0.1", "0.9"))
+    with pytest.raises(ValueError, match="held.json is damaged: .*; remove it"):
+        read_sealed(path, "remove it")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="held.json is no object"):
+        read_sealed(path, "remove it")
+    path.write_text('{"score": 1}')
+    with pytest.warns(UserWarning, match="held.json was written by corda-vlm 0.1.0"):
+        assert read_sealed(path, "remove it") == {"score": 1}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from corda_core.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match="a is in use by another run; wait"), locked(tmp_path / "a"):
+        pass
+    with locked(tmp_path / "b"):
+        pass
+    holder.kill()
+    holder.communicate()
+    (tmp_path / "a" / "deep" / ".partial-1").mkdir(parents=True)
+    with locked(tmp_path / "a"):  # a lock goes with its process
+        assert not list((tmp_path / "a").rglob(".partial-*"))

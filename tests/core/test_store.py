@@ -1,19 +1,25 @@
 """Files of covariances and plans: whole, checked, refused with the reason."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_llama
+from safetensors.torch import save_file
 from torch import nn
 
 from corda_core import Covariance, collect, plan, select_covariances, select_linears
+from corda_core.files import read_tensors, write_tensors
 from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
 
 OPTIONS = {"normalize": None, "dtype": "float32"}
@@ -112,6 +118,59 @@ def test_missing_and_foreign_files(model: nn.Module, path: Path, tmp_path: Path)
         load_plan(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="holds 'covariances'.*expected 'plan'"):
         load_plan(path)
+
+
+@pytest.mark.parametrize("kind", ["plan", "covariances"])
+def test_a_flipped_bit_anywhere_is_refused(
+    kind: str, model: nn.Module, covariances: dict[str, Covariance], path: Path, tmp_path: Path
+) -> None:
+    if kind == "plan":
+        path = tmp_path / "plan.safetensors"
+        save_plan(plan(model, covariances, mode="kpm", rank=3), path)
+    whole = path.read_bytes()
+    for place in torch.randint(8 * len(whole), (60,)).tolist() + list(range(0, 8 * 400, 61)):
+        spoilt = bytearray(whole)
+        spoilt[place // 8] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load_plan(path) if kind == "plan" else load_covariances(path, model=model, options=OPTIONS)
+
+
+def test_files_of_the_first_version_load_with_a_warning(model: nn.Module, covariances: dict[str, Covariance], path: Path) -> None:
+    expected = load_covariances(path, model=model, options=OPTIONS)
+    as_version_one(path)
+    with pytest.warns(UserWarning, match=r"covariances\.safetensors was written by corda-vlm 0\.1\.0 and has no digest"):
+        found = load_covariances(path, model=model, options=OPTIONS)
+    assert all(torch.equal(one.matrix, expected[name].matrix) for name, one in found.items())
+    tensors, metadata = read_tensors(path)
+    save_file(tensors, path, {"corda": metadata["corda"].replace('"format": 2', '"format": 3')})
+    with pytest.raises(ValueError, match="of format 3 without a digest"):  # else damage to its name would take the digest away
+        load_covariances(path, model=model, options=OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("layers"),
+        lambda header: header.update(layers=[1, 2]),
+        lambda header: header.update(num_tokens=None),
+        lambda header: header["num_tokens"].pop(),
+        lambda header: header["layers"].update({next(iter(header["layers"])): 99}),
+    ],
+)
+def test_headers_of_another_shape_are_refused(change: Callable[[dict[str, Any]], Any], model: nn.Module, path: Path) -> None:
+    tensors, metadata = read_tensors(path)
+    header = json.loads(metadata["corda"])
+    change(header)
+    write_tensors(tensors, path, {"corda": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"covariances\.safetensors has a header that does not fit"):
+        load_covariances(path, model=model, options=OPTIONS)
+
+
+def as_version_one(path: Path) -> None:
+    """Rewrite a file as 0.1.0 wrote it."""
+    tensors, metadata = read_tensors(path)
+    save_file(tensors, path, {"corda": metadata["corda"].replace('"format": 3', '"format": 2')})
 
 
 def test_data_digest_tells_batches_apart() -> None:

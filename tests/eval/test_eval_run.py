@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import corda_vlm
+from corda_core import files
 from corda_eval import run
 from corda_eval.describe import library_versions
 from corda_eval.suite import read_suite
@@ -127,7 +129,8 @@ def test_tasks_reach_the_network_only_if_asked(place: Path, download: bool, monk
 
 def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert called(place, "tuned").exit_code == 0
-    shutil.copy(place / "lora" / "adapter_model.safetensors", place / "tuned")
+    shutil.rmtree(place / "tuned")
+    shutil.copytree(place / "lora", place / "tuned")
     done = called(place, "tuned")
     assert done.exit_code == 1
     assert "was made with another adapter" in done.output
@@ -138,6 +141,35 @@ def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest
     (place / "suite.yaml").write_text(suite)
     monkeypatch.setattr(run, "library_versions", lambda: library_versions() | {"torch": "99.0"})
     assert f"digits.json was made with another torch ({library_versions()['torch']}); name another output" in called(place, "lora").output
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("out/base/digits.json", lambda text: text.replace('"accuracy": ', '"accuracy": 1'), "digits.json is damaged"),
+        ("out/base/digits.json", lambda text: text[:50], "digits.json is not whole JSON"),
+        ("out/tuned/digits.json", lambda text: "[]", "digits.json is no object"),
+        ("lora/adapter_config.json", lambda text: text[:50], "adapter_config.json is not whole JSON"),
+        ("lora/adapter_config.json", lambda text: text.replace('"r": ', '"r": 9'), "lora holds no LoRA that fits this base"),
+        ("tuned/corda.safetensors", lambda text: "", "corda.safetensors is damaged"),
+    ],
+)
+def test_damage_is_told_by_its_files_name(file: str, change: Callable[[str], str], sentence: str, place: Path) -> None:
+    if file.startswith("out"):
+        assert called(place, "tuned").exit_code == 0
+    path = place / file
+    path.write_text(change(path.read_text(errors="ignore")))
+    done = called(place, "lora" if file.startswith("lora") else "tuned")
+    assert done.exit_code == 1, done.output
+    assert sentence in done.output
+
+
+def test_two_at_once_do_not_share_an_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    with files.locked(place / "out"):
+        done = called(place, "tuned")
+    assert done.exit_code == 1
+    assert "out is in use by another run" in done.output
 
 
 def test_errors_are_sentences(place: Path) -> None:
