@@ -20,10 +20,13 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from typer.testing import CliRunner
 
 import corda_core
+from corda_core import files
+from corda_core.files import read_tensors
 from corda_vlm import run
 from corda_vlm.cli import app
 from corda_vlm.data import Collator
 from corda_vlm.recipe import read_recipe
+from corda_vlm.resume import last_whole
 from corda_vlm.train import parameter_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
@@ -102,6 +105,81 @@ def test_a_damaged_checkpoint_is_passed_over(processor: Any, tmp_path: Path) -> 
     optimizer = tmp_path / "output" / "checkpoint-8" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-500])
     assert trained(path, resume=True).losses == whole.losses
+
+
+@pytest.mark.parametrize("options", [{"steps": 8}, {"epochs": 1.5, "steps": None}])
+def test_resuming_what_has_ended_writes_the_adapter_and_stops(options: dict[str, Any], processor: Any, tmp_path: Path) -> None:
+    """Also where the last step is not the last of an epoch, and after a death between the last checkpoint and the adapter."""
+    path = write_recipe(tmp_path, processor, training=options, evaluation={"source": str(tmp_path / "data.json"), "limit": 4})
+    whole = trained(path)
+    expected = adapter_weights(whole.output)
+    for left in ([], ["adapter_model.safetensors", "training.json"], ["adapter_config.json"]):
+        for name in left:
+            (whole.output / name).unlink()
+        again = trained(path, resume=True)
+        assert again.losses == whole.losses
+        assert again.evaluation == whole.evaluation
+        assert all(torch.equal(value, expected[key]) for key, value in adapter_weights(whole.output).items())
+        assert corda_core.load(tiny_llava(), whole.output)
+
+
+def test_every_file_of_a_checkpoint_is_verified(processor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path)
+    newest = whole.output / "checkpoint-8"
+    names = [file.name for file in newest.iterdir()]
+    assert {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "corda.safetensors"} < set(names)
+    for name in names:
+        content = (newest / name).read_bytes()
+        for damaged in (content[: len(content) // 2], bytes([*content[:-1], content[-1] ^ 1])):
+            (newest / name).write_bytes(damaged)
+            assert last_whole(whole.output) == whole.output / "checkpoint-6", name
+        (newest / name).write_bytes(content)
+    assert last_whole(whole.output) == newest
+    (newest / "trainer_state.json").write_text("")
+    assert trained(path, resume=True).losses == whole.losses
+    assert f"checkpoint-8 is damaged ({newest / 'trainer_state.json'} is not as it was written.)" in caplog.text
+    assert (whole.output / "damaged-checkpoint-8" / "optimizer.pt").exists()  # nothing that somebody may want is removed
+
+
+def test_without_a_whole_checkpoint_a_run_starts_again(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path)
+    for file in whole.output.glob("checkpoint-*/optimizer.pt"):
+        file.write_bytes(b"")
+    assert trained(path, resume=True).losses == whole.losses
+
+
+def test_checkpoints_of_the_first_version_are_resumed(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor)
+    whole = trained(path)
+    for file in (whole.output / "corda.safetensors", *whole.output.glob("checkpoint-*/corda.safetensors")):
+        tensors, metadata = read_tensors(file)
+        header = {key: value for key, value in json.loads(metadata["corda"]).items() if key != "beside"}
+        save_file(tensors, file, {"corda": json.dumps({**header, "format": 2})})
+    scheduler = whole.output / "checkpoint-8" / "scheduler.pt"
+    scheduler.write_bytes(scheduler.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match="was written by corda-vlm 0.1.0"):
+        assert trained(path, resume=True).losses == whole.losses
+
+
+def test_one_run_at_a_time_has_an_output(processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    path = write_recipe(tmp_path, processor)
+    with files.locked(tmp_path / "output"):
+        for command in (["train"], ["train", "--resume"], ["prepare"]):
+            result = CliRunner().invoke(app, [command[0], "--config", str(path), *command[1:]])
+            assert result.exit_code == 1
+            assert "output is in use by another run; wait until that has ended, or name another output." in result.output
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "- 1"])
+def test_a_damaged_recipe_of_an_output_is_told(content: str, processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 2})
+    recipe = trained(path).output / "recipe.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ValueError, match=rf"{recipe} .*name another output, or put that run's recipe there again"):
+        trained(path, resume=True)
 
 
 def test_other_runs_are_not_written_over(processor: Any, tmp_path: Path) -> None:
