@@ -1,13 +1,14 @@
 """Put an adapter plan on a model as a PEFT LoRA."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from corda_core.bases import check_same, check_untouched, other_tensors
 from corda_core.decompose import Mode
 from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, base_of, fill, lora_config, lora_layers, whole_modules
 from corda_core.modules import base_digest, check_present, is_quantized, is_shared, unwrapped
@@ -27,6 +28,12 @@ class Attachment:
     residual: Residual
     quantize: str | None
     train_fully: tuple[str, ...]
+    rest: Mapping[str, str] | None = None
+    """What else the base held (``other_tensors``); None in files that version 0.1.0 wrote."""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(one, str) for one in dict(self.rest or {}).values()):
+            raise TypeError(f"rest is {self.rest!r}; expected a description of each tensor.")
 
 
 def attach(
@@ -65,32 +72,48 @@ def attach(
     Raises:
         ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
     """
-    base = base_of(model)
-    _check_options(plan, protect, residual)
-    _check_base(model, plan, residual, quantize, train_fully, adapter_name)
-    alpha = plan.rank if alpha is None else alpha
+    attachment = Attachment(plan, plan.rank if alpha is None else alpha, protect, residual, quantize, tuple(train_fully))
+    _check(model, attachment, adapter_name)
+    return _put_on(model, replace(attachment, rest=other_tensors(base_of(model), plan.layers, train_fully)), adapter_name)
+
+
+def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "default") -> PeftModel:
+    """Return the model with an adapter attached as it once was, at its start.
+
+    Raises:
+        ValueError: If the base is not the one that the adapter was attached to, in its other tensors too where they are recorded.
+    """
+    _check(model, attachment, adapter_name)
+    rest = other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully)
+    if attachment.rest is not None:
+        check_same(attachment.rest, rest)
+    return _put_on(model, replace(attachment, rest=rest), adapter_name)
+
+
+def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> PeftModel:
+    """Return the model, which has been checked, with the adapter on it."""
+    base, plan, residual = base_of(model), attachment.plan, attachment.residual
     ranks = {name: init.rank for name, init in plan.layers.items()}
-    config = lora_config(base, ranks, plan.rank, alpha / plan.rank)
-    config.modules_to_save = list(train_fully) or None
-    peft_model = _with_lora(model, config, adapter_name)
+    config = lora_config(base, ranks, plan.rank, attachment.alpha / plan.rank)
+    config.modules_to_save = list(attachment.train_fully) or None
+    peft_model = _with_lora(unwrapped(model), config, adapter_name)
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
-    _check_whole(peft_model, train_fully, adapter_name)
+    _check_whole(peft_model, attachment.train_fully, adapter_name)
     if residual == "subtract":
         for name, layer in layers.items():
             _subtract_(layer.get_base_layer(), plan.layers[name])
-    if quantize is not None:  # PEFT has layers of its own kind on quantised ones
+    if attachment.quantize is not None:  # PEFT has layers of its own kind on quantised ones
         base = peft_model.unload()
-        quantize_linears_(base, plan.layers, quantize)
+        quantize_linears_(base, plan.layers, attachment.quantize)
         base.is_loaded_in_4bit = True  # where PEFT looks for whether to take them
         peft_model = _with_lora(base, config, adapter_name)
         base.is_loaded_in_4bit = False  # transformers would look for its own quantiser
         layers = lora_layers(peft_model, adapter_name)
     for name, layer in layers.items():
-        fill(layer, plan.layers[name], adapter_name, protect, offset=residual == "offset")
-    if protect != "strict":
+        fill(layer, plan.layers[name], adapter_name, attachment.protect, offset=residual == "offset")
+    if attachment.protect != "strict":
         peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
-    attachment = Attachment(plan, alpha, protect, residual, quantize, tuple(train_fully))
     peft_model.peft_config[adapter_name].corda = attachment  # no field of PEFT's config: it is not written to its JSON
     return peft_model
 
@@ -124,7 +147,19 @@ def _subtract_(base: Any, init: AdapterInit) -> None:
     base.weight.data -= (component.T if isinstance(base, Conv1D) else component).to(base.weight.dtype)
 
 
-def _check_options(plan: AdapterPlan, protect: str, residual: str) -> None:
+def _check(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
+    """Refuse options that contradict each other, and a model that this adapter cannot be put on."""
+    _check_options(attachment)
+    _check_others(unwrapped(model), attachment, adapter_name)
+    base = base_of(model)
+    check_present(base, attachment.plan.layers, "The plan")
+    _check_train_fully(base, attachment)
+    _check_digest(base, attachment.plan)
+    _check_writable(base, attachment)
+
+
+def _check_options(attachment: Attachment) -> None:
+    plan, protect, residual, quantize = attachment.plan, attachment.protect, attachment.residual, attachment.quantize
     if protect not in ("start", "strict", "whitened"):
         raise ValueError(f'protect is {protect!r}; expected "start", "strict" or "whitened".')
     if residual not in ("offset", "subtract"):
@@ -139,31 +174,35 @@ def _check_options(plan: AdapterPlan, protect: str, residual: str) -> None:
         )
     if protect == "whitened" and any(init.whitening is None for init in plan.layers.values()):
         raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
-
-
-def _check_base(
-    model: nn.Module, plan: AdapterPlan, residual: str, quantize: str | None, train_fully: Sequence[str], adapter_name: str
-) -> None:
-    """Refuse a model that this adapter cannot be put on."""
-    base = base_of(model)
     if quantize is not None and quantize not in KINDS:
         raise ValueError(f"quantize is {quantize!r}; expected one of {list(KINDS)} or None.")
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            raise ValueError(f"The model carries an adapter named {adapter_name!r} already; give this one another adapter_name.")
-        if residual == "subtract" or quantize is not None:
-            raise ValueError(
-                'residual="subtract" and quantize change the base weights, which other adapters on this model need as they are; '
-                "leave them out, or attach to a model without adapters."
-            )
+
+
+def _check_others(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
+    """Refuse other adapters on the model that cannot stand beside this one."""
+    if not isinstance(model, PeftModel):
+        check_untouched(model)
+        return
+    if adapter_name in model.peft_config:
+        raise ValueError(f"The model carries an adapter named {adapter_name!r} already; give this one another adapter_name.")
+    if attachment.residual == "subtract" or attachment.quantize is not None:
+        raise ValueError(
+            'residual="subtract" and quantize change the base weights, which other adapters on this model need as they are; '
+            "leave them out, or attach to a model without adapters."
+        )
+
+
+def _check_train_fully(base: nn.Module, attachment: Attachment) -> None:
     modules = dict(base.named_modules())
-    check_present(base, plan.layers, "The plan")
-    for name in train_fully:
-        inside = [layer for layer in plan.layers if layer == name or layer.startswith(f"{name}.")]
+    for name in attachment.train_fully:
+        inside = [layer for layer in attachment.plan.layers if layer == name or layer.startswith(f"{name}.")]
         if name not in modules:
             raise ValueError(f"train_fully names {name!r}, which this model has not; expected full names of modules.")
         if inside:
             raise ValueError(f"train_fully names {name!r}, which holds the planned layer {inside[0]}; leave one of the two out.")
+
+
+def _check_digest(base: nn.Module, plan: AdapterPlan) -> None:
     digest = base_digest(base, plan.layers)
     if digest != plan.provenance["base_digest"]:
         dtype = next(base.parameters()).dtype
@@ -171,19 +210,24 @@ def _check_base(
             f"The plan was made for base weights {plan.provenance['base_digest'][:12]}…, but this model has {digest[:12]}… ({dtype}): "
             "attach it to the base it was made from, in the same dtype, or make a new plan."
         )
-    shared = [name for name in plan.layers if residual == "subtract" and is_shared(base, base.get_submodule(name).weight)]
+
+
+def _check_writable(base: Any, attachment: Attachment) -> None:
+    """Refuse what would change base weights that another module needs, or that cannot be changed."""
+    layers, subtracts = attachment.plan.layers, attachment.residual == "subtract"
+    shared = [name for name in layers if subtracts and is_shared(base, base.get_submodule(name).weight)]
     if shared:
         raise ValueError(
             f'residual="subtract" would change {shared[0]}, whose weight another module uses too; leave it out with `exclude`.'
         )
-    packed = [name for name in plan.layers if is_quantized(base.get_submodule(name))]
-    if packed and (residual == "subtract" or quantize is not None):
+    packed = [name for name in layers if is_quantized(base.get_submodule(name))]
+    if packed and (subtracts or attachment.quantize is not None):
         raise ValueError(
             f'residual="subtract" and quantize change the base weights, but {packed[0]} is quantised already; '
             'use residual="offset" without quantize, or the unquantised model.'
         )
-    if quantize is not None:
-        check_quantizable(base, plan.layers)
+    if attachment.quantize is not None:
+        check_quantizable(base, layers)
 
 
 def _check_whole(model: PeftModel, train_fully: Sequence[str], adapter_name: str) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from corda_core.adapter import Attachment, attach, attachment_of
+from corda_core.adapter import Attachment, attach_again, attachment_of
+from corda_core.bases import check_unchanged, other_tensors
 from corda_core.distributed import process_rank
 from corda_core.files import file_digest, read_tensors, replacing_in, tensors_digest, write_tensors
-from corda_core.lora import FROZEN
+from corda_core.lora import FROZEN, base_of
 from corda_core.modules import gathered_whole, unwrapped
 from corda_core.store import read_plan, save_plan
 
@@ -47,9 +48,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str 
     Under ``torch.distributed`` all processes call, the first one writes.
 
     Raises:
-        ValueError: If the model carries no CorDA adapter of this name.
+        ValueError: If the model carries no CorDA adapter of this name, or something of the base has changed that is not in the file.
     """
     attachment = attachment_of(model, adapter_name)
+    check_unchanged(attachment.rest or {}, other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully))
     peft_model: Any = unwrapped(model)
     # Embeddings are not trained here; to find out whether they were resized PEFT would ask the hub.
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -148,11 +150,6 @@ def check_saved_together(folder: Path) -> None:
             raise FileNotFoundError(f"{folder / name} is missing.")
         if file_digest(folder / name) != digest:
             raise ValueError(f"{folder / name} is not as it was written.")
-
-
-def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "default") -> PeftModel:
-    """Return the model with an adapter attached as it once was, at its start."""
-    return attach(model, **vars(attachment), adapter_name=adapter_name)
 
 
 def save_attachment(attachment: Attachment, path: str | os.PathLike[str], *, saved_with: Path | None = None) -> None:

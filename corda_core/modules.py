@@ -7,11 +7,12 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from accelerate.utils.other import is_compiled_module
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from corda_core.parallel import in_threads
@@ -80,8 +81,11 @@ def _closest(names: list[str], pattern: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model itself where it is wrapped for training on several devices (DDP)."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the model itself where it is compiled, or wrapped for several devices (DDP, DataParallel)."""
+    while (compiled := is_compiled_module(model)) or isinstance(model, (DistributedDataParallel, DataParallel)):
+        inner: nn.Module = model._orig_mod if compiled else model.module  # type: ignore[assignment]
+        model = inner
+    return model
 
 
 def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -108,7 +112,7 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor:
     """
     layer = _linear(model, name)
     if is_quantized(layer):
-        return _dequantized(layer, name)
+        return quantized_values(layer, name)
     return gathered_whole(_oriented(layer, name))
 
 
@@ -135,7 +139,7 @@ def is_shared(model: nn.Module, weight: Tensor) -> bool:
     return sum(one is weight for _, one in model.named_parameters(remove_duplicate=False)) > 1
 
 
-def _dequantized(layer: Any, name: str) -> Tensor:
+def quantized_values(layer: Any, name: str) -> Tensor:
     """Return the weight (m, n) of a layer of bitsandbytes in floating point; the layer stays as it is."""
     if layer.weight.dtype != torch.int8:
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
@@ -185,6 +189,11 @@ def weight_digest(tensors: Mapping[str, Tensor]) -> str:
 def base_digest(model: nn.Module, names: Iterable[str]) -> str:
     """Return the digest of the weights of the named layers, gathered one by one where they are sharded."""
     weights = ({name: weight_matrix(model, name)} for name in sorted(names))
-    plain = all(parameter.device.type == "cpu" and not isinstance(parameter, DTensor) for parameter in model.parameters())
-    digests = in_threads(weight_digest, weights, min(8, torch.get_num_threads()) if plain else 1)
+    digests = in_threads(weight_digest, weights, threads_for(model))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def threads_for(model: nn.Module) -> int:
+    """Return how many threads may read the model's tensors at a time: one, unless all lie whole in this machine's memory."""
+    plain = all(parameter.device.type == "cpu" and not isinstance(parameter, DTensor) for parameter in model.parameters())
+    return min(8, torch.get_num_threads()) if plain else 1

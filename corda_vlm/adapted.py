@@ -8,7 +8,7 @@ from torch import nn
 
 import corda_core
 from corda_core import Attachment
-from corda_core.checkpoint import attach_again
+from corda_core.adapter import attach_again
 from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.towers import is_open_clip
 

@@ -1,0 +1,147 @@
+"""What an adapter relies on in its base beside the layers that it adapts: that it is all there, untouched, and still the same."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from corda_core.modules import gathered_whole, is_quantized, quantized_values, threads_for
+from corda_core.parallel import in_threads
+
+UNREAD = "packed"
+"""Stands for the values of a tensor that is packed in a way that is not known: it is not compared."""
+
+
+def check_untouched(base: nn.Module) -> None:
+    """Refuse a model whose own layers are not all there, or have been replaced by adapters'.
+
+    Raises:
+        ValueError: If weights are offloaded or were never loaded, or an earlier call left its adapters in the model.
+    """
+    carries = next((name for name, module in base.named_modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))), None)
+    if carries is not None:
+        raise ValueError(
+            f"The base carries an adapter already (at {carries}), which an earlier prepare, attach or load put into this very object: "
+            "go on with the model that it returned, take the base back from that with `.unload()`, or load the base again."
+        )
+    absent = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"{absent} holds no values here (device meta): weights that are offloaded or not loaded cannot be decomposed; load the whole "
+            "model into memory, with no device_map that offloads."
+        )
+
+
+def other_tensors(base: nn.Module, layers: Mapping[str, object], train_fully: Sequence[str] = ()) -> dict[str, str]:
+    """Return type, shape and checksum of each tensor of the base but the weights of these layers and what trains whole, by name.
+
+    Parameters, and the floating-point buffers that are saved with a model, under the names they have without adapters; what several modules
+    share is there under each of its names. Sharded ones are gathered, one by one, by all processes.
+    """
+    inside = tuple(f"{name}." for name in train_fully)
+    adapted = {f"{name}.weight" for name in layers}
+    wanted = ((name, tensor) for name, tensor in _tensors(base) if name not in adapted and not name.startswith(inside))
+    return dict(in_threads(_described, wanted, threads_for(base)))
+
+
+def check_same(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse a base that has other tensors, or other values in them; floating types may be others.
+
+    Raises:
+        ValueError: If a tensor differs; the text names it.
+    """
+    name = next((name for name in {**recorded, **found} if not _equal(recorded.get(name), found.get(name))), None)
+    if name is not None:
+        change = _change(recorded.get(name), found.get(name))
+        raise ValueError(
+            f"The adapter's outputs depend on {name}, which {change} in this base: load it on the base that it was trained on, as "
+            "save_pretrained wrote it (what is resized or made anew has other values each time); or train again with that module in "
+            "train_fully, which is kept with the adapter."
+        )
+
+
+def check_unchanged(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Refuse to leave out of an adapter's file what has changed since it was attached; what has another type by now is not compared.
+
+    Raises:
+        ValueError: If a tensor has changed; the text names it.
+    """
+    both = [name for name in recorded if name in found and recorded[name].partition(" ")[0] == found[name].partition(" ")[0]]
+    name = next((name for name in both if not _equal(recorded[name], found[name])), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} {_change(recorded[name], found[name])} by now, but is no part of the adapter's file: merge the adapter and save "
+            "the whole model; or attach it anew with that module in train_fully."
+        )
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return Fletcher's checksum of the values, ``Σ bᵢ`` and ``Σ i bᵢ`` modulo 2^64, where bᵢ are the bits of value i.
+
+    The same whatever floating type and device hold the values, and as fast as memory is; float64 alone has other bits.
+    """
+    flat, size = tensor.detach().reshape(-1), 1 << (16 if tensor.device.type == "cpu" else 24)  # what a core's cache holds
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(flat), size):
+        bits = _bits(flat[start : start + size])
+        places = torch.arange(start + 1, start + 1 + len(bits), device=bits.device)
+        sums += torch.stack([bits.sum(), (bits * places).sum()])
+    return "".join(f"{value % (1 << 64):016x}" for value in sums.tolist())
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Return each value's bits as an integer."""
+    if values.dtype == torch.float64:
+        return values.view(torch.int64)
+    return (values.float().view(torch.int32) if values.is_floating_point() else values).long()
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
+    """Yield the tensors of a base by name, seen through the adapters on it; None for one that cannot be read."""
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    own |= {
+        key: buffer
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        if buffer.is_floating_point() and key not in module._non_persistent_buffers_set
+    }
+    for key, tensor in own.items():
+        yield prefix + key, _values(module, key, tensor)
+    for key, child in module._modules.items():  # named_children would leave out a second name of the same
+        if child is not None:
+            yield from _tensors(child, f"{prefix}{key}.")
+
+
+def _values(module: nn.Module, key: str, tensor: Tensor) -> Tensor | None:
+    """Return the values of a module's tensor; None where it is packed in a way that is not known."""
+    if key == "weight" and is_quantized(module):
+        try:
+            return quantized_values(module, key)
+        except ValueError:  # packed anew for inference
+            return None
+    whole = gathered_whole(tensor).detach()
+    return whole if type(whole) is Tensor else None
+
+
+def _described(named: tuple[str, Tensor | None]) -> tuple[str, str]:
+    """Return a tensor's name, and its type, shape and checksum."""
+    name, tensor = named
+    if tensor is None:
+        return name, UNREAD
+    return name, f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {checksum(tensor)}"
+
+
+def _equal(one: str | None, other: str | None) -> bool:
+    """Return whether two tensors have the same shape and values, as far as they could be read; None stands for no tensor."""
+    if one is None or other is None:
+        return one is other
+    return UNREAD in (one, other) or one.partition(" ")[2] == other.partition(" ")[2]
+
+
+def _change(before: str | None, now: str | None) -> str:
+    """Return in words how a tensor differs from what it was when the adapter was attached."""
+    was, is_now = (one.rpartition(" ")[0] if one else "absent" for one in (before, now))
+    return "has other values than when it was attached" if was == is_now else f"was {was} when it was attached and is {is_now}"
