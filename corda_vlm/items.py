@@ -2,48 +2,57 @@
 
 import errno
 import logging
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from corda_core.distributed import gathered, num_processes, process_rank
+from corda_vlm.context import progress_bar
+from corda_vlm.digest import digest_of_rows
 from corda_vlm.images import UNREADABLE, open_image, why_unreadable
-from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows
+from corda_vlm.media import image_field, image_sources
+from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
 
 logger = logging.getLogger(__name__)
 
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
 """What no file is to blame for: too many open ones, a failing disk."""
+MAX_THREADS = 32
+"""That read images at once."""
 
 
 class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
     """Samples as dicts of ``FIELDS``; images are opened, in RGB, when their sample is asked for.
 
-    An item depends on its place only, not on what was read before or by which process. With ``on_broken="skip"`` a row whose image
-    cannot be read gives the next readable row's item, going round at the end.
+    An item depends on its place only, not on what was read before or by which process.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: Path, config: DataConfig, needs_images: bool = False
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, str],
+        folder: Path,
+        config: DataConfig,
+        needs_images: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
-        """Take rows, the column of each field, the folder that relative paths of images start from, and whether a row must have one."""
+        """Take rows, the column of each field, where paths of images start, whether a row must have one, and which rows do not count."""
         self.rows, self.columns, self.folder, self.config, self.needs_images = rows, columns, folder, config, needs_images
-        # In shared memory: workers of a DataLoader mark rows for all.
-        self._broken = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
-
-    @property
-    def num_broken(self) -> int:
-        """How many broken rows have been met so far, in all worker processes."""
-        return int(self._broken.sum())
+        self.places: Sequence[int] = [row for row in range(len(rows)) if row not in left_out] if left_out else range(len(rows))
+        """The row of each item."""
+        self.num_broken = len(left_out)
+        """How many rows were left out, as their images cannot be read."""
 
     def __len__(self) -> int:
-        """Return the number of rows, broken ones included."""
-        return len(self.rows)
+        """Return the number of items."""
+        return len(self.places)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -55,42 +64,86 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """Return the item at a place, or the items of a slice.
 
         Raises:
-            ValueError: If the row has no text or a value of an unknown form; or its image cannot be read and ``on_broken`` is "stop", or
-                no row's image can be read.
+            ValueError: If the row has no text, a value of an unknown form, an image that cannot be read or a medium that nobody reads.
         """
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        first = range(len(self))[index]
-        for row in chain(range(first, len(self)), range(first)):
-            if self._broken[row]:
-                continue
-            try:
-                return self._read(row)
-            except _BrokenImageError as error:
-                if self.config.on_broken == "stop":
-                    raise ValueError(f"{error}; mend or remove it, correct `images`, or set `on_broken: skip`.") from error
-                self._broken[row] = True
-                logger.warning("%s; the next readable row is taken instead.", error)
-        raise ValueError(f"{self.config.source} has {len(self)} row(s), and no row's image can be read; check `images`, or mend the files.")
+        with _telling_what_to_do():
+            return self.read(self.places[index])
 
-    def _read(self, row: int) -> dict[str, Any]:
-        where = f"{self.config.source}, row {row}"
-        values = self.rows[row]
+    def name_of(self, row: int) -> str:
+        """Return what messages call a row."""
+        return f"{self.config.source}, row {row}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of the rows that count, in their order.
+
+        Pictures count by their names, and by their sizes where the rows hold them: a file that is mended is no other data.
+        """
+        return digest_of_rows(self.rows, self.places)
+
+    def sources(self, row: int) -> tuple[dict[str, Any], list[Any], bool]:
+        """Return a row's fields without its images, what each image is opened from, and whether they are a list.
+
+        Raises:
+            BrokenImageError: If an image is missing.
+            ValueError: If the row has no text, a value of an unknown form or a medium that nobody reads.
+        """
+        values, where = self.rows[row], self.name_of(row)
         fields = _text_fields(values, self.columns, self.config, where)
-        image = values.get(self.columns["image"]) if "image" in self.columns else None
-        images = [_read_image(source, name, where) for source, name in _image_sources(image, self.folder, where)]
-        if not images and self.needs_images:
-            raise _BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
-        if not images:
-            return fields
-        return fields | {"image": images if isinstance(image, (list, tuple)) else images[0]}
+        image = self._image(values, where)
+        sources = image_sources(image, f"{where}, image")
+        if "" in sources:
+            raise BrokenImageError(f"{where}: the name of an image is empty")
+        if self.needs_images and not sources:
+            raise BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
+        return fields, sources, isinstance(image, (list, tuple))
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Return the item of a row.
+
+        Raises:
+            BrokenImageError: If an image is missing or cannot be read.
+            ValueError: If the row has no text, a value of an unknown form or a medium that nobody reads.
+        """
+        fields, sources, is_list = self.sources(row)
+        images = [self._opened(source, self.name_of(row)) for source in sources]
+        return fields | ({"image": images if is_list else images[0]} if images else {})
+
+    def _image(self, values: Mapping[str, Any], where: str) -> Any:
+        """Return what a row has for its image: in the column that options name, which they may, or in one that is sure to be all."""
+        if "image" in self.config.columns:
+            return values.get(self.config.columns["image"])
+        try:
+            return image_field(values, {*self.columns.values(), *self.config.placeholders})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _opened(self, source: Any, where: str) -> Image.Image:
+        source = self.folder / source if isinstance(source, (str, Path)) else source
+        try:
+            return open_image(source, self.config.max_pixels)
+        except UNREADABLE as error:
+            if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+                raise
+            name = source if isinstance(source, Path) else "in the row"
+            raise BrokenImageError(f"{where}: the image {name} cannot be read ({why_unreadable(error)})") from error
 
 
-def load_items(config: DataConfig, *, download: bool = False, needs_images: bool = False) -> Items:
+def load_items(
+    config: DataConfig, *, download: bool = False, needs_images: bool = False, accepts: Callable[[Image.Image], Any] | None = None
+) -> Items:
     """Return the items of a source (``load_rows``).
 
-    With ``needs_images`` a row without an image counts as one whose image cannot be read. Texts of JSON are checked here, those of other
-    sources when they are read.
+    With ``needs_images`` a row without an image counts as one whose image cannot be read. Rows of JSON are checked here, but for what is in
+    their images; those of other sources when they are read. With ``on_broken: skip`` all images are read here once, by several threads, and
+    rows whose images cannot be read are left out; under ``torch.distributed`` each process must call, and reads its share.
+
+    Args:
+        config: Where they come from.
+        download: Whether the hub may be asked.
+        needs_images: Whether a row must have an image.
+        accepts: What else must take each image where broken ones are skipped, such as a model's image processor.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -99,14 +152,77 @@ def load_items(config: DataConfig, *, download: bool = False, needs_images: bool
     """
     rows, folder = load_rows(config, download=download)
     columns = _columns_of_fields(config, rows.names if isinstance(rows, ArrowRows) else {name: None for row in rows for name in row})
+    items = Items(rows, columns, folder, config, needs_images)
     if not isinstance(rows, ArrowRows):
-        for number, row in enumerate(rows):
-            _text_fields(row, columns, config, f"{config.source}, row {number}")
-    return Items(rows, columns, folder, config, needs_images)
+        _check_rows(items)
+    if config.on_broken == "stop":
+        return items
+    broken = _broken_rows(items, accepts)
+    for reason in broken.values():
+        logger.warning("%s; the row is left out.", reason)
+    if len(broken) == len(rows):
+        raise ValueError(f"{config.source} has {len(rows)} row(s), and no row's image can be read; check `images`, or mend the files.")
+    return Items(rows, columns, folder, config, needs_images, broken)
 
 
-class _BrokenImageError(Exception):
-    """An image that cannot be read."""
+class BrokenImageError(Exception):
+    """An image that is missing or cannot be read."""
+
+
+@contextmanager
+def _telling_what_to_do() -> Iterator[None]:
+    """Make of a broken image an error of the options."""
+    try:
+        yield
+    except BrokenImageError as error:
+        raise ValueError(f"{error}; mend or remove it, correct `images`, or set `on_broken: skip`.") from error
+
+
+def _check_rows(items: Items) -> None:
+    """Refuse rows that can be seen to be wrong without opening their images.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for row, values in enumerate(items.rows):
+        if items.config.on_broken == "stop":
+            with _telling_what_to_do():
+                items.sources(row)
+        else:
+            _text_fields(values, items.columns, items.config, items.name_of(row))
+
+
+def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> dict[int, str]:
+    """Return why the images of rows cannot be read; each process must call it.
+
+    What else is wrong with a row is told when it is asked for.
+    """
+
+    def why(row: int) -> str | None:
+        try:
+            images = items.read(row).get("image", [])
+            for image in images if isinstance(images, list) else [images]:
+                _check_accepted(image, accepts, items.name_of(row))
+        except BrokenImageError as error:
+            return str(error)
+        except ValueError:
+            return None
+        return None
+
+    mine = range(process_rank(), len(items.rows), num_processes())
+    with ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        reasons = pool.imap(why, mine, chunksize=16)
+        found = {row: reason for row in progress_bar(mine, "images") if (reason := next(reasons)) is not None}
+    return dict(sorted((row, reason) for one in gathered(found) for row, reason in one.items()))
+
+
+def _check_accepted(image: Image.Image, accepts: Callable[[Image.Image], Any] | None, where: str) -> None:
+    if accepts is None:
+        return
+    try:
+        accepts(image)
+    except Exception as error:  # what processors raise is their own affair
+        raise BrokenImageError(f"{where}: the model's processor refuses the image ({one_line(error)})") from error
 
 
 def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str, str]:
@@ -122,8 +238,6 @@ def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str,
         if column not in there:
             raise ValueError(f"{config.source} has no column {column!r}, which `{option}` names; columns there: {there}.")
     columns = {name: name for name in FIELDS if name in there}
-    if "images" in there:
-        columns = {"image": "images"} | columns
     columns |= config.columns
     if config.prompt is None and not {"text", "question", "conversations"} & set(columns):
         raise ValueError(
@@ -192,34 +306,3 @@ def _answers(value: Any, where: str) -> list[str]:
             )
         return _answers(value["answer"], where)
     return [_text(value, f"{where}, answer")]
-
-
-def _image_sources(value: Any, folder: Path, where: str) -> list[tuple[Any, str]]:
-    """Return what each image of a row is opened from (a path, bytes or a PIL image), and its name for messages."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return [source for one in value for source in _image_sources(one, folder, where)]
-    if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
-        if value.get("bytes") is not None:
-            return [(value["bytes"], str(value.get("path") or "in the row"))]
-        return _image_sources(value.get("path"), folder, where)
-    if isinstance(value, (str, Path)):
-        return [(folder / value, str(folder / value))]
-    if isinstance(value, (bytes, Image.Image)):
-        return [(value, "in the row")]
-    raise ValueError(f"{where}, image is a {type(value).__name__}; expected a path, bytes, a PIL image, a list of these, or none.")
-
-
-def _read_image(source: Any, name: str, where: str) -> Image.Image:
-    """Return an image in RGB.
-
-    Raises:
-        _BrokenImageError: If it cannot be read.
-    """
-    try:
-        return open_image(source)
-    except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-            raise
-        raise _BrokenImageError(f"{where}: the image {name} cannot be read ({why_unreadable(error)})") from error

@@ -14,7 +14,7 @@ PICTURE_NAME = re.compile(r"(image|img|picture|photo)s?(_?(path|file|file_?name|
 """Other names of a picture, or of where the one in ``image`` came from."""
 OTHER_NAME = re.compile(r"(video|audio)s?(_?(path|file|file_?name|url|uri|bytes|data)s?)?|(image|img|picture|photo)_?\d+", re.IGNORECASE)
 """Names of media that are never read, and of pictures beside others."""
-TEXTS = frozenset({"text", "question", "answer", "answers", "conversations", "caption"})
+TEXTS = frozenset({"text", "question", "answer", "answers", "conversations", "messages", "caption"})
 """Fields whose text may look like the name of a file."""
 
 
@@ -30,11 +30,12 @@ def image_field(fields: Mapping[str, Any], read: Container[str] = TEXTS) -> Any:
     """
     filled = [name for name in PICTURES if _is_filled(fields.get(name))]
     if len(filled) > 1:
-        raise ValueError("both `image` and `images` are filled; expected one of them: leave the other out.")
+        raise ValueError("both `image` and `images` are filled; expected one of them; leave the other out.")
     for name, value in fields.items():
         if name not in PICTURES and name not in read and _is_overlooked(name, value, has_image=bool(filled)):
             raise ValueError(
-                f"{name!r} holds what looks like a picture, video or sound and is not read; expected it in `image`, or left out."
+                f"{name!r} holds what looks like a picture, video or sound and is not read; put it into `image` (its column into "
+                "`columns`), or leave it out."
             )
     return fields[filled[0]] if filled else None
 
@@ -88,6 +89,6 @@ def _holds(value: Any, kinds: tuple[str, ...]) -> bool:
         return any(_holds(one, kinds) for one in value)
     if isinstance(value, Mapping):
         return _holds(value.get("path"), kinds)
-    if not isinstance(value, (str, Path)) or len(str(value)) > 1000 or "\n" in str(value):
+    if not isinstance(value, (str, Path)) or "." not in str(value)[-6:] or len(str(value)) > 1000 or "\n" in str(value):
         return False
     return (guess_type(str(value))[0] or "").startswith(kinds)

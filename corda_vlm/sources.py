@@ -45,10 +45,13 @@ class DataConfig:
     """Template of the question: "{column}" or "{column[0]}" stands for a row's value, a name in ``columns`` for that column's."""
 
     on_broken: str = "stop"
-    """"stop" or "skip": at an image that cannot be read, stop, or take the next row instead."""
+    """"stop" or "skip": at an image that cannot be read, stop; or read all images once before the run and leave out such rows."""
 
     limit: int | None = None
     """How many rows are taken, from the first; None takes all."""
+
+    max_pixels: int | None = None
+    """How many pixels an image may have at most, as a small file may fill the memory; None takes Pillow's limit, 89,478,485."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be right.
@@ -62,6 +65,10 @@ class DataConfig:
             raise ValueError(f"on_broken is {self.on_broken!r}; expected one of ['stop', 'skip'].")
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
             raise ValueError(f"limit is {self.limit!r}; expected a whole number of rows, at least 1, or none for all.")
+        if self.max_pixels is not None and (not isinstance(self.max_pixels, int) or self.max_pixels < 1):
+            raise ValueError(
+                f"max_pixels is {self.max_pixels!r}; expected a whole number of pixels, at least 1, or none for Pillow's limit."
+            )
         if not isinstance(self.columns, Mapping) or not set(self.columns) <= set(FIELDS):
             raise ValueError(f"columns is {self.columns!r}; expected field: column, with fields out of {list(FIELDS)}.")
         if self.prompt is not None and {"text", "conversations"} & set(self.columns):

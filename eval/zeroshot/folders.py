@@ -1,7 +1,7 @@
 """Any images with classes: a folder of class folders, parquet files, a folder of ``save_to_disk``, an id of the datasets hub."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,7 @@ def table(
         ValueError: If there are no names, or a column is missing.
     """
     given = source if isinstance(source, DataConfig) else DataConfig(str(source))
-    config = DataConfig(
-        given.source, given.split, given.subset, given.images, {"image": image, "text": label}, None, given.on_broken, given.limit
-    )
+    config = replace(given, columns={"image": image, "text": label}, prompt=None)
     items = load_items(config)
     stored = getattr(items.rows, "class_names", {}).get(label)
     names = class_names if class_names is not None else stored
@@ -94,7 +92,8 @@ class TableImages(Sequence[LabelledImage]):
             ValueError: If the row has no image, or its class has no name.
         """
         item = self.items[index]
-        where = f"{self.items.config.source}, row {index}"
+        row = self.items.places[index]
+        where = self.items.name_of(row)
         if "image" not in item:
             raise ValueError(f"{where} has no image; expected one; name its column with image, or remove the row.")
         try:
@@ -103,4 +102,4 @@ class TableImages(Sequence[LabelledImage]):
             raise ValueError(
                 f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}."
             ) from error
-        return LabelledImage(str(index), item["image"], number)
+        return LabelledImage(str(row), item["image"], number)

@@ -133,7 +133,8 @@ def test_a_palettes_transparency_is_laid_on_white(form: str) -> None:
 def test_a_colour_that_counts_as_transparent_becomes_white(mode: str, colour: Any) -> None:
     content = BytesIO()
     picture = Image.new(mode, (2, 1))
-    picture.putpixel((1, 0), {"L": 200, "RGB": (200, 200, 200), "I;16": 200 * 257}[mode])
+    seen: dict[str, Any] = {"L": 200, "RGB": (200, 200, 200), "I;16": 200 * 257}
+    picture.putpixel((1, 0), seen[mode])
     picture.save(content, "PNG", transparency=colour)
     opened = open_image(content.getvalue())
     assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == ((255, 255, 255), (200, 200, 200))

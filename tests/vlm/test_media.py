@@ -67,7 +67,7 @@ def test_where_a_picture_is_matters_only_without_it(name: str, value: Any) -> No
 
 
 def test_other_fields_are_left_alone() -> None:
-    others = {
+    others: dict[str, Any] = {
         "id": 7,
         "image_id": 262148,
         "video_id": None,
