@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from corda_core.adapter import Attachment, attach_again, attachment_of
 from corda_core.bases import check_unchanged, other_tensors
 from corda_core.distributed import process_rank
-from corda_core.files import file_digest, read_tensors, replacing_in, tensors_digest, write_tensors
+from corda_core.files import check_finite, file_digest, read_tensors, replacing_in, tensors_digest, write_tensors
 from corda_core.lora import FROZEN, base_of
 from corda_core.modules import gathered_whole, unwrapped
 from corda_core.store import read_plan, save_plan
@@ -110,9 +110,7 @@ def read_adapter(folder: Path) -> tuple[Attachment, dict[str, Tensor]]:
     odd = next((key for key, shape in wanted.items() if trained[key].shape != shape), None)
     if odd is not None:
         raise ValueError(f"{path} has {odd} of shape {tuple(trained[odd].shape)}, but {ATTACHMENT} plans {tuple(wanted[odd])}.")
-    spoilt = next((key for key, value in trained.items() if value.is_floating_point() and not value.isfinite().all()), None)
-    if spoilt is not None:
-        raise ValueError(f"{path} has values in {spoilt} that are not finite; take an earlier checkpoint.")
+    check_finite(trained, path, "take an earlier checkpoint")
     if beside is not None and beside.weights != tensors_digest(trained, {}):
         raise ValueError(
             f"{path} was not saved together with {ATTACHMENT}, as when a save was killed half-way or files of two runs were mixed; "

@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from corda_core.adapter import attachment_of
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
-from corda_core.files import replacing_in, write_tensors
+from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, write_tensors
 from corda_core.lora import ContextLora, base_of, change_factors, lora_config, lora_layers, whole_modules
 from corda_core.modules import gathered_whole, is_quantized, is_shared, unwrapped, weight_matrix
+
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,32 @@ def export(
     folder = Path(path)
     if process_rank() == 0:
         with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
-            write_tensors(tensors, fresh / WEIGHTS, {"format": "pt"})
             config.save_pretrained(fresh)
+            write_tensors(tensors, fresh / WEIGHTS, {"format": "pt", CONFIG: _config_digest(fresh / CONFIG)})
     return Exported(folder, max(ranks.values()), lost)
+
+
+def check_lora(folder: Path) -> None:
+    """Check the files of an ordinary LoRA: whole, finite, and, where ``export`` wrote them, as it did.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged.
+    """
+    again = "export the adapter again"
+    tensors, metadata = read_tensors(folder / WEIGHTS, again)
+    check_finite(tensors, folder / WEIGHTS, again)
+    digest = _config_digest(folder / CONFIG)
+    if metadata.get(CONFIG, digest) != digest:
+        raise ValueError(f"{folder / CONFIG} is not that which {WEIGHTS} was exported with; {again}.")
+
+
+def _config_digest(path: Path) -> str:
+    """Return a digest of what a LoRA's config says but for where its base is, which may move."""
+    values = read_json(path, "export the adapter again")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config of a LoRA; export the adapter again.")
+    return json_digest({key: value for key, value in values.items() if key not in ("base_model_name_or_path", "revision")})
 
 
 def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default") -> nn.Module:

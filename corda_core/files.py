@@ -129,7 +129,7 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
-    write_whole(path, json.dumps({**value, DIGEST: _json_digest(value)}, indent=1).encode())
+    write_whole(path, json.dumps({**value, DIGEST: json_digest(value)}, indent=1).encode())
 
 
 def read_sealed(path: Path, cure: str) -> dict[str, Any]:
@@ -145,12 +145,13 @@ def read_sealed(path: Path, cure: str) -> dict[str, Any]:
     found = value.pop(DIGEST, None)
     if found is None:
         warnings.warn(f"{path} was written by corda-vlm 0.1.0 and has no digest: damage to it would not be seen.", stacklevel=3)
-    elif found != _json_digest(value):
+    elif found != json_digest(value):
         raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
     return value
 
 
-def _json_digest(value: Mapping[str, Any]) -> str:
+def json_digest(value: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of an object of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -215,6 +216,17 @@ def read_tensors(path: Path, cure: str = "make it again") -> tuple[dict[str, Ten
     if DIGEST in metadata and metadata[DIGEST] != tensors_digest(tensors, kept):
         raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
     return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path, cure: str) -> None:
+    """Refuse tensors of a file that hold NaN or infinity.
+
+    Raises:
+        ValueError: If one does.
+    """
+    spoilt = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    if spoilt is not None:
+        raise ValueError(f"{path} has values in {spoilt} that are not finite; {cure}.")
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -22,7 +22,8 @@ from torch import nn
 from corda_core import lora_layers, weight_change
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS, read_adapter
 from corda_core.distributed import num_processes, process_rank
-from corda_core.files import file_digest, read_json, read_sealed, read_tensors, write_sealed, write_whole
+from corda_core.export import check_lora
+from corda_core.files import file_digest, read_sealed, write_sealed, write_whole
 from corda_eval.comparison import averages, compare
 from corda_eval.comparison_page import html, markdown, sentences, summary
 from corda_eval.describe import library_versions
@@ -36,7 +37,6 @@ from corda_vlm.recipe import ModelConfig
 from corda_vlm.resume import alone_in
 from corda_vlm.sources import one_line
 
-CONFIG = "adapter_config.json"
 BASE = "base"
 
 
@@ -197,7 +197,7 @@ def _adapted(model: nn.Module, folder: Path) -> nn.Module:
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except Exception as error:  # PEFT lets through whatever a config of other values leads to
-        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG}.") from error
+        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its adapter_config.json.") from error
 
 
 def _digest(folder: Path) -> str:
@@ -212,11 +212,6 @@ def _digest(folder: Path) -> str:
         raise FileNotFoundError(f"{weights} does not exist; expected a folder that `corda-vlm train` or `export` wrote.")
     if (folder / ATTACHMENT).exists():
         read_adapter(folder)
-        return file_digest(weights)
-    tensors, _ = read_tensors(weights, "export the adapter again")
-    spoilt = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
-    if spoilt is not None:
-        raise ValueError(f"{weights} has values in {spoilt} that are not finite; export the adapter again.")
-    if not isinstance(read_json(folder / CONFIG, "export the adapter again"), dict):
-        raise ValueError(f"{folder / CONFIG} is no config of a LoRA; export the adapter again.")
+    else:
+        check_lora(folder)
     return file_digest(weights)

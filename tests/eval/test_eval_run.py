@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import tiny_llava
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import corda_vlm
@@ -150,7 +151,8 @@ def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest
         ("out/base/digits.json", lambda text: text[:50], "digits.json is not whole JSON"),
         ("out/tuned/digits.json", lambda text: "[]", "digits.json is no object"),
         ("lora/adapter_config.json", lambda text: text[:50], "adapter_config.json is not whole JSON"),
-        ("lora/adapter_config.json", lambda text: text.replace('"r": ', '"r": 9'), "lora holds no LoRA that fits this base"),
+        ("lora/adapter_config.json", lambda text: text.replace('"r": ', '"r": 9'), "adapter_config.json is not that which"),
+        ("lora/adapter_config.json", lambda text: text.replace('"LORA"', '"ADALORA"'), "adapter_config.json is not that which"),
         ("tuned/corda.safetensors", lambda text: "", "corda.safetensors is damaged"),
     ],
 )
@@ -162,6 +164,16 @@ def test_damage_is_told_by_its_files_name(file: str, change: Callable[[str], str
     done = called(place, "lora" if file.startswith("lora") else "tuned")
     assert done.exit_code == 1, done.output
     assert sentence in done.output
+
+
+def test_a_foreign_lora_that_does_not_fit_is_a_sentence(place: Path) -> None:
+    weights = place / "lora" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # as others write it, without digests
+    config = place / "lora" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": ', '"r": 9'))
+    done = called(place, "lora")
+    assert done.exit_code == 1
+    assert "lora holds no LoRA that fits this base" in done.output
 
 
 def test_two_at_once_do_not_share_an_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
