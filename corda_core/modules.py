@@ -58,8 +58,23 @@ def select_linears(
     return tuple(chosen)
 
 
+def check_pattern(pattern: str, option: str) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        ValueError: If it is broken; the text names the option.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{option} is {pattern!r}, which is no regular expression ({error}); mend it, or give names of layers in a list."
+        ) from error
+
+
 def _matching(names: list[str], patterns: str | Sequence[str], option: str) -> list[str]:
     if isinstance(patterns, str):
+        check_pattern(patterns, option)
         found = [name for name in names if re.fullmatch(patterns, name)]
         unmatched = [] if found else [patterns]
     else:

@@ -7,25 +7,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import Field
 
 from corda_core import Mode, Solver, Split
 from corda_core.allocate import check_budget
+from corda_core.files import read_yaml
+from corda_core.modules import check_pattern
 from corda_core.quantize import KINDS as QUANTIZED
+from corda_vlm.options import Count, Options, Seed, as_declared, members_of, one_of
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CordaConfig:
+class CordaConfig(Options):
     """How an adapter is prepared. The same names as the arguments of ``prepare``."""
 
-    mode: str = "kpm"
+    mode: Annotated[str, one_of(*Mode)] = "kpm"
     """"kpm": keep what the context shows; "ipm": learn faster what the context shows."""
 
-    rank: int = 128
+    rank: Count = 128
     """r of every layer; clipped where a layer is smaller."""
 
     alpha: float | None = None
@@ -40,59 +45,59 @@ class CordaConfig:
     parts: Sequence[str] | None = None
     """Of "language", "vision", "projector"; None takes the language model, or both towers of CLIP, or the whole of a lone tower."""
 
-    split: str = "balanced"
+    split: Annotated[str, one_of(*Split)] = "balanced"
     """"balanced" or "paper": how the scale of B A is shared between the factors."""
 
     damping: float = 0.01
     """λ: C + λ · mean(diag C) · I."""
 
-    residual: str = "offset"
+    residual: Annotated[str, one_of("offset", "subtract")] = "offset"
     """"offset" leaves the base weights alone; "subtract" is the papers' form."""
 
-    quantize: str | None = None
+    quantize: Annotated[str, one_of(*QUANTIZED)] | None = None
     """"nf4" or "fp4": hold the adapted layers' base weights in 4 bits after the decomposition; the residual with ``residual: subtract``."""
 
     train_fully: Sequence[str] = ()
     """Parts that train whole beside the adapters, such as "projector"."""
 
-    protect: str | None = None
+    protect: Annotated[str, one_of("strict", "start", "whitened")] | None = None
     """"strict": A is frozen; "start": A and B train (as published); "whitened": A trains where the context is short. The first and the last
     are for KPM in offset form; None is "strict" there and "start" elsewhere."""
 
-    variant: str = "corda"
+    variant: Annotated[str, one_of("corda", "corda++")] = "corda"
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
 
-    candidates: int | None = None
+    candidates: Count | None = None
     """From how many disjoint draws of samples each layer takes the covariance that suits it best; None is one, or CorDA++'s five."""
 
-    budget: int | str | None = None
+    budget: Annotated[int, Field(ge=1, lt=2**63)] | Annotated[str, one_of("rank")] | None = None
     """Parameters of A and B to spread over the layers; "rank" for what ``rank`` everywhere takes; None gives each layer ``rank``."""
 
-    min_rank: int = 1
+    min_rank: Count = 1
     """What each layer gets at least where a budget is spread."""
 
-    max_rank: int | None = None
+    max_rank: Count | None = None
     """What each layer gets at most where a budget is spread."""
 
-    solver: str = "auto"
+    solver: Annotated[str, one_of(*Solver)] = "auto"
     """"exact", "partial" or "auto": see ``corda_core.decompose``."""
 
     tokens: str | Mapping[str, float] = "all"
     """Which tokens the language model's covariances count: "all", "image", "text", or weights {"image": w, "text": v}."""
 
-    normalize: str | None = None
+    normalize: Annotated[str, one_of("sample-max")] | None = None
     """None: mean over tokens; "sample-max": each sample scaled to maximum 1, as in the papers."""
 
     max_memory: str | float | None = None
     """What the covariances may take at once, in bytes or as "8GB": the samples are gone over as often as that needs."""
 
-    num_samples: int = 256
+    num_samples: Count = 256
     """How many samples of context are used at most."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples in one forward pass; does not change the result."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw of samples, where there are more than ``num_samples``."""
 
     def __post_init__(self) -> None:
@@ -101,26 +106,10 @@ class CordaConfig:
         Raises:
             ValueError: If an option has an impossible value; the text names it.
         """
-        for option, value, known in (
-            ("mode", self.mode, [str(one) for one in Mode]),
-            ("split", self.split, [str(one) for one in Split]),
-            ("residual", self.residual, ["offset", "subtract"]),
-            ("protect", self.protect, [None, "start", "strict", "whitened"]),
-            ("variant", self.variant, ["corda", "corda++"]),
-            ("solver", self.solver, [str(one) for one in Solver]),
-            ("normalize", self.normalize, [None, "sample-max"]),
-            ("quantize", self.quantize, [None, *QUANTIZED]),
-        ):
-            if value not in known:
-                raise ValueError(f"{option} is {value!r}; expected one of {known}.")
-        for option, number in (
-            ("rank", self.rank),
-            ("num_samples", self.num_samples),
-            ("batch_size", self.batch_size),
-            ("min_rank", self.min_rank),
-        ):
-            if number < 1:
-                raise ValueError(f"{option} is {number}; expected at least 1.")
+        super().__post_init__()
+        for option, pattern in (("targets", self.targets), ("exclude", self.exclude)):
+            if isinstance(pattern, str):
+                check_pattern(pattern, option)
         if self.damping < 0 or (self.alpha is not None and self.alpha <= 0):
             raise ValueError(f"damping is {self.damping} and alpha {self.alpha}; expected damping >= 0 and alpha > 0.")
         if set(self.token_weights) != {"image", "text"} or min(self.token_weights.values()) < 0 or max(self.token_weights.values()) <= 0:
@@ -131,13 +120,8 @@ class CordaConfig:
             raise ValueError(
                 f'protect="{self.protect}" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.'
             )
-        if self.num_candidates < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
-            raise ValueError(
-                f"candidates is {self.candidates}, min_rank {self.min_rank} and max_rank {self.max_rank}; expected at least one candidate "
-                "and min_rank <= max_rank."
-            )
-        if self.budget not in (None, "rank") and not (isinstance(self.budget, int) and self.budget >= 1):
-            raise ValueError(f'budget is {self.budget!r}; expected a whole number of parameters or "rank".')
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise ValueError(f"min_rank is {self.min_rank} and max_rank {self.max_rank}; expected min_rank <= max_rank.")
         if self.damping == 0 and (self.assesses or self.protect == "whitened"):
             raise ValueError('damping is 0; candidates, budget and protect="whitened" need it positive: a covariance may be singular.')
         if not self.spreads and (self.min_rank, self.max_rank) != (1, None):
@@ -211,10 +195,7 @@ def read_config(path: Path, schema: type[T], overrides: Sequence[str] = ()) -> T
     """
     if not path.exists():
         raise FileNotFoundError(f"The config {path} does not exist; the shipped ones are in configs/.")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; mend that line.") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected option: value lines.")
     return from_mapping(overridden(values, overrides, str(path)), schema, str(path))
@@ -224,25 +205,40 @@ def from_mapping(values: Mapping[str, Any], schema: type[T], source: str) -> T:
     """Return the dataclass ``schema`` filled from a mapping, nested dataclasses included.
 
     Raises:
-        ValueError: If a key is unknown; the text names the closest one.
+        ValueError: If a key is unknown, a value is not what its field declares or one is missing; the text names ``source`` and option.
     """
+    return _filled(values, schema, source, ())
+
+
+def _filled(values: Mapping[str, Any], schema: type[T], source: str, inside: tuple[str, ...]) -> T:
+    """``from_mapping`` of the options under some names."""
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = get_close_matches(str(key), fields, n=1)
-            raise ValueError(
-                f"{source}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(fields)}.")
-            )
-    filled = {}
-    for key, value in values.items():
-        nested = next((one for one in (get_args(fields[key].type) or [fields[key].type]) if dataclasses.is_dataclass(one)), None)
-        if nested is not None and isinstance(value, Mapping):
-            value = from_mapping(value, nested, f"{source}, {key}")  # type: ignore[arg-type]
-        filled[key] = _as_declared(value, fields[key].type, f"{source}: {key}")
+    where = ", ".join([source, *inside])
+    unknown = next((key for key in values if key not in fields), None)
+    if unknown is not None:
+        near = get_close_matches(str(unknown), fields, n=1)
+        raise ValueError(
+            f"{where}: unknown option {unknown!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(fields)}.")
+        )
+    filled = {key: _inner(value, fields[key].type, source, (*inside, key)) for key, value in values.items()}
     missing = [name for name, field in fields.items() if name not in filled and _is_required(field)]
     if missing:
-        raise ValueError(f"{source}: the option {missing[0]!r} is missing and has no default; add it.")
-    return schema(**filled)
+        raise ValueError(f"{where}: the option {missing[0]!r} is missing and has no default; add it.")
+    try:
+        return schema(**as_declared(schema, filled, written=True))
+    except ValueError as error:
+        raise ValueError(f"{source}: {'.'.join([*inside, str(error)])}") from error
+
+
+def _inner(value: Any, declared: Any, source: str, inside: tuple[str, ...]) -> Any:
+    """Return an option's value, which is a dataclass of its own if its field declares one."""
+    members = members_of(declared)
+    nested = next((one for one in members if dataclasses.is_dataclass(one)), None)
+    if nested is None or (value is None and NoneType in members) or isinstance(value, nested):  # type: ignore[arg-type]
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{source}: {'.'.join(inside)} is {value!r}; expected option: value lines.")
+    return _filled(value, nested, source, inside)  # type: ignore[arg-type]
 
 
 def overridden(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
@@ -264,37 +260,16 @@ def overridden(values: Mapping[str, Any], overrides: Sequence[str], source: str)
             place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"The override {override!r} goes into {parent!r}, which holds no options in {source}.")
-        place[last] = yaml.safe_load(text)
+        place[last] = _yaml_value(text, override)
     return result
 
 
-def _as_declared(value: Any, declared: Any, option: str) -> Any:
-    """Return a scalar as the type that its field declares: YAML takes 5e-4 for text, and 1 for no float.
-
-    Raises:
-        ValueError: If it cannot be that.
-    """
-    kinds = [kind for kind in (get_args(declared) or (declared,)) if kind in (bool, int, float, str, type(None))]
-    others = len(kinds) < len(get_args(declared) or (declared,))
-    if not isinstance(value, bool | int | float | str) or type(value) in kinds or (others and not isinstance(value, str)):
-        if value is None and type(None) not in kinds and not others:
-            raise ValueError(f"{option} is empty; expected {_in_words(kinds)}.")
-        return value
-    if float in kinds and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if int in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if others:
-        return value
-    raise ValueError(f"{option} is {value!r}; expected {_in_words(kinds)}.")
-
-
-def _in_words(kinds: Sequence[type]) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
-    return " or ".join(words[kind] for kind in kinds)
+def _yaml_value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # numbers of more digits than Python reads, and dates that there are not
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The override {override!r} has a value that is no YAML ({reason}); put quotes around a text.") from error
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

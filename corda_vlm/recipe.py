@@ -2,35 +2,35 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from corda_vlm.config import CordaConfig, read_config
+from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
 from corda_vlm.sources import DataConfig
 
 RECIPE = "recipe.yaml"
 """What a run's output holds of it."""
-DTYPES = ("float32", "bfloat16", "float16")
-LOGS = ("tensorboard", "wandb", "none")
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Where the base model comes from."""
 
-    path: str
+    path: Place
     """A folder, or an id of the Hugging Face hub; for open_clip an architecture such as "ViT-B-32", or "local-dir:" and a folder."""
 
-    library: str = "transformers"
+    library: Annotated[str, one_of("transformers", "open_clip")] = "transformers"
     """"transformers" or "open_clip"."""
 
-    weights: str | None = None
+    weights: Place | None = None
     """For open_clip: a file of weights, or one of its tags such as "openai"; None takes random ones."""
 
-    dtype: str = "bfloat16"
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"
     """Precision of the base: "float32", "bfloat16" or "float16"; what is trained is kept in float32."""
 
-    quantize: str | None = None
+    quantize: Annotated[str, one_of("nf4", "fp4")] | None = None
     """"nf4" or "fp4": load the base in 4 bits (bitsandbytes), as QLoRA does; the adapter is made from the dequantised weights."""
 
     attention: str | None = None
@@ -51,47 +51,47 @@ class ModelConfig:
         Raises:
             ValueError: If an option has an impossible value; the text names it.
         """
-        _check_known(self, "model", library=("transformers", "open_clip"), dtype=DTYPES, quantize=(None, "nf4", "fp4"))
+        super().__post_init__()
         if self.library == "open_clip" and (self.quantize or self.attention or self.revision):
-            raise ValueError("model: quantize, attention and revision are for library: transformers; leave them out for open_clip.")
+            raise ValueError("quantize, attention and revision are for library: transformers; leave them out for open_clip.")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Options):
     """How the adapter is trained."""
 
-    steps: int | None = None
+    steps: Count | None = None
     """Optimiser steps; None goes over the data ``epochs`` times."""
 
-    epochs: float = 1.0
+    epochs: Annotated[float, Field(gt=0, le=LARGEST)] = 1.0
     """How often to go over the data where ``steps`` is None."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Samples in one optimiser step, over all processes: the same samples in the same order however many there are."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: Count | None = None
     """Samples that one process takes through the model at once; None takes its whole share of the batch."""
 
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """Peak rate; LLaVA's own for LoRA, which ``protect: strict`` bears and gains by raising. The papers' form (``protect: start``,
     ``split: paper``) takes their 2e-5."""
 
-    projector_learning_rate: float | None = None
+    projector_learning_rate: Positive | None = None
     """Peak rate of what trains in the projector; None takes ``learning_rate``."""
 
-    vision_learning_rate: float | None = None
+    vision_learning_rate: Positive | None = None
     """Peak rate of what trains in the vision tower; None takes ``learning_rate``."""
 
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's; it pulls A and B to zero, not to where they started, so ``protect: start`` drifts by it."""
 
-    warmup: float = 0.03
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Part of the steps in which the rate rises."""
 
-    schedule: str = "cosine"
+    schedule: Annotated[str, one_of("cosine", "linear", "constant", "constant_with_warmup")] = "cosine"
     """"cosine", "linear", "constant" or "constant_with_warmup"."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
 
     bf16: bool = False
@@ -100,22 +100,22 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them, in the language model and the vision tower."""
 
-    save_every: int = 200
+    save_every: Count = 200
     """Steps between checkpoints; a multiple of ``log_every``, so that none holds weights of a loss that was not looked at."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Field(ge=2, le=LARGEST)] = 2
     """How many stay; two at least, so that one is whole whenever the process dies."""
 
-    log_every: int = 1
+    log_every: Count = 1
     """Steps between records of the loss, which is also when it is looked at for NaN."""
 
-    log_to: str = "tensorboard"
+    log_to: Annotated[str, one_of("tensorboard", "wandb", "none")] = "tensorboard"
     """"tensorboard" (in the output's ``runs/``), "wandb" or "none"; the losses are in ``training.json`` in any case."""
 
-    evaluate_every: int | None = None
+    evaluate_every: Count | None = None
     """Steps between losses on ``evaluation``; None takes it at the end only."""
 
-    workers: int = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that read images beside the training one."""
 
     def __post_init__(self) -> None:
@@ -124,26 +124,13 @@ class TrainingConfig:
         Raises:
             ValueError: If an option has an impossible value; the text names it.
         """
-        _check_known(self, "training", schedule=SCHEDULES, log_to=LOGS)
-        for name in ("batch_size", "save_every", "log_every", "learning_rate", "epochs", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number above 0.")
-        for name in ("steps", "micro_batch_size", "evaluate_every", "projector_learning_rate", "vision_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; expected a number above 0, or null.")
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0 or self.workers < 0:
-            raise ValueError(
-                f"training.warmup is {self.warmup}, weight_decay {self.weight_decay} and workers {self.workers}; "
-                "expected 0 <= warmup < 1 and the others not below 0."
-            )
-        if self.keep_checkpoints < 2:
-            raise ValueError(f"training.keep_checkpoints is {self.keep_checkpoints}; expected at least 2: the newest may be half written.")
+        super().__post_init__()
         if self.save_every % self.log_every:
-            raise ValueError(f"training.save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
+            raise ValueError(f"save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """One training run."""
 
     model: ModelConfig
@@ -152,7 +139,7 @@ class Recipe:
     data: DataConfig
     """What is learned: questions and answers or conversations; for CLIP images and captions."""
 
-    output: str
+    output: Place
     """Folder for the adapter, its checkpoints and its records."""
 
     context: DataConfig | None = None
@@ -167,7 +154,7 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the data, and all else that is random; the draw of the context has ``corda.seed``."""
 
     def __post_init__(self) -> None:
@@ -176,6 +163,7 @@ class Recipe:
         Raises:
             ValueError: If KPM has no context of what is to be kept, or there is nothing to evaluate on.
         """
+        super().__post_init__()
         if self.context is None and self.corda.mode == "kpm":
             raise ValueError(
                 "corda.mode is kpm, but there is no context: name samples of what the model is to keep, or set corda.mode to ipm."
@@ -194,9 +182,3 @@ def read_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         ValueError: If an option is unknown, missing or has an impossible value.
     """
     return read_config(path, Recipe, overrides)
-
-
-def _check_known(config: Any, section: str, **known: tuple[Any, ...]) -> None:
-    for option, values in known.items():
-        if getattr(config, option) not in values:
-            raise ValueError(f"{section}.{option} is {getattr(config, option)!r}; expected one of {list(values)}.")

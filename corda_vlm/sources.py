@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Annotated, Any
+
+from corda_vlm.options import Count, Options, Place, one_of
 
 FIELDS = ("text", "question", "answer", "conversations", "image")
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -23,10 +25,10 @@ PARQUET_MARK = b"PAR1"
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Where samples come from, and which columns make up a sample."""
 
-    source: str
+    source: Place
     """A .json (list of rows), .jsonl or .parquet file, a folder of .parquet files or of ``save_to_disk``, or an id of the datasets hub."""
 
     split: str = "train"
@@ -35,7 +37,7 @@ class DataConfig:
     subset: str | None = None
     """Name of an id's configuration; None takes its only one."""
 
-    images: str | None = None
+    images: Place | None = None
     """Folder that relative paths of images start from; None takes that of the source."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -44,13 +46,13 @@ class DataConfig:
     prompt: str | None = None
     """Template of the question: "{column}" or "{column[0]}" stands for a row's value, a name in ``columns`` for that column's."""
 
-    on_broken: str = "stop"
+    on_broken: Annotated[str, one_of("stop", "skip")] = "stop"
     """"stop" or "skip": at an image that cannot be read, stop; or read all images once before the run and leave out such rows."""
 
-    limit: int | None = None
+    limit: Count | None = None
     """How many rows are taken, from the first; None takes all."""
 
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
     """How many pixels an image may have at most, as a small file may fill the memory; None takes Pillow's limit, 89,478,485."""
 
     def __post_init__(self) -> None:
@@ -59,17 +61,10 @@ class DataConfig:
         Raises:
             ValueError: If an option has an impossible value; the text names it.
         """
-        if not isinstance(self.source, str) or not self.source:
+        super().__post_init__()
+        if not self.source:
             raise ValueError(f"source is {self.source!r}; expected a file, a folder or an id of the datasets hub.")
-        if self.on_broken not in ("stop", "skip"):
-            raise ValueError(f"on_broken is {self.on_broken!r}; expected one of ['stop', 'skip'].")
-        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
-            raise ValueError(f"limit is {self.limit!r}; expected a whole number of rows, at least 1, or none for all.")
-        if self.max_pixels is not None and (not isinstance(self.max_pixels, int) or self.max_pixels < 1):
-            raise ValueError(
-                f"max_pixels is {self.max_pixels!r}; expected a whole number of pixels, at least 1, or none for Pillow's limit."
-            )
-        if not isinstance(self.columns, Mapping) or not set(self.columns) <= set(FIELDS):
+        if not set(self.columns) <= set(FIELDS):
             raise ValueError(f"columns is {self.columns!r}; expected field: column, with fields out of {list(FIELDS)}.")
         if self.prompt is not None and {"text", "conversations"} & set(self.columns):
             raise ValueError(
@@ -104,7 +99,7 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
         ModuleNotFoundError: If ``datasets`` is needed and not installed.
         ValueError: If the source is broken, empty or of an unknown kind, or an option does not fit it.
     """
-    path = Path(config.source).expanduser()
+    path = Path(config.source)
     rows: Sequence[Mapping[str, Any]]
     if path.exists():
         is_json = path.is_file() and path.suffix in (".json", ".jsonl")
@@ -115,7 +110,7 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
     else:
         raise FileNotFoundError(f"source is {config.source!r}, but there is no such file or folder; correct the path.")
     if config.images is not None:
-        folder = Path(config.images).expanduser()
+        folder = Path(config.images)
         if not folder.is_dir():
             raise FileNotFoundError(f"images is {config.images!r}, but there is no such folder; correct the path.")
     if not rows:

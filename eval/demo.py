@@ -12,12 +12,12 @@ import io
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import PeftModel
@@ -38,6 +38,7 @@ from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters
 from corda_vlm.data import Collator
+from corda_vlm.options import Count, Options, Positive, Seed, one_of
 
 LABELS = {"lora": "LoRA", "kpm_start": "CorDA KPM, start", "kpm_strict": "CorDA KPM, strict"}
 TASKS: dict[str, dict[str, Any]] = {
@@ -49,43 +50,43 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Options):
     """What the demo does; ``configs/demo.yaml`` holds the values with their reasons."""
 
-    learning_rates: Mapping[str, float]
+    learning_rates: Mapping[Annotated[str, one_of(*LABELS)], Positive]
     """Peak rate by method."""
 
-    rank: int
+    rank: Count
     """r of every adapter."""
 
-    steps: int
+    steps: Count
     """Optimiser steps of each fine-tuning."""
 
-    batch_size: int
+    batch_size: Count
     """Questions a step."""
 
-    parts: tuple[str, ...]
+    parts: Sequence[str]
     """Parts of the LLaVA that get adapters."""
 
-    context_questions: int
+    context_questions: Count
     """Samples of context from easy-VQA's training questions."""
 
-    context_texts: int
+    context_texts: Count
     """Samples of context from the text, 256 tokens each."""
 
-    test_digits: int
+    test_digits: Count
     """Digits measured."""
 
-    test_questions: int
+    test_questions: Count
     """Questions of easy-VQA's test split measured, from its start."""
 
-    test_facts: int
+    test_facts: Count
     """Facts measured."""
 
-    test_windows: int
+    test_windows: Count
     """Windows of held-out text measured."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of context, data order and LoRA's A."""
 
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 from torch.utils.data import Subset
 
+from corda_core.files import read_yaml
 from corda_core.lora import base_of
 from corda_eval.task import TaskResult
 from corda_eval.text.facts import facts_task
@@ -29,6 +29,7 @@ from corda_vlm.config import from_mapping
 from corda_vlm.context import collator_for, progress_bar
 from corda_vlm.data import tokenizer_of
 from corda_vlm.models import load_base
+from corda_vlm.options import Count, Options, Place, plain_file_name
 from corda_vlm.pairs import PairCollator
 from corda_vlm.recipe import ModelConfig
 from corda_vlm.towers import has_two_towers
@@ -56,7 +57,7 @@ WINDOW = 256
 
 
 @dataclass(frozen=True)
-class SuiteTask:
+class SuiteTask(Options):
     """One task of a suite."""
 
     task: str
@@ -66,19 +67,19 @@ class SuiteTask:
     role: str = "kept"
     """"target": it was trained; "kept": it should not suffer."""
 
-    data: str | None = None
+    data: Place | None = None
     """Folder or file of its data, where it has any of its own; of a benchmark also an id of the datasets hub."""
 
-    images: str | None = None
+    images: Place | None = None
     """For "retrieval": folder that the images' names in ``data`` start from; None takes that of ``data``."""
 
     split: str | None = None
     """Which part of the data; None takes the one that is reported."""
 
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first examples."""
 
-    tower_in: str | None = None
+    tower_in: Place | None = None
     """For ``IMAGE_SETS`` and "retrieval", of a LLaVA-type model: folder or id of the CLIP or SigLIP that its vision tower came from. It is
     measured with the model's tower in it."""
 
@@ -96,10 +97,13 @@ class SuiteTask:
         Raises:
             ValueError: If an option has an impossible value.
         """
+        super().__post_init__()
         if self.role not in ("target", "kept"):
             raise ValueError(f"{self.task}: role is {self.role!r}; expected target or kept.")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"{self.task}: limit is {self.limit}; expected at least 1, or none for all.")
+        try:
+            plain_file_name(self.title)
+        except ValueError as error:
+            raise ValueError(f"{self.task}: its name is {self.title!r}, which files are called by; expected {error}.") from error
         if self.images is not None and self.task != RETRIEVAL:
             raise ValueError(f"{self.task}: images is {self.images!r}, which {RETRIEVAL} alone reads; leave it out.")
         if self.tower_in is not None and self.task not in (RETRIEVAL, *IMAGE_SETS):
@@ -107,11 +111,11 @@ class SuiteTask:
 
 
 @dataclass(frozen=True)
-class Suite:
+class Suite(Options):
     """What is measured."""
 
     tasks: Sequence[SuiteTask] = field(default_factory=list)
-    batch_size: int = 1
+    batch_size: Count = 1
     """Examples at once; 1 is the reference, as padding may change answers."""
 
 
@@ -122,9 +126,7 @@ def read_suite(path: Path) -> Suite:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not of this form.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"The suite {path} does not exist; expected a YAML file with a list of tasks.")
-    values = yaml.safe_load(path.read_text())
+    values = read_yaml(path)
     if not isinstance(values, dict) or not isinstance(values.get("tasks"), list) or not values["tasks"]:
         raise ValueError(f"{path} has no list of tasks; expected tasks: [{{task: easy_vqa, role: kept}}, …].")
     tasks = [from_mapping(one if isinstance(one, dict) else {"task": one}, SuiteTask, f"{path}, tasks") for one in values["tasks"]]

@@ -18,13 +18,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
 from corda_eval.study.run import RunSpec, made
 from corda_eval.study.settings import SETTINGS
+from corda_vlm.options import Count, FileName, Place, as_declared
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
@@ -36,29 +39,29 @@ OF_SETTINGS, OF_ARMS = ("arms", "rates"), ("rates",)
 class StudyConfig:
     """A study; ``configs/compare_lab.yaml`` holds the published one's values with their reasons."""
 
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[FileName, Mapping[str, Any]]
     """By name: ``kind``, its options, ``arms``, the names of those that run here (all, if it is left out), and ``rates``, where the ladder
     begins here for some of them, by name."""
 
-    arms: Mapping[str, Mapping[str, Any]]
+    arms: Mapping[FileName, Mapping[str, Any]]
     """By name: ``method``, its options, and ``rates``, where the ladder begins for it elsewhere. One must be called ``lora``."""
 
-    rates: tuple[float, ...]
+    rates: Sequence[float]
     """Where the ladder begins."""
 
-    seeds: int
+    seeds: Count
     """Of each arm, at the rates that decide."""
 
-    alphas: tuple[float, ...] = ()
+    alphas: Sequence[float] = ()
     """Interpolations with the base that are measured of each run (WiSE-FT)."""
 
-    workers: int = 1
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Runs at once."""
 
-    threads: int = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Of each."""
 
-    results: str = "compare"
+    results: Place = "compare"
     """Folder of the finished runs, one a file."""
 
 
@@ -198,6 +201,7 @@ def check(config: StudyConfig) -> None:
         made(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
     for options in config.arms.values():
         made(_without(options, OF_ARMS), "method", METHODS, "method")
+    as_declared(StudyConfig, vars(config))  # names that files are called by, numbers of processes
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
 

@@ -24,10 +24,11 @@ from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Score, Task
 from corda_eval.study.train import train
 from corda_vlm.config import from_mapping
+from corda_vlm.options import NotNegative, Options, Seed
 
 
 @dataclass(frozen=True)
-class RunSpec:
+class RunSpec(Options):
     """All that decides a run's outcome."""
 
     setting: Mapping[str, Any]
@@ -36,10 +37,10 @@ class RunSpec:
     method: Mapping[str, Any] | None
     """``method`` and its options; None measures the base."""
 
-    rate: float
+    rate: NotNegative
     """Peak learning rate."""
 
-    seed: int
+    seed: Seed
     alphas: Sequence[float]
     """Interpolations with the base that are measured too (WiSE-FT)."""
 

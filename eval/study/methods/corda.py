@@ -8,20 +8,21 @@ from corda_core.decompose import Mode, Split
 from corda_core.lora import Protect
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Corda:
     """Options of CorDA; see ``corda_core.plan`` and ``attach``."""
 
-    rank: int
+    rank: Count
     mode: Mode = Mode.KPM
     protect: Protect = "start"
     split: Split = Split.BALANCED
     context: Sequence[str] = ()
     """Domains that the covariances are taken from, together; by default all that is kept (KPM), what is learned (IPM)."""
 
-    context_batches: int | None = None
+    context_batches: Count | None = None
     """Take only so many batches of each domain; None takes all."""
 
     candidates: Sequence[Sequence[str]] = ()

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Dora:
     """Options of DoRA."""
 
-    rank: int
+    rank: Count
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with DoRA on the task's layers; it starts as the base, up to rounding.

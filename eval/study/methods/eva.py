@@ -22,6 +22,7 @@ from corda_core.modules import base_digest, weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import TARGET, Task
+from corda_vlm.options import Count, Positive
 
 PASSES = 20
 """Over the context, after which directions that have not settled are an error: PEFT would go on for ever."""
@@ -31,10 +32,10 @@ PASSES = 20
 class Eva:
     """Options of EVA."""
 
-    rank: int
+    rank: Count
     """Of all layers together: ``rank`` times their number is spent."""
 
-    rho: float = 2.0
+    rho: Positive = 2.0
     """The most that one layer gets, as a multiple of ``rank``; 1 leaves all ranks equal."""
 
     def adapt(self, task: Task) -> Adapted:

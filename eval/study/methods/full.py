@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import refuse_shared
 from corda_eval.study.task import Task
+from corda_vlm.options import NotNegative
 
 
 @dataclass(frozen=True)
 class Full:
     """Options of full fine-tuning."""
 
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model itself, the weights of the task's layers taking gradients.

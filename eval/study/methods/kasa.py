@@ -28,6 +28,7 @@ from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task
+from corda_vlm.options import Count, NotNegative, Positive
 
 Regulariser = Literal["sum", "mean", "reference"]
 
@@ -36,12 +37,12 @@ Regulariser = Literal["sum", "mean", "reference"]
 class Kasa:
     """Options of KaSA."""
 
-    rank: int = 8
-    alpha: float | None = None
+    rank: Count = 8
+    alpha: Positive | None = None
     """None takes twice the rank, as the paper does."""
 
-    beta: float = 1e-4
-    gamma: float = 1e-3
+    beta: NotNegative = 1e-4
+    gamma: NotNegative = 1e-3
     regulariser: Regulariser = "mean"
     """Over the layers: their "sum", as PEFT; their "mean"; "reference", the mean with the reference's outer products."""
 

@@ -20,6 +20,7 @@ from corda_eval.study.method import Adapted
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Batch, Task
+from corda_vlm.options import Count, NotNegative
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 ADAPTER = "default"
@@ -30,8 +31,8 @@ ADAPTER = "default"
 class Lalora:
     """Options of LaLoRA."""
 
-    rank: int
-    strength: float
+    rank: Count
+    strength: NotNegative
     """λ."""
     curvature: Literal["diagonal", "kfac", "tridiagonal"] = "diagonal"
     """What is taken of Λ: its diagonal; or a Kronecker product for A and one for B of each layer; or those and one between them."""
@@ -39,7 +40,7 @@ class Lalora:
     """Where A and B start, and are held: as LoRA's, or as those of CorDA in KPM."""
     context: Sequence[str] = ()
     """Domains of the source sample, and of CorDA's covariances; by default all that is kept."""
-    source_batches: int = 2
+    source_batches: Count = 2
     """How many batches of each domain the source sample has."""
 
     def adapt(self, task: Task) -> Adapted:

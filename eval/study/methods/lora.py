@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Task
+from corda_vlm.options import Count, NotNegative
 
 
 @dataclass(frozen=True)
 class Lora:
     """Options of LoRA."""
 
-    rank: int
-    weight_decay: float = 0.0
+    rank: Count
+    weight_decay: NotNegative = 0.0
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with LoRA on the task's layers."""

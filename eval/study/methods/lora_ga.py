@@ -21,20 +21,21 @@ from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task
+from corda_vlm.options import Count, Positive
 
 
 @dataclass(frozen=True)
 class LoraGa:
     """Options of LoRA-GA."""
 
-    rank: int
-    alpha: float | None = None
+    rank: Count
+    alpha: Positive | None = None
     """None takes the rank."""
 
-    gradient_batches: int = 8
+    gradient_batches: Count = 8
     """The first of the training, which the gradient is taken over."""
 
-    gamma: int = 16
+    gamma: Count = 16
     form: Literal["paper", "peft"] = "paper"
 
     def adapt(self, task: Task) -> Adapted:

@@ -11,13 +11,14 @@ from corda_core import Decomposition, attach, factors
 from corda_eval.study.method import Adapted
 from corda_eval.study.starts import plan_from
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class LoraNull:
     """Options of LoRA-Null."""
 
-    rank: int
+    rank: Count
     version: Literal["v1", "v2"] = "v1"
     """"v1" trains A and B; "v2" leaves A as it starts, so that it stays in the null space: half the trainable parameters."""
     context: Sequence[str] = ()

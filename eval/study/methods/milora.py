@@ -7,13 +7,14 @@ from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.starts import even_context
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Milora:
     """Options of MiLoRA."""
 
-    rank: int
+    rank: Count
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with ``B0 A0 = Σ_{i > k−r} σᵢ uᵢ vᵢᵀ`` of ``W = U Σ Vᵀ``, A and B training; unchanged at the start.

@@ -13,14 +13,15 @@ from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.starts import even_context
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Oplora:
     """Options of OPLoRA."""
 
-    rank: int
-    preserved: int
+    rank: Count
+    preserved: Count
     """k: how many of W's largest singular triples stay."""
 
     def adapt(self, task: Task) -> Adapted:

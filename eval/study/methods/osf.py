@@ -16,13 +16,14 @@ from peft import OSFConfig, get_peft_model
 from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Osf:
     """Options of OSF."""
 
-    rank: int
+    rank: Count
     """How many of a layer's directions train."""
 
     def adapt(self, task: Task) -> Adapted:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Pissa:
     """Options of PiSSA."""
 
-    rank: int
+    rank: Count
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with PiSSA on the task's layers; base weights are written, the function stays, up to rounding.

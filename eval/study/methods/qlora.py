@@ -10,13 +10,14 @@ from corda_core import quantize_linears_
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class Qlora:
     """Options of QLoRA."""
 
-    rank: int
+    rank: Count
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with LoRA on the task's layers, which bitsandbytes holds in 4 bits from here on.

@@ -10,13 +10,14 @@ from corda_core import Covariance, attach
 from corda_eval.study.method import Adapted
 from corda_eval.study.starts import plan_from
 from corda_eval.study.task import TARGET, Task
+from corda_vlm.options import Count
 
 
 @dataclass(frozen=True)
 class ScLora:
     """Options of SC-LoRA."""
 
-    rank: int
+    rank: Count
     beta: float
     """β in [0, 1]: 0 looks only at what is learned, 1 only at what is to be kept."""
     context: Sequence[str] = ()

@@ -15,16 +15,17 @@ from torch.nn import functional as F
 from corda_core import AdapterInit, AdapterPlan, Mode, attach, lora_layers, plan, spectrum, weight_matrix
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
+from corda_vlm.options import Count, NotNegative
 
 
 @dataclass(frozen=True)
 class Thanora:
     """Options of ThanoRA."""
 
-    rank: int
+    rank: Count
     """r, of all tasks together."""
 
-    penalty: float = 0.1
+    penalty: NotNegative = 0.1
     """Weight of ``overlap`` in the loss."""
 
     tasks: Sequence[str] = ()

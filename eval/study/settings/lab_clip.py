@@ -36,6 +36,7 @@ from corda_eval.zeroshot.classify import class_head
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_vlm.attention import split_attention
 from corda_vlm.classifier import ZeroShotClassifier
+from corda_vlm.options import Count, Place
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import learnable_layers, select_layers
 
@@ -49,20 +50,20 @@ DRAWINGS = ("openclipart", "tuxpaint")
 class LabClipClasses:
     """Options of the setting."""
 
-    steps: int = 100
-    batch_size: int = 32
-    photographs: str | None = None
+    steps: Count = 100
+    batch_size: Count = 32
+    photographs: Place | None = None
     """Learned instead of the digits: a table like CIFAR-10's (``corda_eval.zeroshot.cifar``)."""
-    kept_photographs: str | None = None
+    kept_photographs: Place | None = None
     """Measured beside the digits: such a table."""
-    data: str | None = None
+    data: Place | None = None
     """Folder that ``corda_eval.lab.clip_data`` wrote: icons to be kept, and the contexts ``icons`` and ``drawings``."""
-    context_images: int = 256
+    context_images: Count = 256
     """Of each domain to be kept."""
-    kept_images: int = 200
+    kept_images: Count = 200
     """Measured of each domain, at most."""
-    test_images: int = 200
-    validation_images: int = 100
+    test_images: Count = 200
+    validation_images: Count = 100
 
     def __post_init__(self) -> None:
         """Refuse to keep what is learned.

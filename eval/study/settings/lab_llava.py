@@ -26,6 +26,7 @@ from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.data import Collator
+from corda_vlm.options import Count
 from corda_vlm.towers import learnable_layers, select_layers
 
 PARTS = ("vision", "projector", "language")
@@ -37,20 +38,20 @@ WINDOW = 128
 class LabLlavaDigits:
     """Options of the setting."""
 
-    steps: int = 60
-    batch_size: int = 4
+    steps: Count = 60
+    batch_size: Count = 4
     """Digits a step, about 35 tokens each."""
-    context_questions: int = 192
+    context_questions: Count = 192
     """Of easy-VQA."""
-    context_windows: int = 64
+    context_windows: Count = 64
     """Of 128 tokens of text."""
-    test_digits: int = 100
-    validation_digits: int = 24
+    test_digits: Count = 100
+    validation_digits: Count = 24
     """Measured eleven times in a training."""
-    kept_questions: int = 200
-    kept_windows: int = 16
+    kept_questions: Count = 200
+    kept_windows: Count = 16
     """Of 128 tokens, measured."""
-    facts: int = 100
+    facts: Count = 100
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data."""

@@ -23,6 +23,7 @@ from corda_eval.study.settings.shared import answer_loss, answer_score, casting
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.text.facts import facts_scores
 from corda_eval.text.perplexity import held_out_text, mean_loss, text_windows
+from corda_vlm.options import Count
 
 SOURCES = ("argparse", "ast", "datetime", "decimal", "inspect", "locale", "mailbox", "optparse", "pickle", "tarfile", "typing", "zipfile")
 WINDOW = 128
@@ -35,18 +36,18 @@ class SmolLm2Lines:
 
     lines: Sequence[str] = ("sorting",)
     """What is learned, at once: "sorting", "addition"."""
-    steps: int = 60
-    batch_size: int = 4
+    steps: Count = 60
+    batch_size: Count = 4
     """Windows of 64 tokens of each kind, about five lines each, a step."""
-    context_windows: int = 48
+    context_windows: Count = 48
     """Of 128 tokens, of each domain to be kept; the descriptions have no more than 57."""
-    kept_windows: int = 16
+    kept_windows: Count = 16
     """Of 128 tokens, measured of each domain."""
-    test_windows: int = 24
+    test_windows: Count = 24
     """Of 64 tokens of each kind of lines, measured in the end."""
-    validation_windows: int = 12
+    validation_windows: Count = 12
     """Measured eleven times in a training."""
-    facts: int = 100
+    facts: Count = 100
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data.
