@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from corda_vlm.train import losses_of, trainer_for
 logger = logging.getLogger(__name__)
 
 SUMMARY = "training.json"
+FINGERPRINTS = "samples"
+"""Where a plan's provenance has digests of what its run is trained and measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +91,13 @@ def _train(recipe: Recipe, resume: bool) -> Trained:
 def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume: bool) -> Trained:
     """Train in an output that is this run's own."""
     start = time.time()
-    model, processor, items = _loaded(recipe, arguments)
-    evaluation = None if recipe.evaluation is None else _items(recipe.evaluation, recipe, model)
+    model, processor, samples = _loaded(recipe, arguments)
+    items, evaluation = samples["data"], samples.get("evaluation")
     if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
     else:
         arguments.dataloader_drop_last = True  # a smaller batch would be another loss
-    adapted = _adapted(model, processor, items, recipe, output)
+    adapted = _adapted(model, processor, samples, recipe, output)
     rates = {
         part: rate
         for part, rate in (("projector", recipe.training.projector_learning_rate), ("vision", recipe.training.vision_learning_rate))
@@ -145,19 +148,20 @@ def prepare(recipe: Recipe) -> AdapterPlan:
         arguments = training_arguments(recipe)
         with alone_in(output):
             claim(recipe, output, resume=False)
-            model, processor, items = _loaded(recipe, arguments)
-            return attachment_of(_adapted(model, processor, items, recipe, output)).plan
+            model, processor, samples = _loaded(recipe, arguments)
+            return attachment_of(_adapted(model, processor, samples, recipe, output)).plan
 
 
-def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, Items]:
-    """Return base, processor and training data."""
+def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, dict[str, Items]]:
+    """Return base, processor and what the losses depend on: the training data, and the held-out samples if there are any."""
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
-    items = _items(recipe.data, recipe, model)
-    _check_fits(model, recipe, arguments, len(items))
+    sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
+    samples = {name: _items(source, recipe, model) for name, source in sources.items()}
+    _check_fits(model, recipe, arguments, len(samples["data"]))
     if recipe.model.quantize is None:  # else it is where it is to be
         model.to(arguments.device)
-    return model, processor, items
+    return model, processor, samples
 
 
 def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: int) -> None:
@@ -194,13 +198,18 @@ def _items(data: DataConfig, recipe: Recipe, model: nn.Module) -> Items:
     return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model))
 
 
-def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, output: Path) -> PeftModel:
-    """Return the model with its adapter at its start: that of the run which is gone on with, or a new one, which is written first."""
+def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
+    """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
+    fingerprints = {name: its.fingerprint() for name, its in samples.items()}
     if from_first_process((output / ATTACHMENT).exists()):
-        adapted = attached_as(model, load_attachment(output / ATTACHMENT))
+        attachment = load_attachment(output / ATTACHMENT)
+        _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
+        adapted = attached_as(model, attachment)
     else:
-        contexts = draw_contexts(items if recipe.context is None else _items(recipe.context, recipe, model), recipe.corda)
-        adapted = attach_plan(model, plan_contexts(model, contexts, recipe.corda, processor), recipe.corda)
+        contexts = draw_contexts(samples["data"] if recipe.context is None else _items(recipe.context, recipe, model), recipe.corda)
+        plan = plan_contexts(model, contexts, recipe.corda, processor)
+        plan = dataclasses.replace(plan, provenance={**plan.provenance, FINGERPRINTS: fingerprints})
+        adapted = attach_plan(model, plan, recipe.corda)
         if process_rank() == 0:
             save_attachment(attachment_of(adapted), output / ATTACHMENT)
     if recipe.training.bf16:  # what trains whole gets float32 copies, as PEFT gives adapters
@@ -210,3 +219,22 @@ def _adapted(model: nn.Module, processor: Any, items: Items, recipe: Recipe, out
         "%d adapters, %d parameters train", len(lora_layers(adapted)), sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     )
     return adapted
+
+
+def _check_same_samples(recorded: Mapping[str, str] | None, found: Mapping[str, str], output: Path) -> None:
+    """Refuse to resume on other samples than a run began with.
+
+    Raises:
+        ValueError: If their fingerprints differ; the text says of which.
+    """
+    if recorded is None:  # of corda-vlm 0.1.0
+        logger.warning(
+            "%s does not tell what its run was trained on: whether the data are still the same is not known.", output / ATTACHMENT
+        )
+        return
+    changed = [name for name in found if recorded.get(name) != found[name]]
+    if changed:
+        raise ValueError(
+            f"{changed[0]}: the samples are not those that the run in {output} began with; put those back to resume it, or name another "
+            "output to begin anew."
+        )

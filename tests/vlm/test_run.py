@@ -163,6 +163,23 @@ def test_checkpoints_of_the_first_version_are_resumed(processor: Any, tmp_path: 
         assert trained(path, resume=True).losses == whole.losses
 
 
+@pytest.mark.parametrize("section", ["data", "evaluation"])
+def test_a_run_is_not_resumed_on_other_samples(section: str, processor: Any, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.json"
+    path = write_recipe(tmp_path, processor, training={"steps": 2}, evaluation={"source": str(held_out)})
+    rows = json.loads((tmp_path / "data.json").read_text())
+    held_out.write_text(json.dumps(rows[:3]))
+    whole = trained(path)
+    file = tmp_path / "data.json" if section == "data" else held_out
+    before = file.read_text()
+    for changed in (json.loads(before)[:-1], json.loads(before)[::-1], json.loads(before.replace("red", "blue"))):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{section}: the samples are not those that the run in .* began with"):
+            trained(path, resume=True)
+    file.write_text(json.dumps(json.loads(before), indent=3))  # the same rows
+    assert trained(path, resume=True).losses == whole.losses
+
+
 def test_one_run_at_a_time_has_an_output(processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
     path = write_recipe(tmp_path, processor)
