@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -55,7 +56,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str 
     peft_model: Any = unwrapped(model)
     # Embeddings are not trained here; to find out whether they were resized PEFT would ask the hub.
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-    trained = {key: gathered_whole(value).detach().cpu().contiguous() for key, value in state.items() if not key.endswith(MADE_ANEW)}
+    trained = {  # copies: a file holds no memory twice, which tied weights in a module that trains whole share
+        key: gathered_whole(value).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in state.items()
+        if not key.endswith(MADE_ANEW)
+    }
     if process_rank() == 0:
         with replacing_in(Path(folder)) as fresh:
             write_tensors(trained, fresh / WEIGHTS, {"format": "pt"})

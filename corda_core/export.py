@@ -10,14 +10,13 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from corda_core.adapter import attachment_of
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, write_tensors
 from corda_core.lora import ContextLora, base_of, change_factors, lora_config, lora_layers, whole_modules
-from corda_core.modules import gathered_whole, is_quantized, is_shared, unwrapped, weight_matrix
+from corda_core.modules import gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
 
 CONFIG = "adapter_config.json"
 
@@ -142,24 +141,21 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
         raise ValueError(f"{merged[0]} has its change in its weight already (merge_adapter); call unmerge_adapter first.")
     starts = _starts(model, adapter_name)
     for name, (A, B) in changes.items():
-        own = layers[name].get_base_layer()
         weight = weight_matrix(base, name).float() + B @ A
-        if is_shared(base, own.weight):
-            own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)  # the embedding that it is tied to stays
-            if hasattr(base, "config"):
-                base.config.tie_word_embeddings = False
         if name in starts:  # "subtract": the base lacks what the change starts from
             weight += starts[name].to(weight)
-        if not is_quantized(own):
-            own.weight.data.copy_(weight.T if isinstance(own, Conv1D) else weight)
-        else:
-            layers[name].base_layer = _plain(own, weight)
+        write_weight_(base, name, weight)
     for wrapper in whole_modules(model, adapter_name).values():
-        wrapper.original_module.load_state_dict(_interpolated(wrapper, alpha, adapter_name))
+        own = wrapper.modules_to_save[adapter_name]  # a copy, written freely: other modules may have parts of the original
+        places = own.state_dict(keep_vars=True)
+        for key, value in _interpolated(wrapper, alpha, adapter_name).items():
+            places[key].data = value
+        wrapper.original_module = own.requires_grad_(False)
         for name in wrapper.modules_to_save:  # which one PEFT keeps is its affair
-            wrapper.modules_to_save[name] = wrapper.original_module
+            wrapper.modules_to_save[name] = own
     plain: nn.Module = model.unload()
     _dequantize_rest_(plain)
+    _untie_configs(plain)
     return plain
 
 
@@ -228,21 +224,24 @@ def _interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str
     }
 
 
-def _plain(layer: Any, weight: Tensor) -> nn.Linear:
-    """Return a plain layer with this weight, of the type that the quantised layer computes in."""
-    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    dtype = getattr(layer, "compute_dtype", None) or weight.dtype if layer.bias is None else layer.bias.dtype
-    plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
-    return plain.train(layer.training)
-
-
 def _dequantize_rest_(model: Any) -> None:
     """Make plain layers of what is still quantised, and take that out of a transformers model's config."""
-    packed = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None and is_quantized(module)]
-    for name in packed:
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, _plain(model.get_submodule(name), weight_matrix(model, name)))
+    plain: dict[nn.Module, nn.Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if getattr(module, "weight", None) is not None and is_quantized(module):
+            plain[module] = plain.get(module) or plain_linear(module, weight_matrix(model, name))
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, plain[module])
     if hasattr(getattr(model, "config", None), "quantization_config"):
         del model.config.quantization_config
         model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
         model.hf_quantizer = None
+
+
+def _untie_configs(model: nn.Module) -> None:
+    """Tell the configs of transformers models whose tied weights differ by now that they are not tied."""
+    part: Any
+    for part in model.modules():
+        tied = getattr(part, "get_expanded_tied_weights_keys", dict)
+        if any(part.get_parameter(one) is not part.get_parameter(other) for one, other in tied().items()):
+            part.config.tie_word_embeddings = False

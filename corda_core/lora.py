@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.modules import LINEAR_TYPES, gathered_whole, unwrapped
+from corda_core.modules import LINEAR_TYPES, gathered_whole, is_shared, unwrapped
 from corda_core.plan import AdapterInit
 from corda_core.whiten import shortened
 
@@ -68,7 +68,19 @@ class ContextLora(LoraVariant):
 
 
 class ContextLoraModel(LoraModel):
-    """PEFT's model of LoRA layers, which knows that CorDA's factors cannot be added up by themselves."""
+    """PEFT's model of LoRA layers, which knows what PEFT does not: CorDA's factors cannot be added up, and weights may be shared."""
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to add a change to a weight that another module has too, as PEFT does in place.
+
+        Raises:
+            ValueError: If a layer's weight is tied, or the layer stands in two places.
+        """
+        super()._check_merge_allowed()
+        layers = {name: one for name, one in self.model.named_modules() if isinstance(one, LoraLayer)}
+        shared = next((name for name, one in layers.items() if is_shared(self.model, one.get_base_layer().weight)), None)
+        if shared is not None:
+            raise ValueError(f"PEFT would merge into the weight of {shared}, which another module uses too; merge with corda_core.merge.")
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Combine plain adapters as PEFT does.

@@ -1,5 +1,6 @@
 """Which layers are adapted, how their weights lie, and what identifies them."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,8 +151,41 @@ def is_quantized(layer: Any) -> bool:
 
 
 def is_shared(model: nn.Module, weight: Tensor) -> bool:
-    """Return whether several modules have this very parameter, as a tied output layer has the embedding's."""
-    return sum(one is weight for _, one in model.named_parameters(remove_duplicate=False)) > 1
+    """Return whether this parameter has several names: a tied output layer has the embedding's, and a module may stand in two places."""
+    return sum(_is_same(one, weight) for _, one in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether writing into one tensor changes the other."""
+    plain = not (isinstance(one, DTensor) or isinstance(other, DTensor) or one.is_meta)
+    return one is other or (plain and one.numel() > 0 and one.data_ptr() == other.data_ptr())
+
+
+def write_weight_(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give a linear layer this weight (m, n), and leave all else in the model as it is, also what shares the weight or the very layer.
+
+    A layer that bitsandbytes quantised becomes a plain one.
+    """
+    parent, _, key = name.rpartition(".")
+    holder: Any = model.get_submodule(parent)
+    if isinstance(getattr(holder, key), LoraLayer):
+        holder, key = getattr(holder, key), "base_layer"
+    layer = getattr(holder, key)
+    if is_quantized(layer):
+        setattr(holder, key, plain_linear(layer, weight))
+        return
+    if is_shared(model, layer.weight):
+        layer = copy.deepcopy(layer)
+        setattr(holder, key, layer)
+    layer.weight.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def plain_linear(layer: Any, weight: Tensor) -> nn.Linear:
+    """Return a plain layer with this weight, of the type that the quantised layer computes in."""
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype if layer.bias is None else layer.bias.dtype
+    plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
+    return plain.train(layer.training)
 
 
 def quantized_values(layer: Any, name: str) -> Tensor:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import llama_config, tiny_llama
+from conftest import llama_config, tiny_llama, tiny_llava
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter import FAMILIES, IDS, logits, planned, trained
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from corda_core import attach, change_factors, collect, export, lora_layers, merge, plan, save, select_linears, weight_matrix
+from corda_core import attach, change_factors, collect, export, load, lora_layers, merge, plan, save, select_linears, weight_matrix
 from corda_core.export import compressed
 
 FORMS = [("start", "offset"), ("start", "subtract"), ("strict", "offset"), ("whitened", "offset")]
@@ -218,3 +218,114 @@ def test_tied_weights_of_a_model_without_a_config() -> None:
     with torch.no_grad():
         expected = adapted(x)
         torch.testing.assert_close(merge(adapted)(x), expected, rtol=0, atol=1e-5)
+
+
+def tied(family: str) -> Any:
+    """Return a model whose output layer is the embedding's, and what holds the embedding."""
+    torch.manual_seed(0)
+    config = llama_config() if family == "llama" else tiny_llava().config
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config) if family == "llama" else LlavaForConditionalGeneration(config)
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "whole"),
+    [
+        ("llava", "model.multi_modal_projector.*", ["model.language_model"]),
+        ("llama", ".*q_proj", ["model.embed_tokens"]),
+        ("llama", ".*q_proj", ["lm_head"]),
+        ("llama", ".*q_proj|lm_head", ["model.norm"]),
+    ],
+)
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_what_is_tied_to_a_trained_module_stays_as_it_was(family: str, layers: str, whole: list[str], alpha: float, tmp_path: Path) -> None:
+    model, pixels = tied(family), {"pixel_values": torch.randn(2, 3, 16, 16)} if family == "llava" else {}
+    ids = torch.cat([torch.full((2, 4), 4), IDS.clamp(min=5)], dim=1) if family == "llava" else IDS
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=ids, **pixels).logits
+
+    names = select_linears(model, layers)
+    made = plan(model, collect(model, [{"input_ids": ids, **pixels}], names), mode="kpm", rank=2)
+    embedding, head = (one.weight.detach().clone() for one in (model.get_input_embeddings(), model.get_output_embeddings()))
+    adapted = attach(model, made, train_fully=whole)
+    optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        adapted(input_ids=ids, labels=ids, **pixels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    adapted.eval()
+    folder = export(adapted, tmp_path / "lora", alpha=alpha).folder
+    expected = outputs(adapted)
+    torch.testing.assert_close(outputs(load(tied(family), save(adapted, tmp_path / "saved"))), expected, rtol=0, atol=1e-5)
+    loaded = outputs(PeftModel.from_pretrained(tied(family), folder).eval())
+    merged: Any = merge(adapted, alpha=alpha)
+    torch.testing.assert_close(outputs(merged), loaded, rtol=0, atol=1e-5)
+    if alpha == 1:
+        torch.testing.assert_close(outputs(merged), expected, rtol=0, atol=1e-5)
+    moved = {
+        "model.language_model": (False, True),
+        "model.embed_tokens": (False, True),
+        "lm_head": (True, False),
+        "model.norm": (True, False),
+    }
+    for before, now, stays in zip(
+        (embedding, head), (merged.get_input_embeddings(), merged.get_output_embeddings()), moved[whole[0]], strict=True
+    ):
+        assert torch.equal(now.weight, before) is stays
+    assert not merged.config.tie_word_embeddings
+    assert not any(p.requires_grad for p in merged.parameters())
+    merged.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(outputs(type(merged).from_pretrained(tmp_path / "plain").eval()), outputs(merged), rtol=0, atol=1e-6)
+
+
+class Twice(nn.Module):
+    """One layer in two places, and one whose weight another has by its memory alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = self.first
+        self.third, self.fourth = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.fourth.weight = nn.Parameter(self.third.weight.data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fourth(self.third(self.second(self.first(x).relu())).relu())
+
+
+@pytest.mark.parametrize(("layers", "whole"), [(["first", "third"], []), (["fourth"], ["first"]), (["first"], ["third"])])
+def test_a_module_in_two_places_changes_in_the_one_that_trained(layers: list[str], whole: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(40, 6)
+    made = plan(model, collect(model, [{"x": x}], layers), mode="kpm", rank=2)
+    with pytest.raises(ValueError, match="whose weight another module uses too"):
+        attach(model, made, residual="subtract")
+    adapted = attach(model, made, protect="strict", train_fully=whole)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    with torch.no_grad():
+        expected = adapted(x)
+        with pytest.raises(ValueError, match=r"PEFT would merge into the weight of .*merge with corda_core\.merge"):
+            adapted.merge_and_unload()
+        with pytest.raises(ValueError, match="PEFT would merge into the weight"):
+            adapted.merge_adapter()
+        torch.testing.assert_close(merge(adapted)(x), expected, rtol=0, atol=1e-5)
+
+
+def test_weights_tied_within_a_module_that_trains_stay_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Tied()), torch.randn(40, 6)
+    adapted = attach(model, plan(model, collect(model, [{"input": x}], ["0"]), mode="kpm", rank=2), train_fully=["1"])
+    adapted.get_base_model()[1].first.weight.data.normal_()
+    with torch.no_grad():
+        expected = adapted(x)
+        save(adapted, tmp_path / "saved")
+        export(adapted, tmp_path / "lora")
+        plain: Any = merge(adapted)
+        torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-5)
+    assert plain[1].first.weight is plain[1].second.weight

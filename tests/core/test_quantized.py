@@ -259,3 +259,20 @@ def test_merging_quantised_layers_that_have_a_bias(dtype: torch.dtype) -> None:
         merged = merge(adapted)
         assert {one.weight.dtype for one in merged} == {one.bias.dtype for one in merged} == {dtype}
         torch.testing.assert_close(merged(x), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*tie_word_embeddings")
+def test_a_tied_output_layer_that_was_quantised_is_its_own_when_merged(tmp_path: Any) -> None:
+    model = plain_llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    made = plan(model, collect(model, [BATCH], ["lm_head"]), mode="kpm", rank=4)
+    adapted = attach(model, made, protect="strict", quantize="nf4")
+    lora_layers(adapted)["lm_head"].lora_B["default"].weight.data.normal_()
+    with torch.no_grad():
+        expected = adapted.train()(**BATCH).logits
+        plain = merge(adapted)
+        plain.save_pretrained(tmp_path)
+        torch.testing.assert_close(plain(**BATCH).logits, expected, rtol=1e-4, atol=1e-4)
+        again = LlamaForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(again(**BATCH).logits, expected, rtol=1e-4, atol=1e-4)
