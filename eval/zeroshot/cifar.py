@@ -11,7 +11,7 @@ from typing import Any
 
 import torchvision
 
-from corda_eval.zeroshot.folders import table
+from corda_eval.zeroshot.folders import class_numbers, table
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_vlm.sources import DataConfig
 
@@ -32,14 +32,14 @@ CIFAR100 = tuple((Path(__file__).parent / "cifar100_names.txt").read_text().spli
 def cifar10(source: str | Path | DataConfig, *, image: str = "image", label: str = "label") -> ClassifiedImages:
     """Return the test images: of the folder that holds ``cifar-10-batches-py``, or all rows of a table with these columns."""
     if _has(source, "cifar-10-batches-py"):
-        return ClassifiedImages("cifar10", _official(torchvision.datasets.CIFAR10, source), CIFAR10, TEMPLATES)
+        return ClassifiedImages("cifar10", _official(torchvision.datasets.CIFAR10, source, CIFAR10), CIFAR10, TEMPLATES)
     return table(source, image=image, label=label, class_names=CIFAR10, templates=TEMPLATES, task="cifar10")
 
 
 def cifar100(source: str | Path | DataConfig, *, image: str = "image", label: str = "fine_label") -> ClassifiedImages:
     """Return the test images: of the folder that holds ``cifar-100-python``, or all rows of a table with these columns."""
     if _has(source, "cifar-100-python"):
-        return ClassifiedImages("cifar100", _official(torchvision.datasets.CIFAR100, source), CIFAR100, TEMPLATES)
+        return ClassifiedImages("cifar100", _official(torchvision.datasets.CIFAR100, source, CIFAR100), CIFAR100, TEMPLATES)
     return table(source, image=image, label=label, class_names=CIFAR100, templates=TEMPLATES, task="cifar100")
 
 
@@ -48,6 +48,8 @@ class TorchvisionImages(Sequence[LabelledImage]):
     """A dataset of torchvision; ids are places, from 0."""
 
     dataset: Any
+    labels: Sequence[int]
+    """Of each class of the dataset's own order."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -56,15 +58,17 @@ class TorchvisionImages(Sequence[LabelledImage]):
     def __getitem__(self, index: Any) -> Any:
         """Return the image at a place."""
         image, label = self.dataset[index]
-        return LabelledImage(str(index), image, label)
+        return LabelledImage(str(index), image, self.labels[label])
 
 
 def _has(source: str | Path | DataConfig, folder: str) -> bool:
     return not isinstance(source, DataConfig) and (Path(source).expanduser() / folder).is_dir()
 
 
-def _official(kind: Any, source: Any) -> TorchvisionImages:
+def _official(kind: Any, source: Any, names: Sequence[str]) -> TorchvisionImages:
     try:
-        return TorchvisionImages(kind(str(Path(source).expanduser()), train=False, download=False))
+        dataset = kind(str(Path(source).expanduser()), train=False, download=False)
     except RuntimeError as error:
         raise FileNotFoundError(f"{source} does not hold all of {kind.__name__} ({error}); unpack its archive there again.") from error
+    numbers = class_numbers(dataset.classes, names, str(source))
+    return TorchvisionImages(dataset, [numbers[name] for name in dataset.classes])

@@ -44,7 +44,7 @@ def table(
     *,
     image: str = "image",
     label: str = "label",
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[str, str] | None = None,
     templates: Sequence[Template] = (PLAIN_TEMPLATE,),
     task: str | None = None,
 ) -> ClassifiedImages:
@@ -54,22 +54,50 @@ def table(
         source: A file, folder or id as ``DataConfig.source``; or a whole ``DataConfig``, for splits and limits.
         image: Column of the image.
         label: Column of the class: its number, or its name.
-        class_names: Names in order; by default those that the table's own type of column has.
+        class_names: Names in order, or a name for each of the table's own; by default those that the table's own type of column has. A
+            table's own names are found among them by name (``class_numbers``), whatever their order is; numbers without names are places.
         templates: Prompts.
         task: What the results are called; by default as the source.
 
     Raises:
-        ValueError: If there are no names, or a column is missing.
+        ValueError: If there are no names, a class of the table is not among them, or a column is missing.
     """
     given = source if isinstance(source, DataConfig) else DataConfig(str(source))
     config = replace(given, columns={"image": image, "text": label}, prompt=None)
     items = load_items(config)
     stored = getattr(items.rows, "class_names", {}).get(label)
-    names = class_names if class_names is not None else stored
-    if not names:
+    known = stored if class_names is None else list(class_names)
+    if not known:
         raise ValueError(f"{config.source} does not name the classes of {label!r}; expected their names in order; give class_names.")
-    rows = TableImages(items, label, None if stored is None and isinstance(items.rows[0][label], int) else tuple(stored or names))
+    names = class_names.values() if isinstance(class_names, Mapping) else known
+    by_number = stored is None and isinstance(items.rows[0][label], int)
+    rows = TableImages(items, label, None if by_number else class_numbers(stored or known, known, config.source))
     return ClassifiedImages(task or Path(config.source).stem, rows, tuple(names), tuple(templates))
+
+
+def class_numbers(own: Sequence[str], class_names: Sequence[str], source: str) -> dict[str, int]:
+    """Return the place among ``class_names`` of each class that a data set has names of its own for, by that name and by its plain form.
+
+    Names are the same if they differ in capitals, or in spaces, underscores and hyphens only.
+
+    Raises:
+        ValueError: If one is not among them.
+    """
+    backwards = reversed(list(enumerate(class_names)))  # of equal names the first counts
+    places = {_plain(name): number for number, name in backwards}
+    if list(map(_plain, own)) == list(map(_plain, class_names)):  # as it should be, even where two classes have one name
+        return places | {name: number for number, name in reversed(list(enumerate(own)))}
+    strange = [name for name in own if _plain(name) not in places]
+    if strange:
+        raise ValueError(
+            f"{source} calls {len(strange)} of its {len(own)} classes, such as {strange[0]!r}, by none of the names given; expected the "
+            "same names, in whatever order; give class_names as {the table's name: the name to ask by}."
+        )
+    return places | {name: places[_plain(name)] for name in own}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
 @dataclass(frozen=True)
@@ -78,8 +106,8 @@ class TableImages(Sequence[LabelledImage]):
 
     items: Items
     label: str
-    names: Sequence[str] | None
-    """What the column's texts are looked up in; None where it has numbers."""
+    numbers: Mapping[str, int] | None
+    """Of the names in the column; None where it has the numbers."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -97,8 +125,9 @@ class TableImages(Sequence[LabelledImage]):
         if "image" not in item:
             raise ValueError(f"{where} has no image; expected one; name its column with image, or remove the row.")
         try:
-            number = int(item["text"]) if self.names is None else self.names.index(item["text"])
-        except ValueError as error:
+            text = item["text"]
+            number = int(text) if self.numbers is None else self.numbers[text if text in self.numbers else _plain(text)]
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}."
             ) from error

@@ -1,7 +1,10 @@
 """Labelled images, and their batches as worker processes make them."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from torch.utils.data import DataLoader
 from corda_vlm.classifier import Template
 from corda_vlm.images import UNREADABLE, open_image, why_unreadable
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow tells apart, but reads by other programs or not at all."""
 PLAIN_TEMPLATE = "a photo of a {}."
 
 ImageBatch = tuple[list[str], Tensor, dict[str, Tensor]]
@@ -83,29 +87,53 @@ def open_file(file: Path) -> Image.Image:
         raise ValueError(f"{file} cannot be read as an image ({why_unreadable(error)}); expected a whole image; get it again.") from error
 
 
+@cache
+def suffixes() -> frozenset[str]:
+    """Return how names of pictures end that Pillow reads here, plugins included, in small letters."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, form in known.items() if form in Image.OPEN and form not in NO_PICTURES)
+
+
 def class_folders(folder: str | Path) -> list[Path]:
-    """Return a folder's subfolders, sorted by name.
+    """Return a folder's subfolders, sorted by name, but for hidden ones and those that macOS puts into archives.
 
     Raises:
         FileNotFoundError: If there is no such folder, or none in it.
     """
     path = Path(folder).expanduser()
-    found = sorted(one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")) if path.is_dir() else []
+    found = sorted(one for one in path.iterdir() if one.is_dir() and not _is_hidden(one.name)) if path.is_dir() else []
     if not found:
         raise FileNotFoundError(f"{path} has no subfolders; expected one for each class, with its images inside; name the folder of these.")
     return found
 
 
 def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int = 0) -> ImageFiles:
-    """Return the images inside class folders, by class folder and file name.
+    """Return the images inside class folders, by class folder and file name; hidden files and folders do not count.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    pairs = [(file, label) for one, label in labels.items() for file in sorted(one.rglob("*")) if file.suffix.lower() in SUFFIXES]
+    found = [(file, label) for one, label in labels.items() for file in _visible_files(one)]
+    pairs = [(file, label) for file, label in found if file.suffix.lower() in suffixes()]
     if not pairs:
-        raise FileNotFoundError(f"The folders of {folder} hold no images; expected files that end in one of {list(SUFFIXES)}; unpack them.")
+        raise FileNotFoundError(
+            f"The folders of {folder} hold no images; expected files that end as {sorted(suffixes())} do; unpack or convert them."
+        )
+    left = [file for file, _ in found if file.suffix.lower() not in suffixes() and (guess_type(file.name)[0] or "").startswith("image/")]
+    if left:
+        warnings.warn(f"{len(left)} picture(s) such as {left[0]} are of a kind that Pillow does not read, and do not count.", stacklevel=3)
     return ImageFiles(Path(folder).expanduser(), [file for file, _ in pairs], [label for _, label in pairs], border)
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files under a folder, sorted."""
+    for file in sorted(folder.rglob("*")):
+        if not any(map(_is_hidden, file.relative_to(folder).parts)) and file.is_file():
+            yield file
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 @dataclass(frozen=True)

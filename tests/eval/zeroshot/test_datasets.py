@@ -14,9 +14,9 @@ from PIL import Image
 from two_towers import coloured, real
 
 from corda_eval.zeroshot.cifar import CIFAR10, CIFAR100, TEMPLATES, cifar10, cifar100
-from corda_eval.zeroshot.folders import image_folder, table
+from corda_eval.zeroshot.folders import class_numbers, image_folder, table
 from corda_eval.zeroshot.imagenet import imagenet1k, imagenet_a, imagenet_r, imagenet_sketch, imagenet_v2, names, wnids
-from corda_eval.zeroshot.images import image_batches
+from corda_eval.zeroshot.images import image_batches, suffixes
 from corda_eval.zeroshot.objectnet import objectnet
 from corda_vlm.sources import DataConfig
 
@@ -149,6 +149,56 @@ def test_tables_whose_column_knows_its_names(tmp_path: Path) -> None:
     assert table(tmp_path / "saved", image="img", label="fine_label").class_names[1] == "aquarium_fish"
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_tables_own_order_of_names_does_not_count(saved: bool, tmp_path: Path) -> None:
+    order = [name.replace("_", "-").title() for name in reversed(CIFAR10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=order)})
+    rows = datasets.Dataset.from_dict({"image": [coloured(n) for n in range(3)], "label": [0, 9, 6]}, features=features)
+    source = tmp_path / ("saved" if saved else "a.parquet")
+    rows.save_to_disk(source) if saved else rows.to_parquet(source)
+    data = cifar10(source)
+    assert [data.class_names[item.label] for item in data.items] == ["truck", "airplane", "cat"]
+    assert [item.label for item in table(source).items] == [0, 9, 6]  # with its own names its own order
+
+
+def test_names_that_a_table_does_not_share_are_refused_or_given(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["n02", "n01"])})
+    rows = datasets.Dataset.from_dict({"image": [coloured(n) for n in range(2)], "label": [0, 1]}, features=features)
+    rows.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet calls 2 of its 2 classes, such as 'n02', by none of the names given"):
+        table(tmp_path / "a.parquet", class_names=["cat", "dog"])
+    data = table(tmp_path / "a.parquet", class_names={"n01": "cat", "n02": "dog", "n03": "cow"})
+    assert [data.class_names[item.label] for item in data.items] == ["dog", "cat"]
+    with pytest.raises(ValueError, match="calls 1 of its 2 classes, such as 'n02'"):
+        table(tmp_path / "a.parquet", class_names={"n01": "cat"})
+
+
+def test_names_are_matched_in_plain_form_and_of_equal_ones_the_first_counts() -> None:
+    assert [class_numbers(["T-shirt", "red_fox"], ["red fox", "t shirt"], "a")[name] for name in ("T-shirt", "red_fox", "t shirt")] == [
+        1,
+        0,
+        1,
+    ]
+    assert class_numbers(["a", "b"], ["b", "a", "b"], "a") == {"a": 1, "b": 0}
+    same = class_numbers(names(), names(), "a")
+    assert all(same[name] == names().index(name) for name in names())
+
+
+def test_texts_of_a_column_are_matched_by_name(tmp_path: Path) -> None:
+    coloured(0).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "label": label} for label in ("Aquarium_Fish", "worm")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert [item.label for item in cifar100(tmp_path / "rows.jsonl", label="label").items] == [1, 99]
+
+
+def test_ids_are_rows_where_broken_ones_are_left_out(tmp_path: Path) -> None:
+    coloured(0).save(tmp_path / "a.png")
+    rows = [{"image": name, "label": number} for number, name in enumerate(["a.png", "no.png", "a.png"])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = table(DataConfig(str(tmp_path / "rows.jsonl"), on_broken="skip"), class_names=["a", "b", "c"])
+    assert [(item.id, item.label) for item in data.items] == [("0", 0), ("2", 2)]
+
+
 def test_tables_are_refused_by_name(tmp_path: Path) -> None:
     coloured(0).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "label": "cat"}, {"image": "a.png", "label": "cow"}, {"label": "cat"}]
@@ -182,6 +232,32 @@ def test_image_folders(tmp_path: Path) -> None:
     (folder / "red_fox" / "image_0.JPEG").unlink()
     with pytest.raises(FileNotFoundError, match="hold no images"):
         image_folder(folder)
+
+
+def test_folders_hold_every_kind_of_picture_and_nothing_hidden(tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    for name in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints", "cat/more", "cat/more/.cache"):
+        (folder / name).mkdir(parents=True)
+    kinds = ["tif", "TIFF", "gif", "ppm", "pgm", "jfif", "jpe", "png", "bmp", "webp", "avif", "jp2", "tga", "ico"]
+    kinds = [kind for kind in kinds if f".{kind.lower()}" in suffixes()]  # a Pillow may be built without some
+    assert {"tif", "TIFF", "gif", "ppm", "pgm", "jfif"} <= set(kinds)
+    for number, kind in enumerate(kinds):
+        coloured(number).convert("L" if kind == "pgm" else "RGB").save(folder / "cat" / f"{number:02}.{kind}")
+    for hidden in ("cat/.ipynb_checkpoints/a.png", "cat/._00.tif", "cat/more/.cache/a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png"):
+        coloured(0).save(folder / hidden, "PNG")
+    coloured(0).save(folder / "cat/more/z.png")
+    (folder / "cat" / "folder.png").mkdir()
+    (folder / "cat" / "notes.txt").write_text("not an image")
+    data = image_folder(folder)
+    assert list(data.class_names) == ["cat", "dog"]
+    assert [item.id for item in data.items] == [*(f"cat/{number:02}.{kind}" for number, kind in enumerate(kinds)), "cat/more/z.png"]
+
+
+def test_pictures_that_cannot_be_opened_are_told_of(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "pets", ["cat"])
+    (folder / "cat" / "drawing.svg").write_text("<svg/>")
+    with pytest.warns(UserWarning, match=r"1 picture\(s\) such as .*drawing.svg are of a kind that Pillow does not read, and do not count"):
+        assert len(image_folder(folder).items) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
