@@ -129,7 +129,7 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
-    write_whole(path, json.dumps({**value, DIGEST: json_digest(value)}, indent=1).encode())
+    write_whole(path, (json.dumps({**value, DIGEST: json_digest(value)}, indent=1) + "\n").encode())
 
 
 def read_sealed(path: Path, cure: str) -> dict[str, Any]:
@@ -144,7 +144,8 @@ def read_sealed(path: Path, cure: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no object of JSON, as corda-vlm writes; {cure}.")
     found = value.pop(DIGEST, None)
     if found is None:
-        warnings.warn(f"{path} was written by corda-vlm 0.1.0 and has no digest: damage to it would not be seen.", stacklevel=3)
+        # Without the name: one warning for all that an old output holds.
+        warnings.warn("What corda-vlm 0.1.0 wrote as JSON has no digest: damage to it would not be seen.", stacklevel=3)
     elif found != json_digest(value):
         raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
     return value

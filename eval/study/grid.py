@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from corda_core.files import read_sealed
 from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
@@ -98,8 +99,8 @@ def finished(config: StudyConfig, setting: str) -> list[Run]:
     found = []
     for arm in arms_of(config, setting):
         for file in sorted((folder / setting).glob(f"{escape(arm)}-*.json")):
+            result = read_sealed(file, "remove it: the run is made again")
             try:
-                result = json.loads(file.read_text())
                 spec = RunSpec(**result["spec"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from corda_core import Covariance, base_digest
-from corda_core.files import write_whole
+from corda_core.files import write_sealed
 from corda_eval.describe import library_versions
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
@@ -105,7 +105,7 @@ def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
 def main(spec: Path, result: Path, cache: Path) -> None:
     """Run what a JSON file specifies and write the result whole."""
     found = run(RunSpec(**json.loads(spec.read_text())), cache)
-    write_whole(result, (json.dumps(found, indent=1) + "\n").encode())
+    write_sealed(result, found)
 
 
 if __name__ == "__main__":
