@@ -7,6 +7,7 @@ refused; those of other versions too, which may tokenize, resize and round other
 import hashlib
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from corda_eval.vqa.example import VqaExample
 
 logger = logging.getLogger(__name__)
 
+CHECKSUM = "crc32"
+"""Where a line has a checksum of what else it holds."""
 SAMPLED = 256
 """Values of each weight that enter the digest of a model; training moves all of them."""
 
@@ -81,8 +84,11 @@ def read_predictions(path: Path, header: Mapping[str, Any], ids: Iterable[str]) 
     for number, line in enumerate(lines, 2):
         row = _parsed(line, path, number)
         try:
+            checksum = row.pop(CHECKSUM, None)
+            if checksum not in (None, _checksum(row)):  # None: of corda-vlm 0.1.0
+                raise ValueError("its checksum differs")
             one = Prediction(str(row["question_id"]), str(row["answer"]), float(row["seconds"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, line {number} is no prediction ({line[:80]!r}); remove the line: its question is asked again."
             ) from error
@@ -102,7 +108,11 @@ def write_header(path: Path, header: Mapping[str, Any]) -> None:
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write one line for each."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(vars(one), ensure_ascii=False) + "\n" for one in predictions)
+        file.writelines(json.dumps({**vars(one), CHECKSUM: _checksum(vars(one))}, ensure_ascii=False) + "\n" for one in predictions)
+
+
+def _checksum(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row).encode())
 
 
 def _header_line(header: Mapping[str, Any]) -> str:

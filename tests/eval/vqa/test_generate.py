@@ -159,8 +159,13 @@ def test_predictions_of_other_versions_are_refused(
     [
         (lambda lines: [lines[0], lines[1][:20], *lines[2:]], "line 2 is not whole JSON"),
         (lambda lines: [*lines, lines[1]], "line 7 answers question 'q0' a second time"),
-        (lambda lines: [*lines, lines[1].replace("q0", "q9")], "line 7 answers question 'q9' that is not in the task"),
+        (
+            lambda lines: [*lines, '{"question_id": "q9", "answer": "", "seconds": 1}'],
+            "line 7 answers question 'q9' that is not in the task",
+        ),
         (lambda lines: [*lines, '{"question_id": "q0"}'], "line 7 is no prediction"),
+        (lambda lines: [*lines[:2], lines[2].replace('"answer": "', '"answer": "red'), *lines[3:]], "line 3 is no prediction"),
+        (lambda lines: [*lines, "[]"], "line 7 is no prediction"),
         (lambda lines: lines[1:], "does not start as a file of predictions"),
         (lambda lines: ["my notes", "to keep"], "line 1 is not whole JSON .*give another file"),
     ],
