@@ -172,3 +172,11 @@ def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any])
     if trim_logits and "logits_to_keep" in known and "input_ids" in inputs:
         inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
     return inputs
+
+
+def image_reader(processor: Any) -> Callable[[Any], Any] | None:
+    """Return what makes the model's inputs of one image, or None for a tokenizer."""
+    if isinstance(processor, PairCollator):
+        return lambda image: processor.read([image])
+    reader = getattr(processor, "image_processor", processor)
+    return (lambda image: reader(images=[image], return_tensors="pt")) if hasattr(reader, "preprocess") else None

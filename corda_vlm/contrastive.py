@@ -54,6 +54,19 @@ def contrastive_loss(features: Features) -> Tensor:
     return (F.cross_entropy(logits, places) + F.cross_entropy(logits.T, places)) / 2
 
 
+def check_pairs(count: int, batch_size: int, name: str) -> None:
+    """Refuse fewer pairs than one batch, as smaller batches are left out.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if count < batch_size:
+        raise ValueError(
+            f"{name} has {count} pair(s), but a batch has {batch_size}, and only whole ones count: their loss tells each pair from all "
+            "others; make batch_size smaller, or give more."
+        )
+
+
 def over_processes(features: Features) -> Features:
     """Return the features of all processes' batches, through which gradients flow back to each.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -110,27 +109,10 @@ def restore_(trainer: Trainer, checkpoint: Path) -> None:
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Stops at a loss that is not finite, and marks checkpoints as whole by the last file that goes into them."""
+    """Marks checkpoints as whole by the last file that goes into them."""
 
     def __init__(self, model: PeftModel) -> None:
         self.attachment = attachment_of(model)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Refuse to go on from NaN; checkpoints come after the log, so none holds such weights."""
-        logs = logs or {}
-        for key in ("loss", "eval_loss", "grad_norm"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise FloatingPointError(
-                    f"{key} is {logs[key]} at step {state.global_step}, learning rate {logs.get('learning_rate')}: lower the rate, or look "
-                    f"at the samples of that step; the last whole checkpoint is {last_whole(Path(str(args.output_dir))) or 'none yet'}."
-                )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the loss before the last checkpoint too, which the Trainer writes whatever the step."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs and they are on the disk."""

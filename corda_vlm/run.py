@@ -27,7 +27,8 @@ from corda_core.lora import whole_modules
 from corda_core.quantize import check_quantizable
 from corda_vlm.adapted import attached_as
 from corda_vlm.arguments import training_arguments
-from corda_vlm.context import draw_contexts
+from corda_vlm.context import draw_contexts, image_reader
+from corda_vlm.contrastive import check_pairs
 from corda_vlm.items import Items, load_items
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.prepare import attach_plan, plan_contexts
@@ -35,7 +36,7 @@ from corda_vlm.recipe import Recipe
 from corda_vlm.resume import WholeCheckpoints, alone_in, claim, has_ended, last_whole, restore_
 from corda_vlm.sources import DataConfig
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
-from corda_vlm.train import losses_of, trainer_for
+from corda_vlm.train import NotFiniteError, losses_of, trainer_for
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
 
     Raises:
         FileExistsError: If the output holds another run and ``resume`` is not set.
-        FloatingPointError: If the loss is no longer finite.
+        NotFiniteError: If loss, gradients or weights are no longer finite.
         OSError: If the disk is full; what was whole before still is.
         ValueError: If an option, a sample, a file or the model is not right.
     """
@@ -95,8 +96,6 @@ def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume:
     items, evaluation = samples["data"], samples.get("evaluation")
     if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
-    else:
-        arguments.dataloader_drop_last = True  # a smaller batch would be another loss
     adapted = _adapted(model, processor, samples, recipe, output)
     rates = {
         part: rate
@@ -114,6 +113,8 @@ def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume:
         if evaluation is not None and recipe.training.evaluate_every is None:
             trainer.evaluate()
         save(trainer.model, output)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; the last whole checkpoint is {last_whole(output) or 'none yet'}.") from error
     except Exception as error:
         if is_disk_full(error):
             kept = last_whole(output)
@@ -157,14 +158,14 @@ def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, An
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
     sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
-    samples = {name: _items(source, recipe, model) for name, source in sources.items()}
-    _check_fits(model, recipe, arguments, len(samples["data"]))
+    samples = {name: _items(source, recipe, model, processor) for name, source in sources.items()}
+    _check_fits(model, recipe, arguments, {name: len(items) for name, items in samples.items()})
     if recipe.model.quantize is None:  # else it is where it is to be
         model.to(arguments.device)
     return model, processor, samples
 
 
-def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: int) -> None:
+def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: Mapping[str, int]) -> None:
     """Refuse, before hours of preparation, what would fail or silently train something else after it.
 
     Raises:
@@ -188,14 +189,15 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
         )
     if corda.quantize is not None:
         check_quantizable(model, select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude))
-    if has_two_towers(model) and num_samples < options.batch_size:
-        raise ValueError(f"There are {num_samples} pairs to learn, but training.batch_size is {options.batch_size}; make it smaller.")
+    if has_two_towers(model):
+        for name, count in num_samples.items():
+            check_pairs(count, options.batch_size, name)
     if options.gradient_checkpointing and is_open_clip(model):
         raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
 
 
-def _items(data: DataConfig, recipe: Recipe, model: nn.Module) -> Items:
-    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model))
+def _items(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -> Items:
+    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
 
 
 def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
@@ -206,7 +208,9 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], rec
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
         adapted = attached_as(model, attachment)
     else:
-        contexts = draw_contexts(samples["data"] if recipe.context is None else _items(recipe.context, recipe, model), recipe.corda)
+        contexts = draw_contexts(
+            samples["data"] if recipe.context is None else _items(recipe.context, recipe, model, processor), recipe.corda
+        )
         plan = plan_contexts(model, contexts, recipe.corda, processor)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, FINGERPRINTS: fingerprints})
         adapted = attach_plan(model, plan, recipe.corda)

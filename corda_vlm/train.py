@@ -1,6 +1,8 @@
 """Fine-tune an adapted model with transformers' Trainer, on questions and answers or on images and captions."""
 
+import copy
 import inspect
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +17,7 @@ from corda_core import Covariance, context_drift, output_energies
 from corda_core.collect import evaluating
 from corda_core.lora import base_of
 from corda_vlm.context import collator_for
-from corda_vlm.contrastive import ContrastiveTrainer
+from corda_vlm.contrastive import ContrastiveTrainer, check_pairs
 from corda_vlm.data import Collator, Item
 from corda_vlm.pairs import PairCollator
 from corda_vlm.towers import family_of
@@ -42,7 +44,8 @@ def fine_tune(
 
     Args:
         model: The adapted model; trained in place, left in evaluation mode.
-        items: As ``images_texts`` of ``prepare``; each needs a response, or for two towers an image and a caption.
+        items: As ``images_texts`` of ``prepare``; each needs a response, or for two towers an image and a caption, and then at least
+            ``batch_size`` are needed.
         processor: The model's processor or tokenizer; for open_clip ``OpenClipPairs(preprocess, tokenizer)``.
         steps: Optimiser steps.
         batch_size: Items a step.
@@ -51,7 +54,8 @@ def fine_tune(
         callbacks: The Trainer's, such as ``DriftLog``.
 
     Raises:
-        ValueError: If an item has no response, or the loss is no longer finite at the end.
+        NotFiniteError: If loss, gradients or weights are no longer finite; a ``FloatingPointError`` and a ``ValueError``.
+        ValueError: If an item has no response, or there are fewer pairs than one batch.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -97,6 +101,12 @@ def trainer_for(
         evaluation: Held-out items, or None.
         rates: Peak learning rate of what trains in each part ("vision", "projector"); all else has that of the arguments.
         callbacks: The Trainer's.
+
+    Raises:
+        ValueError: If there are fewer pairs than one batch.
+
+    Note:
+        The contrastive loss is that of whole batches, held-out ones too: fewer pairs than that at the end are left out.
     """
     base = base_of(model)
     collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
@@ -104,6 +114,8 @@ def trainer_for(
     if isinstance(collate, Collator):
         trims = "logits_to_keep" in inspect.signature(base.forward).parameters
         collate = Collator(processor, with_labels=True, trim_logits=trims)
+    if isinstance(collate, PairCollator):
+        arguments = _of_whole_batches(arguments, items, evaluation)
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     groups = parameter_groups(model, rates or {}, arguments.weight_decay)
     trainer = kind(
@@ -115,9 +127,19 @@ def trainer_for(
         optimizer_cls_and_kwargs=(optimizer, options | {"params": groups}),
     )
     trainer.remove_callback(ProgressCallback)
-    for callback in (*callbacks, _LossBar()):
+    for callback in (FiniteLosses(), *callbacks, _LossBar()):
         trainer.add_callback(callback)
     return trainer
+
+
+def _of_whole_batches(arguments: TrainingArguments, items: Any, evaluation: Any) -> TrainingArguments:
+    """Return the arguments with smaller batches left out: a pair is told apart from fewer others there, which is another loss."""
+    check_pairs(len(items), arguments.train_batch_size * arguments.world_size, "items")
+    if evaluation is not None:
+        check_pairs(len(evaluation), arguments.eval_batch_size * arguments.world_size, "evaluation")
+    arguments = copy.copy(arguments)
+    arguments.dataloader_drop_last = True
+    return arguments
 
 
 def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
@@ -153,6 +175,41 @@ class ResponseTrainer(Trainer):
         """Return what the Trainer does, with 4-bit layers left as they train: else bitsandbytes packs them anew on CPUs."""
         with evaluating(base_of(model)):
             return super().prediction_step(model, *args, **kwargs)
+
+
+class NotFiniteError(FloatingPointError, ValueError):
+    """Training came to infinities or to what is no number."""
+
+
+class FiniteLosses(TrainerCallback):
+    """Stops training at a loss, a gradient or weights that are not finite; no checkpoint is written of such."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the last step too, after which weights are kept."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse to go on; where weights are to be kept, which a checkpoint does after its log, those too."""
+        logs = logs or {}
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise _not_finite(f"{key} is {logs[key]}", state, f", learning rate {logs.get('learning_rate')}")
+        if control.should_save or state.global_step >= state.max_steps:
+            for name, parameter in kwargs["model"].named_parameters():
+                if parameter.requires_grad and not _own(parameter).isfinite().all():
+                    raise _not_finite(f"{name} has weights that are not finite", state)
+
+
+def _not_finite(what: str, state: TrainerState, rate: str = "") -> NotFiniteError:
+    return NotFiniteError(f"{what} at step {state.global_step}{rate}: lower the rate, or look at the samples of that step")
+
+
+def _own(parameter: nn.Parameter) -> torch.Tensor:
+    """Return what this process holds of a parameter that may be sharded."""
+    return getattr(parameter, "to_local", lambda: parameter)()
 
 
 class DriftLog(TrainerCallback):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_attention import batch, clip, features
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 import corda_vlm
 from corda_vlm.contrastive import Features, contrastive_loss, features_of
@@ -150,3 +151,38 @@ def test_bad_pairs_are_named(samples: list[Any]) -> None:
         corda_vlm.prepare(clip(), pictures(), rank=2)
     with pytest.raises(ValueError, match="are for open_clip models, and go together"):
         corda_vlm.prepare(clip(), pictures(), rank=2, preprocess=preprocess)
+
+
+def pairs_to_learn(count: int) -> list[tuple[Image.Image, str]]:
+    return [(Image.new("RGB", (16, 16), (9 * number, 99, 200 - 9 * number)), f"shade {number}") for number in range(count)]
+
+
+def test_smaller_batches_at_the_end_are_left_out_wherever_pairs_are_learned(tmp_path: Path) -> None:
+    adapted = corda_vlm.prepare(clip(), pairs_to_learn(9), "ipm", rank=4, preprocess=preprocess, tokenizer=tokenizer)
+    pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
+    losses = corda_vlm.fine_tune(adapted, pairs_to_learn(9), pairs, steps=4, batch_size=4, learning_rate=1e-4, seed=0)
+    assert all(loss > 0.5 for _, loss in losses)  # of one pair it is 0
+    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to=[], remove_unused_columns=False, use_cpu=True)
+    trainer = corda_vlm.train.trainer_for(adapted, pairs_to_learn(9), pairs, arguments, evaluation=pairs_to_learn(9))
+    whole = corda_vlm.train.trainer_for(adapted, pairs_to_learn(9), pairs, arguments, evaluation=pairs_to_learn(8))
+    assert trainer.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    assert not arguments.dataloader_drop_last
+
+
+@pytest.mark.parametrize(("learned", "held_out", "name"), [(3, 8, "items has 3"), (8, 3, "evaluation has 3")])
+def test_fewer_pairs_than_one_batch_are_refused(learned: int, held_out: int, name: str, tmp_path: Path) -> None:
+    pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[], remove_unused_columns=False, use_cpu=True
+    )
+    with pytest.raises(ValueError, match=rf"{name} pair\(s\), but a batch has 4, and only whole ones count"):
+        corda_vlm.train.trainer_for(clip(), pairs_to_learn(learned), pairs, arguments, evaluation=pairs_to_learn(held_out))
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(2, 1e38), (3, 1e38), (6, 1e38), (6, 1e30)])
+def test_training_that_leaves_the_numbers_is_refused(steps: int, rate: float) -> None:
+    adapted = corda_vlm.prepare(clip(), pictures(), "ipm", rank=4, preprocess=preprocess, tokenizer=tokenizer)
+    pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
+    for expected in (FloatingPointError, ValueError):
+        with pytest.raises(expected, match=r"(loss|grad_norm) is (nan|inf) at step|has weights that are not finite at step"):
+            corda_vlm.fine_tune(adapted, pictures(), pairs, steps=steps, batch_size=4, learning_rate=rate, seed=0)
