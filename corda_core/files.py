@@ -191,6 +191,19 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Write a safetensors file whose metadata hold, beside what is given, a digest of it and of the tensors."""
     held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(held, path, metadata={**metadata, DIGEST: tensors_digest(held, metadata)})
+    _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which are written in another order each time: the same content is then the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)  # spaces, as the format fills it up
+        if len(ordered) == size:
+            file.seek(8)
+            file.write(ordered)
 
 
 def read_tensors(path: Path, cure: str = "make it again") -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -67,6 +67,14 @@ def test_readers_name_the_file(content: bytes, reader: Callable[[Path], Any], se
         reader(tmp_path / "none")
 
 
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    about = {name: f'{name}, "quoted", ä, \n' for name in "abcdefgh"}
+    for number in range(4):
+        write_tensors({"x": torch.arange(6.0)}, tmp_path / str(number), about)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_tensors(tmp_path / "0")[1].items() > about.items()
+
+
 def test_every_flipped_bit_of_a_file_of_tensors_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "tensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "none": torch.zeros(0, 3)}
