@@ -1,5 +1,7 @@
 """``corda-vlm``: the command line."""
 
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ app = typer.Typer(help="Fine-tune vision-language models without forgetting (Cor
 @app.callback()
 def main() -> None:
     """Fine-tune vision-language models without forgetting (CorDA)."""
+    logging.basicConfig(format="%(message)s")
+    if os.environ.get("RANK", "0") == "0":  # what several processes have to say is the same
+        logging.getLogger("corda_vlm").setLevel(logging.INFO)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from corda_core.modules import weight_shape
+from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data import encode, read_sample
 from corda_vlm.items import load_items
 from corda_vlm.models import describe_base, read_processor
@@ -40,6 +41,8 @@ class Estimate:
     num_base: int
     """Parameters of the base."""
     parts: dict[str, Part]
+    coverage: Coverage
+    """How much of these parts is in layers that get adapters."""
     num_trainable: int
     num_samples: int | None
     """Samples of training data; None if they are not here."""
@@ -96,6 +99,7 @@ def estimate(recipe: Recipe) -> Estimate:
         model=type(model).__name__,
         num_base=num_base,
         parts=parts,
+        coverage=coverage(model, names, corda.parts),
         num_trainable=trained + whole,
         num_samples=samples,
         num_tokens=length,
@@ -122,6 +126,7 @@ def describe(found: Estimate) -> str:
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines.append(f"  {part}: {its.num_layers} layers, {ranks}, {its.num_parameters:,} parameters of A and B")
     lines += [
+        str(found.coverage),
         f"trainable: {found.num_trainable:,} ({found.num_trainable / found.num_base:.2%} of the base)",
         f"memory beside the base, without activations: covariances {_size(found.covariance_bytes)} while preparing; "
         f"adapters, gradients and optimiser {_size(found.training_bytes)} while training",

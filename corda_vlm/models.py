@@ -120,16 +120,29 @@ def check_processor(model: Any, processor: Any) -> None:
     size, tokens = getattr(text, "vocab_size", None), len(tokenizer_of(processor)) if hasattr(tokenizer_of(processor), "__len__") else 0
     if size is not None and tokens > size:
         raise ValueError(f"The {kind} has {tokens} tokens, but the model knows {size}: it belongs to another model; take the model's own.")
-    wanted = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if wanted is None:
-        return
-    if not hasattr(processor, "image_processor"):
+    if _image_token_of(config) is not None and not hasattr(processor, "image_processor"):
         raise ValueError(f"{kind} reads no images, but {type(model).__name__} takes them; pass the model's own processor.")
+    check_image_token(model, processor)
+
+
+def check_image_token(model: Any, processor: Any) -> None:
+    """Refuse a processor that puts another token where an image stands than the model looks for.
+
+    Raises:
+        ValueError: If the tokens differ.
+    """
+    wanted = _image_token_of(getattr(model, "config", None))
     found = getattr(processor, "image_token_id", wanted)
-    if found != wanted:
+    if wanted is not None and found != wanted:
         raise ValueError(
-            f"{kind} puts token {found} where an image stands, but the model expects {wanted}: it belongs to another model; take its own."
+            f"{type(processor).__name__} puts token {found} where an image stands, but the model expects {wanted}: it belongs to another "
+            "model; take its own."
         )
+
+
+def _image_token_of(config: Any) -> int | None:
+    token: int | None = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return token
 
 
 def _known(config: ModelConfig) -> dict[str, Any]:

@@ -28,8 +28,11 @@ from corda_core import (
 from corda_core.collect import split_layers
 from corda_core.modules import unwrapped, weight_shape
 from corda_vlm.attention import split_attention
+from corda_vlm.checks import checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
+from corda_vlm.coverage import coverage, tell
+from corda_vlm.models import check_image_token
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, modules_of, select_layers, token_weights
 
@@ -75,7 +78,8 @@ def prepare(
 
     Args:
         model: A vision-language model of LLaVA's kind, a CLIP-type model, a vision tower or a causal language model of transformers; or an
-            open_clip model, whose fused attention is then split in place (``corda_vlm.merge`` puts it together again).
+            open_clip model, whose fused attention is then split in place (``corda_vlm.merge`` puts it together again). DDP, DataParallel
+            and ``torch.compile`` are taken off: wrap or compile what is returned.
         images_texts: The context: what is to be kept ("kpm") or learned ("ipm"). Pairs (PIL image or None, text); dicts with
             ``text``, ``question``/``answer`` or LLaVA ``conversations``, and perhaps ``image``; a ``datasets.Dataset`` of such
             rows; or ready batches of model inputs. For models with two towers, pairs of image and caption.
@@ -139,6 +143,7 @@ def prepare(
         batch_size=batch_size,
         seed=seed,
     )
+    model = checked_base(model)
     if preprocess is not None or tokenizer is not None:
         if preprocess is None or tokenizer is None or not is_open_clip(model):
             raise ValueError("preprocess and tokenizer are for open_clip models, and go together; other models take processor=.")
@@ -161,7 +166,7 @@ def attach_plan(model: nn.Module, adapter_plan: AdapterPlan, config: CordaConfig
         protect=config.protection,  # type: ignore[arg-type]
         residual=config.residual,  # type: ignore[arg-type]
         quantize=config.quantize,
-        train_fully=modules_of(model, config.train_fully),
+        train_fully=modules_of(unwrapped(model), config.train_fully),
     )
 
 
@@ -177,6 +182,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right, or the budget is too small.
     """
+    model = checked_base(model)
     names, ready = _layers_and_contexts(model, contexts, config, processor)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     if len(contexts) == 1 and budget is None:
@@ -214,6 +220,7 @@ def collect_context(model: nn.Module, images_texts: Iterable[Any], config: Corda
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right.
     """
+    model = checked_base(model)
     names, (context,) = _layers_and_contexts(model, [images_texts], config, processor)
     whole: dict[str, Covariance] = {}
     for part in _covariances(model, context, names, replace(config, max_memory=None)):
@@ -248,19 +255,18 @@ def _layers_and_contexts(
     """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model.
 
     Raises:
-        ValueError: If the model carries adapters: its layers have other names then, and perhaps other outputs than the base's.
+        ValueError: If the processor is of another model, or a sample or a layer pattern is not right.
     """
-    carried = unwrapped(model)
-    if isinstance(carried, PeftModel):
-        raise ValueError(
-            f"The model carries the adapter {next(iter(carried.peft_config))!r} already, and contexts are those of a base without any: "
-            "collect them before, or merge the adapter first; a second one on the same base is put on with corda_core.attach."
-        )
     if is_open_clip(model):
         split_attention(model)
+    warn_of_resized(model)
+    if processor is not None:
+        check_image_token(model, processor)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     ready = [context_batches(model, context, names, config, processor) for context in contexts]
-    return learnable_layers(model, names, [context.example for context in ready]), ready
+    learnable = learnable_layers(model, names, [context.example for context in ready])
+    tell(coverage(model, learnable, config.parts))
+    return learnable, ready
 
 
 def _covariances(model: nn.Module, context: Context, names: Sequence[str], config: CordaConfig) -> Iterator[dict[str, Covariance]]:

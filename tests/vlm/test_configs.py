@@ -64,7 +64,18 @@ def test_dry_run_tells_what_it_will_take(name: str, stand_ins: Path) -> None:
         pytest.importorskip("open_clip")
     result = CliRunner().invoke(app, ["train", "--config", str(CONFIGS / f"{name}.yaml"), "--dry-run", *changed(name, stand_ins)])
     assert result.exit_code == 0, result.output
-    for word in ("layers", "rank", "parameters of A and B", "trainable", "covariances", "decomposition", "training:", "TFLOP", "about"):
+    for word in (
+        "layers",
+        "rank",
+        "parameters of A and B",
+        "are in adapted layers",
+        "trainable",
+        "covariances",
+        "decomposition",
+        "training:",
+        "TFLOP",
+        "about",
+    ):
         assert word in result.output, result.output
     assert not (stand_ins / "output").exists()
 

@@ -180,7 +180,7 @@ def test_a_lone_vision_tower_reads_images() -> None:
     adapted = corda_vlm.prepare(model, pictures, rank=2, processor=processor)
     assert len(lora_layers(adapted)) == 3 * 6
     with pytest.raises(ValueError, match="no image, which is all that a vision tower reads"):
-        corda_vlm.prepare(model, [(None, "text")], rank=2, processor=processor)
+        corda_vlm.prepare(adapted.unload(), [(None, "text")], rank=2, processor=processor)
 
 
 def test_several_contexts_and_lists_that_begin_with_text() -> None:

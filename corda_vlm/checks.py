@@ -1,0 +1,58 @@
+"""What is looked at before anything is computed, however the model came: by the API or by the command line."""
+
+import warnings
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from corda_core.bases import check_untouched
+from corda_core.modules import unwrapped
+
+WRAPPED = ("module", "_fsdp_wrapped_module")
+"""What wrappers call the one module that they hold."""
+
+
+def checked_base(model: nn.Module) -> nn.Module:
+    """Return the base itself, without DDP, DataParallel or ``torch.compile`` around it.
+
+    Raises:
+        TypeError: If it is no model.
+        ValueError: If it carries adapters (its layers have other names then, and perhaps other outputs than the base's), is wrapped in
+            a way that is not known, or is not all in memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a model of torch: load it first, with from_pretrained for instance.")
+    base = unwrapped(model)
+    if isinstance(base, PeftModel):
+        raise ValueError(
+            f"The model carries the adapter {next(iter(base.peft_config))!r} already, and contexts are those of a base without any: "
+            "collect them before, or merge the adapter first; a second one on the same base is put on with corda_core.attach."
+        )
+    children = dict(base.named_children())
+    if len(children) == 1 and (key := next(iter(children))) in WRAPPED:
+        raise ValueError(
+            f"{type(base).__name__} is wrapped around a {type(children[key]).__name__} in a way that is not known here; pass the model "
+            "itself, and wrap what comes back."
+        )
+    check_untouched(base)
+    return base
+
+
+def warn_of_resized(model: nn.Module) -> None:
+    """Tell before the training, not after, that an adapter cannot be loaded without the very rows that resizing has drawn."""
+    config: Any = getattr(model, "config", None)
+    path = getattr(config, "_name_or_path", "")
+    if not path:
+        return
+    try:
+        known = type(config).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return
+    before, now = (getattr(one.get_text_config(), "vocab_size", None) for one in (known, config))
+    if before != now:
+        warnings.warn(
+            f"The embeddings have {now} rows, those of {path} {before}: new rows are random each time, and the adapter depends on "
+            "them; save this base with save_pretrained, to load the adapter on it.",
+            stacklevel=4,
+        )

@@ -1,0 +1,86 @@
+"""Which share of a model's parameters is adapted, and why the rest is not."""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from corda_core.modules import is_quantized, weight_shape
+from corda_vlm.towers import family_of
+
+logger = logging.getLogger(__name__)
+
+LARGE = 0.1
+"""From which share on users are warned of parameters that cannot be adapted."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many parameters of some parts of a model are in layers that get adapters."""
+
+    parts: tuple[str, ...]
+    total: int
+    adapted: int
+    stacked: int
+    """In weights of three dimensions, a matrix for each of many experts: no linear layers, so no adapter stands on them."""
+    example: str
+    """The first of these."""
+
+    @property
+    def misses_much(self) -> bool:
+        """Whether a large share cannot be adapted."""
+        return self.stacked > LARGE * self.total
+
+    def __str__(self) -> str:
+        """Return the shares as a sentence."""
+        found = f"{self.adapted / self.total:.1%} of the {self.total:,} parameters of {' and '.join(self.parts)} are in adapted layers"
+        if not self.stacked:
+            return f"{found}."
+        return (
+            f"{found}; {self.stacked / self.total:.1%} are in fused experts, 3-D weights such as {self.example}: no linear layers, "
+            "so they get no adapter."
+        )
+
+
+def coverage(model: nn.Module, names: Sequence[str], parts: Sequence[str] | None = None) -> Coverage:
+    """Return the coverage of the parts (None: those that the family adapts by default) by the named layers.
+
+    Weights of a tied layer count once, those in 4 bits with the number that they stand for.
+    """
+    family = family_of(model)
+    chosen = family.default if parts is None else tuple(parts)
+    sizes = {name: (size, stacked) for name, size, stacked in _sizes(model) if family.part_of(name) in chosen}
+    stacks = [name for name, (_, stacked) in sizes.items() if stacked]
+    return Coverage(
+        parts=chosen,
+        total=sum(size for size, _ in sizes.values()),
+        adapted=sum(math.prod(weight_shape(model, name)) for name in names),
+        stacked=sum(sizes[name][0] for name in stacks),
+        example=stacks[0] if stacks else "",
+    )
+
+
+def tell(found: Coverage) -> None:
+    """Log the coverage, or warn where a large share cannot be adapted."""
+    if found.misses_much:
+        warnings.warn(str(found), stacklevel=3)
+    else:
+        logger.info("%s", found)
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
+    """Yield each parameter's name and size, and whether it is a stack of matrices."""
+    seen: set[nn.Parameter] = set()
+    module: Any
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                m, n = weight_shape(model, prefix) if key == "weight" and is_quantized(module) else (parameter.numel(), 1)
+                stacked = parameter.ndim > 2 and parameter.shape[0] > 1 and not isinstance(module, _ConvNd)
+                yield f"{prefix}.{key}" if prefix else key, m * n, stacked
