@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corda_vlm.images import open_image
+from corda_vlm.images import read_image
 from corda_vlm.media import image_field, image_sources
 
 Item = Any
@@ -276,9 +276,9 @@ def read_images(value: Any) -> tuple[Image.Image, ...]:
     """Return the images of a sample's field (``image_sources``) in RGB.
 
     Raises:
-        ValueError: If it is of another form.
+        ValueError: If it is of another form, or one cannot be read.
     """
-    return tuple(open_image(source) for source in image_sources(value))
+    return tuple(read_image(source) for source in image_sources(value))
 
 
 def _role(name: str) -> str:

@@ -13,8 +13,32 @@ from corda_vlm.sources import one_line
 
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow's readers raise on broken files."""
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
+"""What no file is to blame for: too many open ones, a failing disk."""
 BITS_PER_SAMPLE = 258
 """TIFF's tag."""
+
+
+class BrokenImageError(ValueError):
+    """An image that is missing, or cannot be read."""
+
+
+def read_image(source: str | Path | bytes | Image.Image, max_pixels: int | None = None) -> Image.Image:
+    """Return what ``open_image`` does, and one error for all that may be wrong with an image.
+
+    Raises:
+        BrokenImageError: If it cannot be read.
+        OSError: If the machine is to blame.
+    """
+    try:
+        return open_image(source, max_pixels)
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
+        name = (
+            f"{source} " if isinstance(source, (str, Path)) and source else f"of {len(source)} bytes " if isinstance(source, bytes) else ""
+        )
+        raise BrokenImageError(f"the image {name}cannot be read ({why_unreadable(error)})") from error
 
 
 def open_image(source: str | Path | bytes | Image.Image, max_pixels: int | None = None) -> Image.Image:

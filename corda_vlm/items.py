@@ -1,6 +1,5 @@
 """Rows of a source -> the items that collators take: texts as fields, images opened when they are asked for."""
 
-import errno
 import logging
 import os
 from collections import Counter, defaultdict
@@ -16,14 +15,12 @@ from torch.utils.data import Dataset
 from corda_core.distributed import gathered, num_processes, process_rank
 from corda_vlm.context import progress_bar
 from corda_vlm.digest import digest_of_rows
-from corda_vlm.images import UNREADABLE, open_image, why_unreadable
+from corda_vlm.images import BrokenImageError, read_image
 from corda_vlm.media import image_field, image_sources
 from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
 
 logger = logging.getLogger(__name__)
 
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
-"""What no file is to blame for: too many open ones, a failing disk."""
 MAX_THREADS = 32
 """That read images at once."""
 
@@ -122,12 +119,9 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
     def _opened(self, source: Any, where: str) -> Image.Image:
         source = self.folder / source if isinstance(source, (str, Path)) else source
         try:
-            return open_image(source, self.config.max_pixels)
-        except UNREADABLE as error:
-            if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-                raise
-            name = source if isinstance(source, Path) else "in the row"
-            raise BrokenImageError(f"{where}: the image {name} cannot be read ({why_unreadable(error)})") from error
+            return read_image(source, self.config.max_pixels)
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{where}: {error}") from error
 
 
 def load_items(
@@ -163,10 +157,6 @@ def load_items(
     if len(broken) == len(rows):
         raise ValueError(f"{config.source} has {len(rows)} row(s), and no row's image can be read; check `images`, or mend the files.")
     return Items(rows, columns, folder, config, needs_images, broken)
-
-
-class BrokenImageError(Exception):
-    """An image that is missing or cannot be read."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from rows import encoded, noise, pixels_of, write_json, write_llava
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
+import corda_vlm.items
 from corda_vlm.items import Items, load_items
 from corda_vlm.pairs import read_pair
 from corda_vlm.sources import DataConfig
@@ -163,6 +164,22 @@ def test_rows_without_an_image_are_broken_where_one_is_needed(tmp_path: Path) ->
         load_items(DataConfig(str(tmp_path / "rows.json")), needs_images=True)[0]
     items = load_items(DataConfig(str(tmp_path / "rows.json"), on_broken="skip"), needs_images=True)
     assert (items[0]["text"], items.num_broken) == ("red", 1)
+
+
+def test_processes_share_the_reading_and_agree(half_broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[dict[int, str]] = []
+
+    def gather(mine: dict[int, str]) -> list[dict[int, str]]:
+        shares.append(mine)
+        return [{7: "d", 4: "b"}, {5: "c", 1: "a"}, {}]
+
+    for rank in range(3):
+        monkeypatch.setattr(corda_vlm.items, "process_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(corda_vlm.items, "num_processes", lambda: 3)
+        monkeypatch.setattr(corda_vlm.items, "gathered", gather)
+        items = load_items(DataConfig(half_broken, on_broken="skip"))
+        assert [item["question"] for item in items] == [f"{i} ?" for i in WHOLE]
+    assert [sorted(share) for share in shares] == [[], [1, 4, 7], [5]]
 
 
 def test_a_failing_machine_breaks_no_rows(llava: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_a_missing_one_of_a_list_is_no_picture_less(missing: Any) -> None:
 
 @pytest.mark.parametrize("missing", ["", [None], [""]])
 def test_an_empty_name_is_refused(missing: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="its name is empty"):
+    with pytest.raises(ValueError, match=r"the image cannot be read \(its name is empty\)"):
         read_images(missing)
 
 
@@ -110,3 +110,14 @@ def test_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="^An image is a float; expected a path, bytes, a PIL image"):
         image_sources([0.5])
     assert isinstance(read_images(PICTURE)[0], Image.Image)
+
+
+def test_what_cannot_be_read_is_one_kind_of_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    for source, message in (
+        (tmp_path / "a.png", r"the image \S+a.png cannot be read \(not an image\)"),
+        (str(tmp_path / "no.png"), r"the image \S+no.png cannot be read \(No such file or directory\)"),
+        (b"abc", r"the image of 3 bytes cannot be read \(not an image\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_images([PICTURE, source])
