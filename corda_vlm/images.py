@@ -60,7 +60,7 @@ def open_image(source: str | Path | bytes | Image.Image, max_pixels: int | None 
             ``DecompressionBombError`` if it has more pixels.
 
     Note:
-        Images are taken as they are stored: EXIF's orientation is not applied.
+        Images are taken as they are stored: EXIF's orientation and colour profiles are not applied.
     """
     if isinstance(source, Image.Image):
         if getattr(source, "tile", None):  # opened, but not decoded
@@ -71,7 +71,8 @@ def open_image(source: str | Path | bytes | Image.Image, max_pixels: int | None 
     with _opened(BytesIO(source) if isinstance(source, bytes) else source, max_pixels) as image:
         _check_size(image, max_pixels)
         image.load()
-        return _in_rgb(image).copy()  # without the file's own class and what it holds
+        rgb = _in_rgb(image)
+        return rgb.copy() if rgb is image else rgb  # without the file's own class and what it holds
 
 
 def why_unreadable(error: BaseException) -> str:

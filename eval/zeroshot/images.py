@@ -144,7 +144,7 @@ class _Collate:
     dtype: torch.dtype | None
 
     def __call__(self, items: list[LabelledImage]) -> ImageBatch:
-        inputs = self.read([item.image for item in items])
+        inputs = self.read([open_image(item.image) for item in items])  # towers' own ways to RGB differ
         if self.dtype is not None:
             inputs = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
         return [item.id for item in items], torch.tensor([item.label for item in items]), inputs

@@ -16,7 +16,7 @@ from two_towers import coloured, real
 from corda_eval.zeroshot.cifar import CIFAR10, CIFAR100, TEMPLATES, cifar10, cifar100
 from corda_eval.zeroshot.folders import class_numbers, image_folder, table
 from corda_eval.zeroshot.imagenet import imagenet1k, imagenet_a, imagenet_r, imagenet_sketch, imagenet_v2, names, wnids
-from corda_eval.zeroshot.images import image_batches, suffixes
+from corda_eval.zeroshot.images import LabelledImage, image_batches, suffixes
 from corda_eval.zeroshot.objectnet import objectnet
 from corda_vlm.sources import DataConfig
 
@@ -258,6 +258,14 @@ def test_pictures_that_cannot_be_opened_are_told_of(tmp_path: Path) -> None:
     (folder / "cat" / "drawing.svg").write_text("<svg/>")
     with pytest.warns(UserWarning, match=r"1 picture\(s\) such as .*drawing.svg are of a kind that Pillow does not read, and do not count"):
         assert len(image_folder(folder).items) == 1
+
+
+def test_pictures_of_every_mode_come_as_rgb() -> None:
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    deep = Image.fromarray(np.full((2, 2), 32896, dtype=np.uint16))
+    items = [LabelledImage(str(number), image, number) for number, image in enumerate([clear, deep, Image.new("L", (2, 2), 7)])]
+    [(_, _, inputs)] = image_batches(items, lambda images: {"grey": torch.tensor([np.asarray(image).mean() for image in images])})
+    assert inputs["grey"].tolist() == [255, 128, 7]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
