@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from corda_core.bases import check_same, check_untouched, other_tensors
+from corda_core.bases import check_same, check_unchanged, check_untouched, other_tensors
 from corda_core.decompose import Mode
 from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, base_of, fill, lora_config, lora_layers, whole_modules
 from corda_core.modules import base_digest, check_present, is_quantized, is_shared, unwrapped
@@ -90,6 +90,17 @@ def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "
     return _put_on(model, replace(attachment, rest=rest), adapter_name)
 
 
+def check_base_kept(model: nn.Module, adapter_name: str = "default") -> None:
+    """Refuse to write an adapter without what has changed in its base since it was attached; a plain LoRA says nothing of its base.
+
+    Raises:
+        ValueError: If a tensor of the base has changed.
+    """
+    attachment = _attached(model, adapter_name)
+    if attachment is not None and attachment.rest is not None:
+        check_unchanged(attachment.rest, other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully))
+
+
 def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> PeftModel:
     """Return the model, which has been checked, with the adapter on it."""
     base, plan, residual = base_of(model), attachment.plan, attachment.residual
@@ -124,9 +135,15 @@ def attachment_of(model: nn.Module, adapter_name: str = "default") -> Attachment
     Raises:
         ValueError: If the model carries no CorDA adapter of this name.
     """
-    found = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
+    found = _attached(model, adapter_name)
     if found is None:
         raise ValueError(f"The model carries no CorDA adapter named {adapter_name!r}; expected one from prepare, attach or load.")
+    return found
+
+
+def _attached(model: nn.Module, adapter_name: str) -> Attachment | None:
+    """Return what an adapter was attached with; None for one that is not ours."""
+    found: Attachment | None = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
     return found
 
 

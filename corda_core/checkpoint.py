@@ -18,11 +18,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from corda_core.adapter import Attachment, attach_again, attachment_of
-from corda_core.bases import check_unchanged, other_tensors
+from corda_core.adapter import Attachment, attach_again, attachment_of, check_base_kept
 from corda_core.distributed import process_rank
 from corda_core.files import check_finite, file_digest, read_tensors, replacing_in, tensors_digest, write_tensors
-from corda_core.lora import FROZEN, base_of
+from corda_core.lora import FROZEN
 from corda_core.modules import gathered_whole, unwrapped
 from corda_core.store import read_plan, save_plan
 
@@ -52,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str 
         ValueError: If the model carries no CorDA adapter of this name, or something of the base has changed that is not in the file.
     """
     attachment = attachment_of(model, adapter_name)
-    check_unchanged(attachment.rest or {}, other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully))
+    check_base_kept(model, adapter_name)
     peft_model: Any = unwrapped(model)
     # Embeddings are not trained here; to find out whether they were resized PEFT would ask the hub.
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)

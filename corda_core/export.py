@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from corda_core.adapter import attachment_of
+from corda_core.adapter import attachment_of, check_base_kept
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS
 from corda_core.distributed import process_rank
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, write_tensors
@@ -60,11 +60,13 @@ def export(
         adapter_name: Which adapter.
 
     Raises:
-        ValueError: If the model carries no adapter of this name, or an option or the trained weights are not right.
+        ValueError: If the model carries no adapter of this name, an option or the trained weights are not right, or something of the base
+            has changed that is not written.
     """
     if (Path(path) / ATTACHMENT).exists():
         raise ValueError(f"{path} holds an adapter in training, which the export would destroy; name another folder.")
     changes = _changes(model, alpha, adapter_name)
+    check_base_kept(model, adapter_name)
     if compress is not None and compress < 1:
         raise ValueError(f"compress is {compress}; expected a rank of at least 1, or None.")
     lost = dict.fromkeys(changes, 0.0)

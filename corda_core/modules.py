@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
@@ -153,6 +154,13 @@ def is_quantized(layer: Any) -> bool:
 def is_shared(model: nn.Module, weight: Tensor) -> bool:
     """Return whether this parameter has several names: a tied output layer has the embedding's, and a module may stand in two places."""
     return sum(_is_same(one, weight) for _, one in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def hold_statistics_(model: nn.Module) -> None:
+    """Keep batch statistics of which nothing trains as they are: a training step would change the base by them, in no adapter's file."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

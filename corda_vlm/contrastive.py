@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from corda_core.distributed import is_distributed
 from corda_core.lora import base_of
+from corda_core.modules import hold_statistics_
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class ContrastiveTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         """Return the loss of a batch, and the features if outputs are wanted."""
+        hold_statistics_(model)
         features = features_of(model, inputs)
         loss = contrastive_loss(over_processes(features))
         return (loss, {"image_features": features.image, "text_features": features.text}) if return_outputs else loss

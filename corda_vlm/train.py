@@ -16,6 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from corda_core import Covariance, context_drift, output_energies
 from corda_core.collect import evaluating
 from corda_core.lora import base_of
+from corda_core.modules import hold_statistics_
 from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer, check_pairs
 from corda_vlm.data import Collator, Item
@@ -169,6 +170,7 @@ class ResponseTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the loss of a batch."""
+        hold_statistics_(model)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from test_adapter import logits, planned, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from corda_core import attach, attachment_of, collect, load, plan, save, select_linears
+from corda_core import attach, attachment_of, collect, export, load, plan, save, select_linears
 from corda_core.bases import checksum, other_tensors
 from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
 
@@ -91,6 +91,8 @@ def test_what_changed_in_training_and_is_in_no_file_is_not_left_out_silently(tmp
     peft_model.train()(x)
     with pytest.raises(ValueError, match=r"norm\.running_mean has other values .* is no part of the adapter's file: merge"):
         save(peft_model, tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"norm\.running_mean has other values"):
+        export(peft_model, tmp_path / "moved")
     assert not (tmp_path / "moved").exists()
 
 

@@ -186,3 +186,29 @@ def test_training_that_leaves_the_numbers_is_refused(steps: int, rate: float) ->
     for expected in (FloatingPointError, ValueError):
         with pytest.raises(expected, match=r"(loss|grad_norm) is (nan|inf) at step|has weights that are not finite at step"):
             corda_vlm.fine_tune(adapted, pictures(), pairs, steps=steps, batch_size=4, learning_rate=rate, seed=0)
+
+
+def test_training_leaves_batch_statistics_of_the_base_alone(tmp_path: Path) -> None:
+    """A ResNet tower that does not train: what moved in it would be in no file of the adapter."""
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=(1, 1, 1, 1), width=8, image_size=32)
+    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=64, width=32, heads=4, layers=2)
+
+    def build_model() -> Any:
+        torch.manual_seed(0)
+        return open_clip.model.CLIP(32, vision, text).eval()
+
+    pairs = [(Image.new("RGB", (32, 32), colour), name) for name, colour in COLOURS.items()]
+    words = {name: number for number, name in enumerate(COLOURS, 5)}
+    pairs_reader = corda_vlm.OpenClipPairs(
+        lambda image: torch.tensor(list(image.resize((32, 32)).tobytes())).view(32, 32, 3).permute(2, 0, 1) / 255.0,
+        lambda texts: torch.tensor([[1, words[text], 63, 0, 0, 0, 0, 0] for text in texts]),
+    )
+    model = build_model()
+    adapted = corda_vlm.prepare(
+        model, pairs, rank=2, parts=["language"], preprocess=pairs_reader.preprocess, tokenizer=pairs_reader.tokenizer
+    )
+    corda_vlm.fine_tune(adapted, pairs, pairs_reader, steps=3, batch_size=4, learning_rate=1e-2, seed=0)
+    assert any("running_mean" in name for name, _ in model.named_buffers())
+    again = corda_vlm.load(build_model(), corda_vlm.save(adapted, tmp_path))
+    assert torch.equal(features(again, pairs_reader(pairs)), features(adapted, pairs_reader(pairs)))
