@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from corda_core.modules import gathered_whole, is_quantized, quantized_values, threads_for
+from corda_core.modules import check_in_memory, gathered_whole, is_quantized, quantized_values, threads_for
 from corda_core.parallel import in_threads
 
 UNREAD = "packed"
@@ -26,12 +26,7 @@ def check_untouched(base: nn.Module) -> None:
             f"The base carries an adapter already (at {carries}), which an earlier prepare, attach or load put into this very object: "
             "go on with the model that it returned, take the base back from that with `.unload()`, or load the base again."
         )
-    absent = next((name for name, parameter in base.named_parameters() if parameter.is_meta), None)
-    if absent is not None:
-        raise ValueError(
-            f"{absent} holds no values here (device meta): weights that are offloaded or not loaded cannot be decomposed; load the whole "
-            "model into memory, with no device_map that offloads."
-        )
+    check_in_memory(base.named_parameters())
 
 
 def other_tensors(base: nn.Module, layers: Mapping[str, object], train_fully: Sequence[str] = ()) -> dict[str, str]:
@@ -56,7 +51,7 @@ def check_same(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
     if name is not None:
         change = _change(recorded.get(name), found.get(name))
         raise ValueError(
-            f"The adapter's outputs depend on {name}, which {change} in this base: load it on the base that it was trained on, as "
+            f"The adapter's outputs depend on {name}, which {change} in this base: load it on the one that it was attached to, as "
             "save_pretrained wrote it (what is resized or made anew has other values each time); or train again with that module in "
             "train_fully, which is kept with the adapter."
         )
@@ -72,8 +67,8 @@ def check_unchanged(recorded: Mapping[str, str], found: Mapping[str, str]) -> No
     name = next((name for name in both if not _equal(recorded[name], found[name])), None)
     if name is not None:
         raise ValueError(
-            f"{name} {_change(recorded[name], found[name])} by now, but is no part of the adapter's file: merge the adapter and save "
-            "the whole model; or attach it anew with that module in train_fully."
+            f"{name} {_change(recorded[name], found[name])} since the adapter was attached, but is no part of its file: merge the adapter "
+            "and save the whole model; or attach it anew with that module in train_fully."
         )
 
 
@@ -142,6 +137,6 @@ def _equal(one: str | None, other: str | None) -> bool:
 
 
 def _change(before: str | None, now: str | None) -> str:
-    """Return in words how a tensor differs from what it was when the adapter was attached."""
+    """Return in words how a tensor differs from what it was."""
     was, is_now = (one.rpartition(" ")[0] if one else "absent" for one in (before, now))
-    return "has other values than when it was attached" if was == is_now else f"was {was} when it was attached and is {is_now}"
+    return "has other values" if was == is_now else f"is {is_now} instead of {was}"

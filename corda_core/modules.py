@@ -125,12 +125,27 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor:
     quantised by bitsandbytes: then it is a dequantised copy.
 
     Raises:
-        ValueError: If the layer is not a linear one, or its weight is packed in a way that is not known.
+        ValueError: If the layer is not a linear one, or its weight is not in memory or packed in a way that is not known.
     """
     layer = _linear(model, name)
+    check_in_memory([(f"{name}.weight", layer.weight)])
     if is_quantized(layer):
         return quantized_values(layer, name)
     return gathered_whole(_oriented(layer, name))
+
+
+def check_in_memory(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors without values.
+
+    Raises:
+        ValueError: If one is offloaded or was never loaded.
+    """
+    absent = next((name for name, tensor in named if tensor.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"{absent} holds no values here (device meta): weights that are offloaded or not loaded cannot be decomposed; load the whole "
+            "model into memory, with no device_map that offloads."
+        )
 
 
 def check_present(model: nn.Module, names: Iterable[str], made: str) -> None:
