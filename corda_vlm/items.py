@@ -9,6 +9,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -200,10 +201,21 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
         return None
 
     mine = range(process_rank(), len(items.rows), num_processes())
-    with ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with _one_thread_each(), ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         reasons = pool.imap(why, mine, chunksize=16)
         found = {row: reason for row in progress_bar(mine, "images") if (reason := next(reasons)) is not None}
     return dict(sorted((row, reason) for one in gathered(found) for row, reason in one.items()))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads of its own in each of ours: they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_accepted(image: Image.Image, accepts: Callable[[Image.Image], Any] | None, where: str) -> None:

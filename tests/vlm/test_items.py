@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 import corda_vlm.items
+from corda_vlm.context import image_reader
 from corda_vlm.items import Items, load_items
-from corda_vlm.pairs import read_pair
+from corda_vlm.pairs import OpenClipPairs, read_pair
 from corda_vlm.sources import DataConfig
 
 datasets.disable_progress_bars()
@@ -289,3 +290,17 @@ def test_a_fingerprint_of_what_is_left_in_a_table(tmp_path: Path) -> None:
     whole, left = (load_items(DataConfig(str(tmp_path / "a.parquet"), on_broken=mode)) for mode in ("stop", "skip"))
     datasets.Dataset.from_list([rows[0], rows[2]]).to_parquet(tmp_path / "b.parquet")
     assert left.fingerprint() == load_items(DataConfig(str(tmp_path / "b.parquet"))).fingerprint() != whole.fingerprint()
+
+
+def test_what_reads_one_image_for_a_model(processor: Any) -> None:
+    read = image_reader(processor)
+    assert read is not None
+    assert read(noise(0))["pixel_values"].shape[0] == 1
+    assert image_reader(processor.tokenizer) is None
+    pairs = OpenClipPairs(pil_to_tensor, lambda texts: torch.zeros(len(texts), 1))
+    read = image_reader(pairs)
+    assert read is not None
+    assert read(noise(0))["image"].shape == (1, 3, 16, 16)
+    alone = image_reader(processor.image_processor)  # of a vision tower
+    assert alone is not None
+    assert torch.equal(alone(noise(0))["pixel_values"], image_reader(processor)(noise(0))["pixel_values"])  # type: ignore[misc]
