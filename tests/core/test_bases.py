@@ -91,7 +91,7 @@ def test_what_changed_in_training_and_is_in_no_file_is_not_left_out_silently(tmp
     peft_model = attach(model, plan(model, collect(model, [{"x": x}], ["proj"]), mode="kpm", rank=2))
     save(peft_model, tmp_path / "start")
     peft_model.train()(x)
-    with pytest.raises(ValueError, match=r"norm\.running_mean has other values .* is no part of the adapter's file: merge"):
+    with pytest.raises(ValueError, match=r"norm\.running_mean has other values .* is no part of its file: merge"):
         save(peft_model, tmp_path / "moved")
     with pytest.raises(ValueError, match=r"norm\.running_mean has other values"):
         export(peft_model, tmp_path / "moved")
