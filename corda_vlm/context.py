@@ -1,5 +1,6 @@
 """From samples to batches of model inputs: what is drawn, what each process reads, and what the model is called with."""
 
+import copy
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from corda_core.distributed import num_processes, process_rank
 from corda_vlm.config import CordaConfig
 from corda_vlm.data import Collator, has_image
+from corda_vlm.limits import limits_of, num_positions
 from corda_vlm.pairs import PairCollator, TransformersImages, TransformersPairs
+from corda_vlm.rows import Numbered
 from corda_vlm.towers import has_two_towers, is_text_only, is_vision_only
 
 NUM_LOOKED_AT = 64
@@ -58,7 +61,7 @@ def context_batches(model: nn.Module, images_texts: Iterable[Any], names: Sequen
         ValueError: If the context is empty, there are fewer samples than processes, or no processor is known.
     """
     chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
-    inputs_of = partial(_model_inputs, model, not _is_output(model, names))
+    inputs_of = partial(_model_inputs, model, not _reads_output(model, names))
     if are_batches:
         if isinstance(chosen, Iterator):
             first = next(chosen)
@@ -74,12 +77,26 @@ def context_batches(model: nn.Module, images_texts: Iterable[Any], names: Sequen
 
 
 def collator_for(model: nn.Module, processor: Any) -> Callable[[Sequence[Any]], dict[str, Any]]:
-    """Return what makes batches for this model: of pairs for two towers, else of conversations and text."""
+    """Return what makes batches for this model: of pairs for two towers, else of conversations and text that it can read."""
     if isinstance(processor, PairCollator):
         return processor
     if has_two_towers(model):
-        return TransformersPairs(processor)
-    return TransformersImages(processor) if is_vision_only(model) else Collator(processor)
+        return TransformersPairs(processor, num_positions(model))
+    if is_vision_only(model):
+        return TransformersImages(processor)
+    return Collator(with_sizes_of(model, processor), limits=limits_of(model))
+
+
+def with_sizes_of(model: Any, processor: Any) -> Any:
+    """Return the processor; where it was saved before processors knew their patches, a copy that has them from the model."""
+    config: Any = getattr(model, "config", None)
+    if getattr(processor, "patch_size", 0) is not None or not hasattr(config, "vision_config"):
+        return processor
+    known = copy.copy(processor)
+    known.patch_size = config.vision_config.patch_size
+    known.vision_feature_select_strategy = config.vision_feature_select_strategy
+    known.num_additional_image_tokens = int(any(name.endswith("class_embedding") for name, _ in model.named_parameters()))
+    return known
 
 
 def share_out(num_samples: int, batch_size: int) -> list[range]:
@@ -99,7 +116,7 @@ def share_out(num_samples: int, batch_size: int) -> list[range]:
 def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool]:
     """Return what to use as context, and whether it is ready batches (all of them) or samples (``count`` at most)."""
     if isinstance(images_texts, Sequence) or (hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")):
-        items: Any = images_texts
+        items = Numbered(images_texts, "images_texts")
         total = len(items)
         if total and not _is_batch(items[0]):
             order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
@@ -112,7 +129,7 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool
         raise ValueError("images_texts is empty: there is no context to collect; give samples of what the model is to keep (or to learn).")
     if _is_batch(first):
         return (chain([first], iterator) if iterator is images_texts else images_texts), True
-    return [first, *islice(iterator, count - 1)], False
+    return Numbered([first, *islice(iterator, count - 1)], "images_texts"), False
 
 
 def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[Iterable[Any]]:
@@ -125,9 +142,8 @@ def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[
     if count == 1:
         return [images_texts]
     wanted = count * config.num_samples
-    items: Any = images_texts
-    if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
-        items = list(islice(items, wanted))
+    sized = hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")
+    items = Numbered(images_texts if sized else list(islice(images_texts, wanted)), "images_texts")
     if len(items) < count:
         raise ValueError(f"images_texts has {len(items)} sample(s) for {count} candidates; give more samples, or set candidates=1.")
     drawn = random.Random(config.seed).sample(range(len(items)), min(wanted, len(items) // count * count))
@@ -156,10 +172,10 @@ def _own_processor(model: nn.Module) -> Any:
         ) from error
 
 
-def _is_output(model: nn.Module, names: Sequence[str]) -> bool:
-    """Whether the output embedding is among the named layers."""
-    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    return any(model.get_submodule(name) is find_output() for name in names)
+def _reads_output(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a named layer belongs to the head, which sees no more tokens than logits are asked for."""
+    inside = set(getattr(model, "base_model", model).modules())
+    return any(model.get_submodule(name) not in inside for name in names)
 
 
 def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:

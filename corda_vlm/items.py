@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 
 from corda_core.distributed import gathered, num_processes, process_rank
 from corda_vlm.context import progress_bar
+from corda_vlm.conversation import TURN_KEYS, answer_of, text_of, turns_of
 from corda_vlm.digest import digest_of_rows
 from corda_vlm.images import BrokenImageError, read_image
 from corda_vlm.media import image_field, image_sources
+from corda_vlm.rows import Row
 from corda_vlm.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
             raise BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
         return fields, sources, isinstance(image, (list, tuple))
 
-    def read(self, row: int) -> dict[str, Any]:
+    def read(self, row: int) -> Row:
         """Return the item of a row.
 
         Raises:
@@ -106,7 +108,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """
         fields, sources, is_list = self.sources(row)
         images = [self._opened(source, self.name_of(row)) for source in sources]
-        return fields | ({"image": images if is_list else images[0]} if images else {})
+        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row))
 
     def _image(self, values: Mapping[str, Any], where: str) -> Any:
         """Return what a row has for its image: in the column that options name, which they may, or in one that is sure to be all."""
@@ -240,6 +242,8 @@ def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str,
         if column not in there:
             raise ValueError(f"{config.source} has no column {column!r}, which `{option}` names; columns there: {there}.")
     columns = {name: name for name in FIELDS if name in there}
+    if "messages" in there:
+        columns = {"conversations": "messages"} | columns
     columns |= config.columns
     if config.prompt is None and not {"text", "question", "conversations"} & set(columns):
         raise ValueError(
@@ -261,15 +265,15 @@ def _text_fields(row: Mapping[str, Any], columns: Mapping[str, str], config: Dat
         if any({**row, **values}.get(name) not in (None, "") for name in config.placeholders):
             fields["question"] = _filled(config.prompt, row, values, where)
     else:
-        fields |= {name: _text(values[name], f"{where}, {name}") for name in ("text", "question") if values.get(name) not in (None, "")}
-        if values.get("conversations"):
-            fields["conversations"] = _turns(values["conversations"], where)
+        fields |= {name: text_of(values[name], f"{where}, {name}") for name in ("text", "question") if values.get(name) not in (None, "")}
+        turns = values.get("conversations")
+        if turns:
+            turns_of(turns, where)
+            fields["conversations"] = [{name: turn[name] for name in TURN_KEYS if name in turn} for turn in turns]
     if not any(fields.values()):
         raise ValueError(f"{where} has no text (its columns: {list(row)}); mend or remove the row, or say in `columns` where the text is.")
-    answers = Counter(_answers(values.get("answer"), where))
-    if answers:
-        fields["answer"] = answers.most_common(1)[0][0]  # of equals, the first met
-    return fields
+    answer = answer_of(values.get("answer"), f"{where}, answer")
+    return fields if answer is None else fields | {"answer": answer}
 
 
 def _filled(prompt: str, row: Mapping[str, Any], values: Mapping[str, Any], where: str) -> str:
@@ -279,32 +283,3 @@ def _filled(prompt: str, row: Mapping[str, Any], values: Mapping[str, Any], wher
         return prompt.format_map(defaultdict(str, named))
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} does not fill the prompt {prompt!r} ({error!r}); mend the row or `prompt`.") from error
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, (str, int, float)):
-        raise ValueError(f"{where} is a {type(value).__name__}; expected text or a number; say in `columns` where the text is.")
-    return str(value)
-
-
-def _turns(value: Any, where: str) -> list[dict[str, str]]:
-    """Return a conversation's turns, with nothing but speaker and text."""
-    for turn in value if isinstance(value, (list, tuple)) else [value]:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
-            raise ValueError(f'{where} has the turn {str(turn)[:80]!r}; expected a list of {{"from": speaker, "value": text}}.')
-    return [{"from": turn["from"], "value": turn["value"]} for turn in value]
-
-
-def _answers(value: Any, where: str) -> list[str]:
-    """Return all answers of a row: none, one, or those of several people."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return [answer for one in value for answer in _answers(one, where)]
-    if isinstance(value, Mapping):
-        if "answer" not in value:
-            raise ValueError(
-                f'{where}, answer has the keys {list(value)}; expected text, a number, {{"answer": text}}, or a list of these.'
-            )
-        return _answers(value["answer"], where)
-    return [_text(value, f"{where}, answer")]

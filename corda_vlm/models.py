@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from corda_vlm.data import tokenizer_of
+from corda_vlm.context import with_sizes_of
+from corda_vlm.conversation import tokenizer_of
 from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.recipe import ModelConfig
 from corda_vlm.towers import image_dtype, is_text_only
@@ -105,7 +106,7 @@ def read_processor(config: ModelConfig, model: nn.Module) -> Any:
         OSError: If it is not there.
         ValueError: If it cannot be read.
     """
-    return (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **_known(config))
+    return with_sizes_of(model, (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **_known(config)))
 
 
 def check_processor(model: Any, processor: Any) -> None:

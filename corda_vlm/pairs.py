@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from corda_vlm.data import Item, fields_of, read_images
+from corda_vlm.conversation import tokenizer_of
+from corda_vlm.data import fields_of, read_images
 from corda_vlm.media import image_field
+from corda_vlm.rows import Item, read_each
+from corda_vlm.sources import one_line
 
 
 class PairCollator(ABC):
@@ -32,10 +36,20 @@ class PairCollator(ABC):
         """Return the batch of these items.
 
         Raises:
-            ValueError: If an item is not one image and one caption.
+            ValueError: If an item is not one image and one caption, or its image is refused; the text says which.
         """
-        pairs = [read_pair(item) for item in items]
+        pairs = read_each(read_pair, items)
+        try:
+            return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
+        except Exception:  # what reads images raises what it likes, and of a batch it does not say which
+            pairs = read_each(self._taken, items)
         return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
+
+    def _taken(self, item: Item) -> tuple[Image.Image, str]:
+        """Return an item's image, which can be read, and caption."""
+        image, caption = read_pair(item)
+        _try(self.read, image)
+        return image, caption
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class TransformersPairs(PairCollator):
     """For CLIP, SigLIP and SigLIP 2 of transformers."""
 
     processor: Any
+    max_tokens: int | None = None
+    """The text tower's positions: captions are no longer, and SigLIP's are as long."""
 
     def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """Return ``pixel_values`` and what else the processor gives for images."""
@@ -50,16 +66,19 @@ class TransformersPairs(PairCollator):
 
     def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
         """Return ``input_ids`` and what else the processor gives for text."""
-        return dict(self.processor(text=captions, padding=self._padding, truncation=True, return_tensors="pt"))
+        return dict(self.processor(text=captions, **self._length, return_tensors="pt"))
 
     def batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
         """Return ``input_ids``, ``pixel_values`` and what else the processor gives."""
-        return dict(self.processor(text=captions, images=images, padding=self._padding, truncation=True, return_tensors="pt"))
+        return dict(self.processor(text=captions, images=images, **self._length, return_tensors="pt"))
 
     @property
-    def _padding(self) -> str | bool:
+    def _length(self) -> dict[str, Any]:
         # SigLIP reads its padding: captions have the length that it was trained with.
-        return "max_length" if type(self.processor).__name__.startswith("Siglip") else True
+        options = {"padding": "max_length" if type(self.processor).__name__.startswith("Siglip") else True, "truncation": True}
+        own = tokenizer_of(self.processor).model_max_length
+        known = [length for length in (self.max_tokens, own) if length is not None and length < LARGE_INTEGER]
+        return options | ({"max_length": min(known)} if known else {})
 
 
 @dataclass(frozen=True)
@@ -74,9 +93,23 @@ class TransformersImages:
         Raises:
             ValueError: If an item has no image.
         """
-        images = [image for item in items for image in _images_of(item)]
+        images = [image for found in read_each(_images_of, items) for image in found]
+        try:
+            return self.read(images)
+        except Exception:  # as in PairCollator
+            images = [image for found in read_each(self._taken, items) for image in found]
+        return self.read(images)
+
+    def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Return ``pixel_values`` and what else the image processor gives."""
         reader = getattr(self.processor, "image_processor", self.processor)
         return dict(reader(images=images, return_tensors="pt"))
+
+    def _taken(self, item: Item) -> tuple[Image.Image, ...]:
+        images = _images_of(item)
+        for image in images:
+            _try(self.read, image)
+        return images
 
 
 @dataclass(frozen=True)
@@ -123,3 +156,11 @@ def _images_of(item: Item) -> tuple[Image.Image, ...]:
     if not images:
         raise ValueError("A sample has no image, which is all that a vision tower reads; give images.")
     return images
+
+
+def _try(read: Callable[[list[Image.Image]], Any], image: Image.Image) -> None:
+    """Refuse an image that cannot be read."""
+    try:
+        read([image])
+    except Exception as error:
+        raise ValueError(f"the image of {image.width} x {image.height} pixels cannot be read ({one_line(error)})") from error

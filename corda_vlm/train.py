@@ -5,6 +5,7 @@ import inspect
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from corda_vlm.context import collator_for
 from corda_vlm.contrastive import ContrastiveTrainer, check_pairs
 from corda_vlm.data import Collator, Item
 from corda_vlm.pairs import PairCollator
+from corda_vlm.rows import Numbered
 from corda_vlm.towers import family_of
 
 
@@ -114,7 +116,7 @@ def trainer_for(
     kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else ResponseTrainer
     if isinstance(collate, Collator):
         trims = "logits_to_keep" in inspect.signature(base.forward).parameters
-        collate = Collator(processor, with_labels=True, trim_logits=trims)
+        collate = replace(collate, with_labels=True, trim_logits=trims)
     if isinstance(collate, PairCollator):
         arguments = _of_whole_batches(arguments, items, evaluation)
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -122,8 +124,8 @@ def trainer_for(
     trainer = kind(
         model,
         arguments,
-        train_dataset=items,
-        eval_dataset=evaluation,
+        train_dataset=Numbered(items, "items"),
+        eval_dataset=None if evaluation is None else Numbered(evaluation, "evaluation"),
         data_collator=partial(collate),  # the Trainer would save a collator's own tokenizer, which open_clip's cannot
         optimizer_cls_and_kwargs=(optimizer, options | {"params": groups}),
     )
