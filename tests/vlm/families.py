@@ -248,6 +248,39 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 }
 
 
+def _absolute(name: str, model: str, **more: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, model)(
+        getattr(transformers, f"{name}Config")(vocab_size=64, bos_token_id=1, eos_token_id=2, **more)
+    )
+
+
+SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+ABSOLUTE: dict[str, Callable[[], nn.Module]] = {
+    "bert": _absolute("Bert", "BertLMHeadModel", **WIDE, intermediate_size=48, is_decoder=True),
+    "biogpt": _absolute("BioGpt", "BioGptForCausalLM", **WIDE, intermediate_size=48),
+    "bloom": _absolute("Bloom", "BloomForCausalLM", hidden_size=32, n_layer=2, n_head=4, pad_token_id=0),
+    "ctrl": _absolute("CTRL", "CTRLLMHeadModel", **SMALL, dff=48),
+    "gpt_bigcode": _absolute("GPTBigCode", "GPTBigCodeForCausalLM", **SMALL),
+    "gpt_neo": _absolute(
+        "GPTNeo",
+        "GPTNeoForCausalLM",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+        window_size=4,
+    ),
+    "mpt": _absolute("Mpt", "MptForCausalLM", d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "openai-gpt": _absolute("OpenAIGPT", "OpenAIGPTLMHeadModel", **SMALL),
+    "opt": _absolute("OPT", "OPTForCausalLM", **WIDE, ffn_dim=48, word_embed_proj_dim=32),
+    "roberta": _absolute("Roberta", "RobertaForCausalLM", **WIDE, intermediate_size=48, is_decoder=True),
+    "xglm": _absolute("XGLM", "XGLMForCausalLM", **{**WIDE, "d_model": 32, "num_layers": 2, "attention_heads": 4}, ffn_dim=48),
+}
+"""Causal language models without rotary positions: learned ones, fixed ones, or distances (ALiBi), each counted in its own way."""
+
+
 def build(family: str) -> tuple[nn.Module, Batch]:
     """Return the family's model, the same on each call, and its batch."""
     torch.manual_seed(0)
