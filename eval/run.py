@@ -54,7 +54,13 @@ def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, Batch
         if benchmark is not None:
             examples = examples_of(task, benchmark, base.download)[:count]
             found[task.title] = check_batch_invariance(
-                examples, model, processor, batch_size=suite.batch_size, max_new_tokens=benchmark.max_new_tokens
+                examples,
+                model,
+                processor,
+                batch_size=suite.batch_size,
+                max_new_tokens=task.max_new_tokens or benchmark.max_new_tokens,
+                system=task.system,
+                pad_images=bool(task.pad_images),
             )
     return found
 

@@ -53,6 +53,9 @@ RETRIEVAL = "retrieval"
 BENCHMARKS: dict[str, VqaTask] = {**vqa.TASKS, "digits": digits.TASK}
 """Questions about images."""
 
+ASKING = ("max_new_tokens", "system", "pad_images")
+"""Options of a suite, and of its tasks, that say how questions about images are asked."""
+
 WINDOW = 256
 
 
@@ -83,6 +86,15 @@ class SuiteTask(Options):
     """For ``IMAGE_SETS`` and "retrieval", of a LLaVA-type model: folder or id of the CLIP or SigLIP that its vision tower came from. It is
     measured with the model's tower in it."""
 
+    max_new_tokens: Count | None = None
+    """Of a benchmark of questions about images: where an answer is cut; None takes the suite's, or else the benchmark's, limit."""
+
+    system: str | None = None
+    """Of such a benchmark: what the chat template's system turn says; None takes the suite's, "" leaves it to the template."""
+
+    pad_images: bool | None = None
+    """Of such a benchmark: whether images are padded to squares; None takes the suite's."""
+
     name: str | None = None
     """What it is reported as; None takes the task's, or the file's, name."""
 
@@ -108,6 +120,11 @@ class SuiteTask(Options):
             raise ValueError(f"{self.task}: images is {self.images!r}, which {RETRIEVAL} alone reads; leave it out.")
         if self.tower_in is not None and self.task not in (RETRIEVAL, *IMAGE_SETS):
             raise ValueError(f"{self.task}: tower_in is {self.tower_in!r}, but this is no task for two towers; leave it out.")
+        given = [option for option in ASKING if getattr(self, option) is not None]
+        if given and self.task not in BENCHMARKS:
+            raise ValueError(
+                f"{self.task}: {given[0]} is for benchmarks of questions about images ({', '.join(BENCHMARKS)}); leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -118,9 +135,38 @@ class Suite(Options):
     batch_size: Count = 1
     """Examples at once; 1 is the reference, as padding may change answers."""
 
+    max_new_tokens: Count | None = None
+    """Where answers to benchmarks of questions about images are cut; None takes each benchmark's limit, which is LLaVA-1.5's."""
+
+    system: str | None = None
+    """What the chat template's system turn says in those benchmarks; None leaves that to the template."""
+
+    pad_images: bool = False
+    """Pad images to squares in those benchmarks, as LLaVA-1.5 does, instead of what the processor does."""
+
+    def __post_init__(self) -> None:
+        """Give each benchmark of questions about images how it is asked, where it does not say so itself.
+
+        Raises:
+            ValueError: If an option has an impossible value.
+        """
+        super().__post_init__()
+        given = [option for option in ASKING if getattr(self, option)]
+        if given and not any(task.task in BENCHMARKS for task in self.tasks):
+            raise ValueError(
+                f"{given[0]} is for benchmarks of questions about images ({', '.join(BENCHMARKS)}), and none is named; leave it out."
+            )
+        object.__setattr__(self, "tasks", [self._asked(task) for task in self.tasks])
+
+    def _asked(self, task: SuiteTask) -> SuiteTask:
+        if task.task not in BENCHMARKS:
+            return task
+        open_options = {option: getattr(self, option) for option in ASKING if getattr(task, option) is None}
+        return dataclasses.replace(task, **open_options)
+
 
 def read_suite(path: Path) -> Suite:
-    """Return the suite in a YAML file: ``tasks``, a list of task, role, data, split, limit; ``batch_size``.
+    """Return the suite in a YAML file: ``tasks``, a list of ``SuiteTask``'s options, and ``Suite``'s others.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -162,7 +208,18 @@ def run_task(
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
         examples = examples_of(task, benchmark, download)
-        return vqa.evaluate(benchmark, examples, model, processor, predictions=predictions, batch_size=batch_size, progress=bar)
+        return vqa.evaluate(
+            benchmark,
+            examples,
+            model,
+            processor,
+            predictions=predictions,
+            batch_size=batch_size,
+            max_new_tokens=task.max_new_tokens,
+            system=task.system,
+            pad_images=bool(task.pad_images),
+            progress=bar,
+        )
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
     if name == "facts":

@@ -32,7 +32,15 @@ def answer_questions(
 
 
 @torch.inference_mode()
-def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], max_new_tokens: int, *, pad_images: bool = False) -> list[str]:
+def answer_batch(
+    model: Any,
+    processor: Any,
+    examples: Sequence[VqaExample],
+    max_new_tokens: int,
+    *,
+    system: str | None = None,
+    pad_images: bool = False,
+) -> list[str]:
     """Return the greedy answers to questions asked at once.
 
     Args:
@@ -40,16 +48,21 @@ def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], max
         processor: Its processor.
         examples: The questions.
         max_new_tokens: Where an answer that does not end by itself is cut.
+        system: What the chat template's system turn says; None leaves that to the template. LLaVA-1.5 was trained and is evaluated with
+            vicuna's sentence, which its Hugging Face port's template does not bring along.
         pad_images: Pad images to squares with the processor's mean colour, as LLaVA-1.5 was trained; else take what the processor does,
             which for its Hugging Face port is to cut off the sides.
 
     Raises:
-        ValueError: If an image cannot be read; the text names its question.
+        ValueError: If an image cannot be read; the text names its question. Or if the processor has no place for a system turn, or no
+            colour to pad with.
     """
     images = [example.open_image() for example in examples]
     if pad_images:
         images = [image and _squared(image, processor) for image in images]
-    items = [{"image": image, "question": example.question} for example, image in zip(examples, images, strict=True)]
+    if system:
+        _check_system(system, processor)
+    items = [{"image": image} | _turns(example.question, system) for example, image in zip(examples, images, strict=True)]
     batch = {key: value.to(model.device) for key, value in Collator(processor)(items).items()}
     with evaluating(model):
         tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
@@ -57,10 +70,35 @@ def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], max
     return [answer.strip() for answer in answers]
 
 
+def _turns(question: str, system: str | None) -> dict[str, Any]:
+    """Return the fields of an item that asks a question, behind a system turn if there is one."""
+    if not system:
+        return {"question": question}
+    return {"conversations": [{"from": "system", "value": system}, {"from": "human", "value": question}]}
+
+
+def _check_system(system: str, processor: Any) -> None:
+    """Refuse a chat template that leaves system turns out.
+
+    Raises:
+        ValueError: If it does.
+    """
+    # Two sentences, as one may be what the template says by itself.
+    one, other = (Collator(processor)([_turns("?", given)])["input_ids"].tolist() for given in (system, f"{system} {system}"))
+    if one == other:
+        raise ValueError(
+            f"The chat template of {type(processor).__name__} leaves system turns out: system={system[:60]!r} would change nothing; leave "
+            "the option out, or give the processor another template."
+        )
+
+
 def _squared(image: Image.Image, processor: Any) -> Image.Image:
     """Return the image in the middle of a square of the mean colour."""
     side = max(image.size)
-    red, green, blue = (int(255 * value) for value in processor.image_processor.image_mean)
+    mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+    if mean is None:
+        raise ValueError(f"{type(processor).__name__} names no mean colour (image_mean) to pad images with; leave pad_images out.")
+    red, green, blue = (int(255 * value) for value in mean)
     square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -20,7 +20,8 @@ def generate_answers(
     *,
     path: str | Path | None = None,
     batch_size: int = 1,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 128,
+    system: str | None = None,
     pad_images: bool = False,
     progress: Any = iter,
 ) -> list[Prediction]:
@@ -34,6 +35,7 @@ def generate_answers(
         path: File of predictions: each batch's answers are added to it, and questions that it answers already are not asked again.
         batch_size: Questions asked at once, padded on the left; 1 is the reference, others may change answers.
         max_new_tokens: Where an answer that does not end by itself is cut.
+        system: What the chat template's system turn says; None leaves that to the template.
         pad_images: Pad images to squares, as LLaVA-1.5 was trained, instead of what the processor does.
         progress: Wraps the iterable of batches, a progress bar for instance.
 
@@ -47,7 +49,7 @@ def generate_answers(
     done: dict[str, Prediction] = {}
     file = None if path is None else Path(path).expanduser()
     if file is not None:
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "pad_images": pad_images}
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "system": system or None, "pad_images": pad_images}
         header = run_header(task, examples, model, processor, options)
         done = read_predictions(file, header, [example.question_id for example in examples])
         if not done:
@@ -56,7 +58,7 @@ def generate_answers(
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
     for batch in progress([batch for batch in batches if any(example.question_id not in done for example in batch)]):
         start = time.perf_counter()
-        answers = answer_batch(model, processor, batch, max_new_tokens, pad_images=pad_images)
+        answers = answer_batch(model, processor, batch, max_new_tokens, system=system, pad_images=pad_images)
         share = (time.perf_counter() - start) / len(batch)
         new = [
             Prediction(example.question_id, answer, share)
@@ -89,7 +91,8 @@ def check_batch_invariance(
     processor: Any,
     *,
     batch_size: int,
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 128,
+    system: str | None = None,
     pad_images: bool = False,
     progress: Any = iter,
 ) -> BatchCheck:
@@ -101,6 +104,7 @@ def check_batch_invariance(
         processor: Its processor.
         batch_size: The size that is tried, at least 2.
         max_new_tokens: Where an answer that does not end by itself is cut.
+        system: What the chat template's system turn says.
         pad_images: Pad images to squares.
         progress: Wraps the iterable of batches, once for each of the two runs.
 
@@ -117,6 +121,7 @@ def check_batch_invariance(
             processor,
             batch_size=size,
             max_new_tokens=max_new_tokens,
+            system=system,
             pad_images=pad_images,
             progress=progress,
         )

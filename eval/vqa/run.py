@@ -40,6 +40,7 @@ def evaluate(
     predictions: str | Path | None = None,
     batch_size: int = 1,
     max_new_tokens: int | None = None,
+    system: str | None = None,
     pad_images: bool = False,
     progress: Any = iter,
 ) -> TaskResult:
@@ -53,6 +54,7 @@ def evaluate(
         predictions: File that answers are added to as they come, and that a killed run goes on from.
         batch_size: Questions asked at once; 1 is the reference, others may change answers (``check_batch_invariance``).
         max_new_tokens: Where an answer is cut; None takes the benchmark's.
+        system: What the chat template's system turn says; None leaves that to the template.
         pad_images: Pad images to squares, as LLaVA-1.5 was trained, instead of what the processor does.
         progress: Wraps the iterable of batches, a progress bar for instance.
 
@@ -68,6 +70,7 @@ def evaluate(
         path=predictions,
         batch_size=batch_size,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        system=system,
         pad_images=pad_images,
         progress=progress,
     )

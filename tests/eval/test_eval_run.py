@@ -139,6 +139,9 @@ def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest
     (place / "suite.yaml").write_text(suite.replace("limit: 5", "limit: 4"))
     done = called(place, "lora")
     assert "digits.json was made with another task" in done.output
+    for option in ("pad_images: true", "system: a circle", "max_new_tokens: 3"):
+        (place / "suite.yaml").write_text(f"{suite}\n{option}")
+        assert "digits.json was made with another task" in called(place, "lora").output
     (place / "suite.yaml").write_text(suite)
     monkeypatch.setattr(run, "library_versions", lambda: library_versions() | {"torch": "99.0"})
     assert f"digits.json was made with another torch ({library_versions()['torch']}); name another output" in called(place, "lora").output

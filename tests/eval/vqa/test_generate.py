@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import pytest
 import torch
 from conftest import tiny_llava
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from corda_eval.describe import library_versions
+from corda_eval.suite import read_suite
 from corda_eval.vqa import generate, predictions
 from corda_eval.vqa.answer import answer_batch
-from corda_eval.vqa.example import VqaExample, VqaTask
-from corda_eval.vqa.generate import BatchCheck, check_batch_invariance, generate_answers
+from corda_eval.vqa.example import LETTER_ANSWER, SHORT_ANSWER, VqaExample, VqaTask
+from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_eval.vqa.predictions import model_digest
 from corda_eval.vqa.run import evaluate
 
+generate_answers = partial(generate.generate_answers, max_new_tokens=16)  # its own limit takes seconds here
 QUESTIONS = ["what color is the shape ?", "is a circle red ?", "what is this ?", "is the shape in this blue ?", "two ?"]
 
 
@@ -128,6 +133,7 @@ def test_predictions_of_another_run_are_refused(tmp_path: Path, processor: Any, 
         "model is .*… there and .*… here": {"model": other},
         "batch_size is 1 there and 2 here": {"batch_size": 2},
         r"max_new_tokens is 16 there and 2 here \(and 1 more differ\)": {"max_new_tokens": 2, "pad_images": True},
+        "system is not recorded there and 'one two' here": {"system": "one two"},
     }.items():
         given = {"task": "tiny", "examples": examples, "model": model, "processor": processor, "path": path} | arguments
         with pytest.raises(ValueError, match=f"predictions.jsonl holds predictions of another run: {text}") as caught:
@@ -233,3 +239,111 @@ def test_padded_images_keep_their_sides(processor: Any, monkeypatch: pytest.Monk
     assert seen[0].size == (30, 30)
     assert seen[0].getpixel((15, 0)) == (255, 0, 0)
     assert seen[0].getpixel((0, 15)) == tuple(int(255 * value) for value in processor.image_processor.image_mean)
+
+
+HF_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""What the template of llava-hf/llava-1.5-7b-hf writes."""
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
+    "the user's questions."
+)
+
+
+def letters_processor(template: str) -> LlavaProcessor:
+    """A LLaVA processor whose tokens are letters, so that a prompt can be read back, behind "<s>"."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["<s>", "</s>", *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="</s>",
+            extra_special_tokens={"image_token": "<image>"},
+            padding_side="left",
+        ),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
+class Asked(Exception):
+    pass
+
+
+class Watched(torch.nn.Module):
+    """Keeps what it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def generate(self, **inputs: Any) -> Any:
+        self.seen.append(inputs)
+        raise Asked
+
+
+def prompt_of(example: VqaExample, processor: Any, **options: Any) -> str:
+    model = Watched()
+    with pytest.raises(Asked):
+        answer_batch(model, processor, [example], 1, **options)
+    (text,) = processor.tokenizer.batch_decode(model.seen[0]["input_ids"])
+    return text.replace("<image>" * 4, "<image>")
+
+
+def test_with_vicunas_sentence_the_prompt_is_llavas_own() -> None:
+    processor = letters_processor(HF_TEMPLATE)
+    seen = VqaExample(Image.new("RGB", (16, 24)), "What is this?" + SHORT_ANSWER, "")
+    rest = f"USER: <image>\nWhat is this?{SHORT_ANSWER} ASSISTANT:"
+    assert prompt_of(seen, processor, system=VICUNA) == f"<s>{VICUNA} {rest}"
+    assert prompt_of(seen, processor) == prompt_of(seen, processor, system="") == f"<s>{rest}"
+    text = VqaExample(None, "Which way?\nA. west\nB. east" + LETTER_ANSWER, "")  # ScienceQA's questions without an image
+    assert prompt_of(text, processor, system=VICUNA) == f"<s>{VICUNA} USER: {text.question} ASSISTANT:"
+    suite = read_suite(Path(__file__).parents[3] / "configs" / "suite_vlm.yaml")
+    assert (suite.system, suite.pad_images) == (VICUNA, True)
+
+
+def test_a_template_without_system_turns_is_refused() -> None:
+    asks_alone = HF_TEMPLATE.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
+    with pytest.raises(ValueError, match="template of LlavaProcessor leaves system turns out: system='A chat .* change nothing; leave the"):
+        prompt_of(VqaExample(None, "What?", ""), letters_processor(asks_alone), system=VICUNA)
+
+
+def test_what_a_template_says_by_itself_may_be_said() -> None:
+    says = "{% if messages[0]['role'] != 'system' %}{{ 'Be short. ' }}{% endif %}" + HF_TEMPLATE
+    text = VqaExample(None, "What?", "")
+    alone = prompt_of(text, letters_processor(says))
+    assert alone == prompt_of(text, letters_processor(says), system="Be short.") == "<s>Be short. USER: What? ASSISTANT:"
+
+
+def test_squares_need_a_mean_colour() -> None:
+    processor = letters_processor(HF_TEMPLATE)
+    processor.image_processor.image_mean = None
+    with pytest.raises(ValueError, match="LlavaProcessor names no mean colour .image_mean. to pad images with; leave pad_images out"):
+        prompt_of(VqaExample(Image.new("RGB", (16, 24)), "What?", ""), processor, pad_images=True)
+
+
+def test_how_it_was_asked_is_kept(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+    path, model = tmp_path / "predictions.jsonl", tiny_llava()
+    result = evaluate(TASK, examples, model, processor, predictions=path, system="a circle", pad_images=True, max_new_tokens=2)
+    header = json.loads(path.read_text().splitlines()[0])
+    assert (header["system"], header["pad_images"], header["max_new_tokens"]) == ("a circle", True, 2)
+    asked = {"system": "a circle", "pad_images": True, "max_new_tokens": 2}
+    alone = [answer_batch(model, processor, [one], 2, system="a circle", pad_images=True)[0] for one in examples]
+    assert [record["prediction"] for record in result.records] == alone
+    assert check_batch_invariance(examples[:2], model.double(), processor, batch_size=2, **asked).share == 0
+    with pytest.raises(ValueError, match="system is 'a circle' there and None here|system is 'a circle' there and not recorded here"):
+        evaluate(TASK, examples, tiny_llava(), processor, predictions=path, pad_images=True, max_new_tokens=2)
