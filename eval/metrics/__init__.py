@@ -1,4 +1,7 @@
-"""Metrics as the benchmarks' own evaluations compute them: pure functions, fractions from 0 to 1; each variant goes by its name."""
+"""Metrics after the benchmarks' own evaluations: pure functions, fractions from 0 to 1.
+
+Where evaluations differ each variant has its name; where ours differs from all, its docstring says so.
+"""
 
 from corda_eval.metrics.calibration import calibration_error, expected_calibration_error, maximum_calibration_error, negative_log_likelihood
 from corda_eval.metrics.choice import multiple_choice_answer, pope_answer, pope_scores, scienceqa_accuracy, scienceqa_answer

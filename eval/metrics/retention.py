@@ -82,6 +82,9 @@ def retention_summary(before: Mapping[str, float], after: Mapping[str, float], *
 def backward_transfer(scores: Sequence[Sequence[float]]) -> float:
     """Return BWT = mean over j < T of R[T][j] − R[j][j] (Lopez-Paz and Ranzato 2017): negative where tasks were forgotten.
 
+    Note:
+        The mean of the paper, over T − 1 tasks; its code divides by T, here and in FWT.
+
     Raises:
         ValueError: If the scores are no square of at least two tasks.
     """
