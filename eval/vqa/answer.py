@@ -7,8 +7,11 @@ import torch
 from PIL import Image
 
 from corda_core.collect import evaluating
+from corda_core.lora import base_of
 from corda_eval.vqa.example import VqaExample
+from corda_vlm.context import collator_for
 from corda_vlm.data import Collator, tokenizer_of
+from corda_vlm.limits import limits_of
 
 
 def answer_questions(
@@ -47,7 +50,7 @@ def answer_batch(
         model: A LLaVA-type model, adapted or not.
         processor: Its processor.
         examples: The questions.
-        max_new_tokens: Where an answer that does not end by itself is cut.
+        max_new_tokens: Where an answer that does not end by itself is cut, if the model's positions last so long.
         system: What the chat template's system turn says; None leaves that to the template. LLaVA-1.5 was trained and is evaluated with
             vicuna's sentence, which its Hugging Face port's template does not bring along.
         pad_images: Pad images to squares with the processor's mean colour, as LLaVA-1.5 was trained; else take what the processor does,
@@ -63,10 +66,12 @@ def answer_batch(
     if system:
         _check_system(system, processor)
     items = [{"image": image} | _turns(example.question, system) for example, image in zip(examples, images, strict=True)]
-    batch = {key: value.to(model.device) for key, value in Collator(processor)(items).items()}
+    batch = {key: value.to(model.device) for key, value in collator_for(base_of(model), processor)(items).items()}
+    length = batch["input_ids"].shape[1]
+    positions = limits_of(base_of(model)).max_tokens or length + max_new_tokens
     with evaluating(model):
-        tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-    answers = tokenizer_of(processor).batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max(1, min(max_new_tokens, positions - length)))
+    answers = tokenizer_of(processor).batch_decode(tokens[:, length:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 

@@ -1,5 +1,6 @@
 """Answers of a tiny LLaVA: batches, files of predictions, runs that go on, and whole evaluations."""
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -342,3 +343,19 @@ def test_how_it_was_asked_is_kept(tmp_path: Path, processor: Any, examples: list
     assert check_batch_invariance(examples[:2], model.double(), processor, batch_size=2, **asked).share == 0
     with pytest.raises(ValueError, match="system is 'a circle' there and None here|system is 'a circle' there and not recorded here"):
         evaluate(TASK, examples, tiny_llava(), processor, predictions=path, pad_images=True, max_new_tokens=2)
+
+
+def test_answers_end_where_the_models_positions_do(processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = tiny_llava(), []
+    monkeypatch.setattr(model, "generate", lambda **inputs: given.append(inputs) or inputs["input_ids"])
+    for limit in (7, 1024):
+        answer_batch(model, processor, examples[:2], limit)
+    length = given[0]["input_ids"].shape[1]
+    assert [inputs["max_new_tokens"] for inputs in given] == [7, 128 - length]
+
+
+def test_processors_that_do_not_know_their_patches_are_told(processor: Any, examples: list[VqaExample]) -> None:
+    old = copy.copy(processor)
+    old.patch_size = old.vision_feature_select_strategy = None
+    model = tiny_llava()
+    assert answer_batch(model, old, examples[:2], 3) == answer_batch(model, processor, examples[:2], 3)
