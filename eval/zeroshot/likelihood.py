@@ -20,6 +20,7 @@ from corda_eval.task import TaskResult
 from corda_eval.zeroshot.classify import Progress, precision
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
+from corda_vlm.context import with_sizes_of
 from corda_vlm.data import Collator, encode, read_sample
 
 QUESTION = "What is in the image?\nAnswer the question using a single word or phrase."
@@ -60,7 +61,7 @@ def evaluate(
     lengths = torch.tensor([len(one) for one in names])
     tally, by_token = Tally(), Tally()
     start = time.perf_counter()
-    collate = _Prompts(Collator(processor), question)
+    collate = _Prompts(Collator(with_sizes_of(base_of(model), processor)), question)
     with evaluating(model):
         for ids, labels, inputs in progress(image_batches(data.items, collate, batch_size=batch_size, workers=workers)):
             scores = name_scores(model, inputs, names, rows=rows, dtype=dtype).cpu()

@@ -1,5 +1,6 @@
 """Names scored against a cached prefix have the likelihoods of whole texts."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -104,3 +105,10 @@ def test_families_whose_images_take_several_tiles_or_read_both_ways(family: str)
         with torch.no_grad():
             logits = model(**whole).logits[:, -len(name) - 1 : -1].log_softmax(-1)
         torch.testing.assert_close(found[:, place], logits.gather(2, name.repeat(2, 1)[..., None]).sum((1, 2)), rtol=0, atol=1e-4)
+
+
+def test_a_processor_that_does_not_know_its_patches_is_told(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    old = copy.copy(processor)
+    old.patch_size = old.vision_feature_select_strategy = None
+    found, expected = (evaluate(llava, pictures(3), one, question=QUESTION) for one in (old, processor))
+    assert (found.records, found.metrics) == (expected.records, expected.metrics)
