@@ -1,5 +1,6 @@
 """What ``torch.distributed`` adds to collection and decomposition; without it, one process that has everything."""
 
+import re
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -46,3 +47,15 @@ def sum_over_processes_(tensor: Tensor) -> None:
     dist.all_reduce(staged)
     if staged is not tensor:
         tensor.copy_(staged)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an error, or what it came from, says that another process of the group ended or cannot be reached."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Words: gloo's and NCCL's errors in a backward pass are plain RuntimeErrors.
+        is_word = isinstance(seen, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)", str(seen)) is not None
+        if isinstance(seen, dist.DistError) or (is_word and num_processes() > 1):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -2,20 +2,48 @@
 
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import ENOSPC
+from functools import wraps
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from corda_core.distributed import process_rank
+from corda_core.distributed import is_lost_process, process_rank
 from corda_core.files import is_disk_full
+from corda_vlm.stopping import stoppable
 
 app = typer.Typer(help="Fine-tune vision-language models without forgetting (CorDA).", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+Command = Callable[..., None]
+
+
+def command(name: str, going_on: str) -> Callable[[Command], Command]:
+    """Return what makes a function a command, whose errors and stops are sentences; ``going_on`` says what to do after a stop."""
+
+    def register(function: Command) -> Command:
+        @app.command(name)
+        @wraps(function)
+        def run(**options: Any) -> None:
+            with _sentences(name, going_on):
+                function(**{option: _at_home(value) for option, value in options.items()})
+
+        return run
+
+    return register
+
+
+def _at_home(value: Any) -> Any:
+    """Return an option's value with the home folder for ``~``, which shells leave in --output=~/runs."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 @app.callback()
@@ -26,7 +54,7 @@ def main() -> None:
         logging.getLogger("corda_vlm").setLevel(logging.INFO)
 
 
-@app.command()
+@command("demo", "the same command starts it anew")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for report.html, summary.json, predictions.jsonl and the adapters.")] = Path(
         "demo-report"
@@ -41,9 +69,8 @@ def demo(
     from corda_vlm.report import draw_headline, write_report
 
     shipped = Path(str(files("corda_vlm.configs"))) / ("demo_quick.yaml" if quick else "demo.yaml")
-    with _sentences("demo"):
-        require_demo_packages()
-        summary = run_demo(read_config(config or shipped, DemoConfig), output, " ".join(["corda-vlm", *sys.argv[1:]]))
+    require_demo_packages()
+    summary = run_demo(read_config(config or shipped, DemoConfig), output, _typed())
     write_report(summary, output / "report.html")
     draw_headline(summary, output / "headline.png")
     for sentence in summary["verdict"]["sentences"]:
@@ -58,7 +85,7 @@ OVERRIDES = Annotated[
 ]
 
 
-@app.command()
+@command("train", "with --resume it goes on from the last whole checkpoint, or from the start if there is none yet")
 def train(
     config: CONFIG,
     overrides: OVERRIDES = None,
@@ -70,12 +97,11 @@ def train(
     from corda_vlm.recipe import read_recipe
     from corda_vlm.run import train as run
 
-    with _sentences("train"):
-        recipe = read_recipe(config, overrides or [])
-        if dry_run:
-            typer.echo(describe(estimate(recipe)))
-            return
-        trained = run(recipe, resume=resume)
+    recipe = read_recipe(config, overrides or [])
+    if dry_run:
+        typer.echo(describe(estimate(recipe)))
+        return
+    trained = run(recipe, resume=resume)
     if process_rank() == 0:
         first, last = trained.losses[0][1], trained.losses[-1][1]
         typer.echo(f"Trained {trained.losses[-1][0]} steps in {trained.seconds:.0f} s: loss {first:.3f} -> {last:.3f}.")
@@ -86,20 +112,19 @@ def train(
         typer.echo(f"Adapter: {trained.output} (corda-vlm export --adapter {trained.output} --output my-lora makes an ordinary LoRA of it)")
 
 
-@app.command()
+@command("prepare", "the same command starts it anew")
 def prepare(config: CONFIG, overrides: OVERRIDES = None) -> None:
     """Do the first half of `train` only: collect, decompose, write the plan; `train --resume` goes on from there."""
     from corda_vlm.recipe import read_recipe
     from corda_vlm.run import prepare as run
 
-    with _sentences("prepare"):
-        recipe = read_recipe(config, overrides or [])
-        plan = run(recipe)
+    recipe = read_recipe(config, overrides or [])
+    plan = run(recipe)
     if process_rank() == 0:
         typer.echo(f"{len(plan.layers)} layers, {plan.num_parameters:,} parameters of A and B: {Path(recipe.output) / 'corda.safetensors'}")
 
 
-@app.command()
+@command("export", "nothing is half written; run it again")
 def export(
     adapter: Annotated[Path, typer.Option(help="Folder that `train` wrote, or one of its checkpoints.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -114,11 +139,10 @@ def export(
     """Write a trained adapter as an ordinary LoRA for the untouched base, or as a plain model."""
     from corda_vlm.deploy import deploy
 
-    with _sentences("export"):
-        typer.echo(deploy(adapter, output, base=base, dtype=dtype, alpha=alpha, compress=compress, merge=merge))
+    typer.echo(deploy(adapter, output, base=base, dtype=dtype, alpha=alpha, compress=compress, merge=merge))
 
 
-@app.command("eval")
+@command("eval", "the same command goes on with what is not done yet")
 def evaluate(
     base: Annotated[str, typer.Option(help="Folder or hub id of the untouched base; for open_clip see --library.")],
     adapter: Annotated[list[Path], typer.Option(help="Folder of `train`, or of an ordinary LoRA; may be given several times.")],
@@ -139,23 +163,21 @@ def evaluate(
     from corda_eval.suite import read_suite
     from corda_vlm.recipe import ModelConfig
 
-    with _sentences("eval"):
-        names = [folder.resolve().name for folder in adapter]
-        if len(set(names)) < len(names) or "base" in names:
-            raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
-        model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download)
-        command = " ".join(["corda-vlm", *sys.argv[1:]])
-        if check_batch_invariance:
-            for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
-                typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
-        found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, command)
+    names = [folder.resolve().name for folder in adapter]
+    if len(set(names)) < len(names) or "base" in names:
+        raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
+    model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download)
+    if check_batch_invariance:
+        for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
+            typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
+    found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, _typed())
     for name, its in found.get("sentences", {}).items():
         typer.echo(f"{name}: {'; '.join(its)}.")
     if found:
         typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({found['seconds']:.0f} s)")
 
 
-@app.command()
+@command("compare", "the same command makes the runs that are missing")
 def compare(
     config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
     overrides: OVERRIDES = None,
@@ -168,40 +190,53 @@ def compare(
     from corda_eval.study.report import write_study
     from corda_vlm.config import read_config
 
-    with _sentences("compare"):
-        study = read_config(config, StudyConfig, overrides or [])
-        check(study)
-        failures = [] if only_report else complete(study, typer.echo)
-        for failure in failures:
-            typer.echo(f"corda-vlm compare: {failure}", err=True)
-        command = " ".join(["corda-vlm", *sys.argv[1:]])
-        runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
-        if not runs:
-            raise ValueError(
-                f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results."
-            )
-        write_study(runs, {"Command": command, "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
+    study = read_config(config, StudyConfig, overrides or [])
+    check(study)
+    failures = [] if only_report else complete(study, typer.echo)
+    for failure in failures:
+        typer.echo(f"corda-vlm compare: {failure}", err=True)
+    runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
+    if not runs:
+        raise ValueError(f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results.")
+    write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
     typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
     if failures:
         raise typer.Exit(1)
 
 
+def _typed() -> str:
+    """Return what was typed, for records."""
+    return " ".join(["corda-vlm", *sys.argv[1:]])
+
+
 @contextmanager
-def _sentences(command: str) -> Iterator[None]:
-    """Turn errors that users can do something about into one sentence and exit code 1."""
+def _sentences(name: str, going_on: str) -> Iterator[None]:
+    """Turn stops, and errors that users can do something about, into one sentence; errors into exit code 1."""
+
+    def say_stopped(number: signal.Signals) -> None:
+        if process_rank() == 0:
+            typer.echo(f"\ncorda-vlm {name}: stopped by {number.name}; {going_on}.", err=True)
+
     try:
-        yield
+        with stoppable(say_stopped):
+            yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == ENOSPC:
-            sentence = error.strerror
-        elif is_disk_full(error):
-            sentence = f"The disk is full ({error}): make room and run again; what was whole before still is."
-        elif isinstance(error, (ModuleNotFoundError, OSError, ValueError, FloatingPointError)):
-            sentence = str(error)
-        else:
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        typer.echo(f"corda-vlm {command}: {sentence}", err=True)
+        typer.echo(f"corda-vlm {name}: {sentence}", err=True)
         raise typer.Exit(1) from error
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return what to tell of an error, or None if users can do nothing about it."""
+    if isinstance(error, OSError) and error.errno == ENOSPC:
+        return error.strerror
+    if is_disk_full(error):
+        return f"The disk is full ({error}): make room and run again; what was whole before still is."
+    if is_lost_process(error):
+        return f"Process {process_rank()} lost another one of this run, which ended before it; see what that one said, and run again."
+    return str(error) if isinstance(error, (ModuleNotFoundError, OSError, ValueError, FloatingPointError)) else None
 
 
 if __name__ == "__main__":
