@@ -4,12 +4,16 @@ import os
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 import corda_core
 from corda_core import Attachment
 from corda_core.adapter import attach_again
+from corda_core.files import read_json
 from corda_vlm.attention import fuse_attention, split_attention
+from corda_vlm.models import network_only_if
+from corda_vlm.sources import one_line
 from corda_vlm.towers import is_open_clip
 
 
@@ -21,6 +25,29 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool
         ValueError: If a file is damaged, or the base is not the one that the adapter was made for.
     """
     return corda_core.load(_split(model), Path(folder), is_trainable=is_trainable, adapter_name=adapter_name)
+
+
+def load_lora(model: nn.Module, folder: Path) -> PeftModel:
+    """Return the base with an ordinary LoRA from the disk on it, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If it is no LoRA, is damaged or does not fit the base, or its config asks for code of others.
+    """
+    path = folder / CONFIG_NAME
+    config = read_json(path)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":  # other kinds of PEFT's may load tokenizers and models that their config names
+        raise ValueError(f"{path} is of PEFT's kind {kind!r}; expected LORA.")
+    if config.get("megatron_config"):
+        raise ValueError(
+            f"{path} asks to import the package {config.get('megatron_core')!r} (megatron_config), which no adapter may; remove it."
+        )
+    try:
+        with network_only_if(False):
+            return PeftModel.from_pretrained(_split(model), folder).eval()
+    except Exception as error:  # PEFT lets through whatever a config of other values leads to
+        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG_NAME}.") from error
 
 
 def attached_as(model: nn.Module, attachment: Attachment) -> PeftModel:

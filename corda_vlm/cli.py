@@ -85,6 +85,10 @@ OVERRIDES = Annotated[
 ]
 
 
+DOWNLOAD = Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")]
+TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base; no folder's word counts for it.")]
+
+
 @command("train", "with --resume it goes on from the last whole checkpoint, or from the start if there is none yet")
 def train(
     config: CONFIG,
@@ -132,14 +136,27 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Precision of the base: that which the adapter was made in; by default the recipe's.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT).")] = 1.0,
-    compress: Annotated[int | None, typer.Option(help="Rank of the best approximation of the change, instead of all of it.")] = None,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT).")] = 1.0,
+    compress: Annotated[int | None, typer.Option(min=1, help="Rank of the best approximation of the change, instead of all of it.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a plain model with the change in its weights.")] = False,
+    download: DOWNLOAD = False,
+    trust_remote_code: TRUST = False,
 ) -> None:
     """Write a trained adapter as an ordinary LoRA for the untouched base, or as a plain model."""
     from corda_vlm.deploy import deploy
 
-    typer.echo(deploy(adapter, output, base=base, dtype=dtype, alpha=alpha, compress=compress, merge=merge))
+    said = deploy(
+        adapter,
+        output,
+        base=base,
+        dtype=dtype,
+        alpha=alpha,
+        compress=compress,
+        merge=merge,
+        download=download,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(said)
 
 
 @command("eval", "the same command goes on with what is not done yet")
@@ -152,9 +169,13 @@ def evaluate(
     library: Annotated[str, typer.Option(help="transformers or open_clip.")] = "transformers",
     weights: Annotated[str | None, typer.Option(help="For open_clip: file or tag of the weights.")] = None,
     check_batch_invariance: Annotated[
-        int, typer.Option(help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ.")
+        int,
+        typer.Option(
+            min=0, help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ."
+        ),
     ] = 0,
-    download: Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")] = False,
+    download: DOWNLOAD = False,
+    trust_remote_code: TRUST = False,
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
@@ -164,9 +185,9 @@ def evaluate(
     from corda_vlm.recipe import ModelConfig
 
     names = [folder.resolve().name for folder in adapter]
-    if len(set(names)) < len(names) or "base" in names:
+    if len(set(names)) < len(names) or {"base", ""} & set(names):
         raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
-    model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download)
+    model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download, trust_remote_code=trust_remote_code)
     if check_batch_invariance:
         for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
             typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")

@@ -1,6 +1,5 @@
 """From a trained folder to what is deployed: an ordinary LoRA or a plain model."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ def deploy(
     alpha: float = 1.0,
     compress: int | None = None,
     merge: bool = False,
+    download: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Write the adapter for others, and return a sentence that says what was written.
 
@@ -35,6 +36,8 @@ def deploy(
         alpha: How much of the change.
         compress: Rank of the best approximation of the change.
         merge: Whether to write a plain model.
+        download: Whether the base may be fetched; what the recipe beside the adapter says of this counts for nothing.
+        trust_remote_code: Whether code that comes with the base may run; so does what the recipe says of this.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -44,7 +47,7 @@ def deploy(
         raise ValueError("--compress and --merge were both given; a merged model has no rank: leave one of them out.")
     if merge and (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already, perhaps the base; name another folder.")
-    model, processor = load_base(_base_of(adapter, base, dtype))
+    model, processor = load_base(_base_of(adapter, base, dtype, download=download, trust_remote_code=trust_remote_code))
     adapted = load(model, adapter)
     if not merge:
         done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
@@ -60,12 +63,22 @@ def deploy(
     return f"Wrote a plain model to {output}."
 
 
-def _base_of(adapter: Path, base: str | None, dtype: str | None) -> ModelConfig:
-    """Return the base that an adapter's recipe names, at another place if one is given."""
+def _base_of(adapter: Path, base: str | None, dtype: str | None, *, download: bool, trust_remote_code: bool) -> ModelConfig:
+    """Return the base that an adapter's recipe names, at another place if one is given.
+
+    The folder may be a stranger's: only which weights they are is taken from it, nothing that reaches the network or runs code.
+    """
     recipe = next((folder / RECIPE for folder in (adapter, adapter.parent) if (folder / RECIPE).exists()), None)
-    if recipe is None:
-        if base is None:
-            raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
-        return ModelConfig(base, dtype=dtype or "float32")
-    config = read_recipe(recipe).model
-    return replace(config, path=base or config.path, dtype=dtype or config.dtype)
+    if recipe is None and base is None:
+        raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
+    named = ModelConfig(base or "", dtype="float32") if recipe is None else read_recipe(recipe).model
+    return ModelConfig(
+        base or named.path,
+        library=named.library,
+        weights=named.weights,
+        dtype=dtype or named.dtype,
+        quantize=named.quantize,
+        revision=named.revision,
+        download=download,
+        trust_remote_code=trust_remote_code,
+    )

@@ -198,4 +198,7 @@ def _not_loaded(config: ModelConfig, error: Exception) -> str:
         return f"model.path {config.path} could not be read: {reason}"
     if config.download:
         return f"model.path {config.path} could not be fetched: {reason}; what has come stays, run again to go on."
-    return f"model.path {config.path} is no folder here and not in the cache of the hub; set model.download to true to fetch it."
+    return (
+        f"model.path {config.path} is no folder here and not in the cache of the hub; set model.download to true (export and eval: "
+        "--download) to fetch it."
+    )

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from corda_core import lora_layers, weight_change
@@ -30,12 +29,11 @@ from corda_eval.describe import library_versions
 from corda_eval.suite import BENCHMARKS, Suite, examples_of, run_task
 from corda_eval.task import TaskResult
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
-from corda_vlm.adapted import load
+from corda_vlm.adapted import load, load_lora
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.processes import processes
 from corda_vlm.recipe import ModelConfig
 from corda_vlm.resume import alone_in
-from corda_vlm.sources import one_line
 
 BASE = "base"
 
@@ -193,17 +191,8 @@ def _done(path: Path) -> dict[str, Any]:
 
 
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:
-    """Return the base with an adapter of ours on it, or an ordinary LoRA.
-
-    Raises:
-        ValueError: If the LoRA does not fit the base.
-    """
-    if (folder / ATTACHMENT).exists():
-        return load(model, folder)
-    try:
-        return PeftModel.from_pretrained(model, folder).eval()
-    except Exception as error:  # PEFT lets through whatever a config of other values leads to
-        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its adapter_config.json.") from error
+    """Return the base with an adapter of ours on it, or an ordinary LoRA."""
+    return load(model, folder) if (folder / ATTACHMENT).exists() else load_lora(model, folder)
 
 
 def _digest(folder: Path) -> str:

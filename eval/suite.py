@@ -65,7 +65,7 @@ class SuiteTask(Options):
 
     task: str
     """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.run``; one of ``IMAGE_SETS``; "retrieval"; a task of lm_eval, or a
-    YAML file that defines one."""
+    YAML file that defines one: a program, whose templates and ``!function`` run."""
 
     role: str = "kept"
     """"target": it was trained; "kept": it should not suffer."""

@@ -143,8 +143,8 @@ def test_options_come_from_yaml() -> None:
     [
         ({"source": ""}, "source is ''; expected"),
         ({"on_broken": "ignore"}, "on_broken is 'ignore'; expected one of"),
-        ({"max_pixels": 0}, "max_pixels is 0; expected a whole number of pixels"),
-        ({"max_pixels": "many"}, "max_pixels is .many.; expected a whole number of pixels"),
+        ({"max_pixels": 0}, "max_pixels is 0; expected at least 1 or null"),
+        ({"max_pixels": "many"}, "max_pixels is .many.; expected a whole number or null"),
         ({"limit": 0}, "limit is 0; expected"),
         ({"columns": {"query": "question"}}, "columns is .*'query'.*; expected field: column, with fields out of .*'conversations'"),
         ({"columns": {"text": "a"}, "prompt": "{b}"}, "leave out prompt"),
