@@ -5,23 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.comparison import Averages, Row
+from corda_eval.markdown import escaped, table
 from corda_eval.task import TaskResult
 from corda_vlm import report
+
+HEAD = ("task", "metric", "n", "before", "after", "change (95 %)", "retention")
 
 
 def markdown(rows: Mapping[str, Sequence[Row]], averages: Mapping[str, Averages]) -> str:
     """Return tables of all tuned models by name: tasks down, before and after across, then the averages."""
     lines = []
     for model, its in rows.items():
-        lines += [f"### {model}", "", "| task | metric | n | before | after | change (95 %) | retention |", "|---|---|---|---|---|---|---|"]
-        for row in its:
-            retention = "" if row.retention is None else f"{row.retention:.1%}"
-            lines.append(
-                f"| {row.task} ({row.role}) | {row.metric} | {row.num_examples} | {score(row.before, row)} | {score(row.after, row)} "
-                f"| {change(row)} | {retention} |"
-            )
-        lines += ["", "; ".join(sentences(averages[model])), ""]
+        lines += [f"### {escaped(model)}", "", *table(HEAD, [_cells(row) for row in its])]
+        lines += ["; ".join(sentences(averages[model])), ""]
     return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    retention = "" if row.retention is None else f"{row.retention:.1%}"
+    name = f"{row.task} ({row.role})"
+    return [name, row.metric, str(row.num_examples), score(row.before, row), score(row.after, row), change(row), retention]
 
 
 def html(title: str, facts: Mapping[str, str], rows: Mapping[str, Sequence[Row]], averages: Mapping[str, Averages]) -> str:

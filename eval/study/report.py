@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from corda_core.files import write_whole
+from corda_eval.markdown import code, escaped, table
 from corda_eval.study.frontier import (
     BASE,
     BASELINE,
@@ -127,7 +129,7 @@ def glossary(names: Mapping[str, Mapping[str, str]]) -> str:
     """Return ``meanings`` as Markdown."""
     lines = []
     for title, its in names.items():
-        lines += [f"### {title}", "", *(f"- `{name}`: {meaning}" for name, meaning in its.items()), ""]
+        lines += [f"### {title}", "", *(f"- {code(name)}: {escaped(meaning)}" for name, meaning in its.items()), ""]
     return "\n".join(lines)
 
 
@@ -143,22 +145,17 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 def markdown(heading: Table, tables: Mapping[str, Mapping[str, Sequence[Summary]]], short: Mapping[str, str], steps: Steps) -> str:
     """Return the headline, and of each setting its figure, a table a choice of rates, and one of the steps at equal rates."""
-    lines = [f"### {TITLE}", "", *markdown_table(*heading)]
+    lines = [f"### {TITLE}", "", *table(*heading)]
     for setting, kinds in tables.items():
-        lines += [f"![Gain against forgetting in the setting {setting}]({setting}.png)", ""]
+        lines += [f"![Gain against forgetting in the setting {escaped(setting)}]({quote(setting)}.png)", ""]
         for kind, its in kinds.items():
             rows = [[*cells(one), _signed(one.kept)] for one in its]
-            lines += [f"### {setting}: {TITLES[kind]}", "", *markdown_table([*COLUMNS, "kept: rise of the loss"], rows)]
-        lines += [short[setting], ""] if short[setting] else []
+            lines += [f"### {escaped(setting)}: {TITLES[kind]}", "", *table([*COLUMNS, "kept: rise of the loss"], rows)]
+        lines += [escaped(short[setting]), ""] if short[setting] else []
         head, rows = step_table(steps[setting])
         if rows:
-            lines += [f"### {setting}: {STEPS_TITLE}", "", *markdown_table(head, rows)]
+            lines += [f"### {escaped(setting)}: {STEPS_TITLE}", "", *table(head, rows)]
     return "\n".join(lines)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines, the last of them empty."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 TITLES = {
@@ -272,7 +269,7 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
             continue
         everything += [(gain[0], lost[0]) for gain, lost in points]
         end = num_rising(points)
-        for some, line, alpha, label in ((points[:end], "-", strength, arm), (points[end:], "", strength / 4, None)):
+        for some, line, alpha, label in ((points[:end], "-", strength, as_plain(arm)), (points[end:], "", strength / 4, None)):
             gains, losses = [gain for gain, _ in some], [lost for _, lost in some]
             axes.errorbar(
                 [mean for mean, _, _ in gains],
@@ -291,7 +288,9 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     axes.axhline(0, color="grey", linewidth=0.6)
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set(
-        xlabel="gain: fall of the loss of what is learned, nats", ylabel="forgetting: mean rise of the kept losses, nats", title=setting
+        xlabel="gain: fall of the loss of what is learned, nats",
+        ylabel="forgetting: mean rise of the kept losses, nats",
+        title=as_plain(setting),
     )
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.set_ylim(bottom=-0.001)
@@ -300,6 +299,11 @@ def draw(setting: str, runs: Sequence[Run], base: Run) -> bytes:
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def as_plain(name: str) -> str:
+    """Return a name as matplotlib shows it, for which a dollar begins a formula."""
+    return name.replace("$", r"\$")
 
 
 def _without_infinities(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a study's statistics say about runs whose figures are known."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -200,6 +201,21 @@ def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     assert "at the same rate" in page
     assert "0.0250 (0.0200 … 0.0300)" in text
     assert "0.10" in text
+
+
+def test_names_stay_text_on_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    odd = "a|b <script> `x` $\\frac$"
+    runs = [dataclasses.replace(one, arm=odd) if one.arm == "kpm" else one for one in RUNS]
+    setting = "sums (1) <b>"
+    write_study({setting: runs}, {"Command": "<script>"}, tmp_path)
+    page, text = (tmp_path / "study.html").read_text(), (tmp_path / "study.md").read_text()
+    assert "<script>" not in page
+    assert r"| a\|b \<script> \`x\` $\\frac$ |" in text
+    assert "](sums%20%281%29%20%3Cb%3E.png)" in text
+    assert (tmp_path / f"{setting}.png").exists()
+    assert "- `` " in text  # in the glossary
 
 
 def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:

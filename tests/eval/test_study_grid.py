@@ -171,6 +171,17 @@ def test_runs_of_another_base_are_refused(tmp_path: Path) -> None:
         ({"settings": {"sums": {"kind": "smollm2"}}}, "'smollm2' is unknown"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lora": (4e-4,)}}}}, "0.0004"),
         ({"settings": {"sums": {"kind": "smollm2_lines", "rates": {"lorra": (3e-4,)}}}}, "'lorra'"),
+        (
+            {"settings": {"../../sums": {"kind": "smollm2_lines", "arms": ["lora"]}}},
+            "settings.* is '../../sums'; expected a plain file name",
+        ),
+        (
+            {"arms": {"lora": {"method": "lora", "rank": 4}, "a/b": {"method": "lora", "rank": 4}}},
+            "arms.* is 'a/b'; expected a plain file name",
+        ),
+        ({"arms": {"lora": {"method": "lora", "rank": 0}}}, "rank is 0; expected at least 1"),
+        ({"workers": 0}, "workers is 0; expected at least 1"),
+        ({"threads": 0.5}, "threads is 0.5; expected a whole number"),
     ],
 )
 def test_a_wrong_study_is_named(tmp_path: Path, changes: dict[str, object], words: str) -> None:
