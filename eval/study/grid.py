@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from corda_core.files import read_sealed
+from corda_core.files import locked, read_sealed
 from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
@@ -234,11 +234,14 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
     """Make all runs that are missing and return a sentence for each that failed.
 
     A run that fails is not tried again by this call, and the arm's further runs are left out; a run whose loss is not finite is a result.
+
+    Raises:
+        BlockingIOError: If another call makes runs in this folder of results.
     """
     folder = Path(config.results)
     failures: dict[tuple[str, str], str] = {}
     running: dict[Future[str | None], Planned] = {}
-    with ThreadPoolExecutor(config.workers) as pool:
+    with locked(folder), ThreadPoolExecutor(config.workers) as pool:
         while True:
             busy = {one.file_name for one in running.values()}
             needed = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from corda_core import files
 from corda_core.files import write_whole
 from corda_eval.study import grid
 from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
@@ -224,6 +225,27 @@ def test_other_seeds_run_although_an_arm_failed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(grid, "_run", run)
     assert len(complete(config, lambda line: None)) == 1
     assert {(one.rate, one.seed) for one in finished(config, "sums") if one.arm == "lora"} >= {(3e-4, 0), (3e-4, 1)}
+
+
+def test_one_study_at_a_time_makes_runs_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    config = study(tmp_path)
+    with files.locked(tmp_path), pytest.raises(BlockingIOError, match="is in use by another run"):
+        complete(config, lambda line: None)
+
+
+def test_results_are_as_they_were_written_or_refused(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    one = planned(config, "sums", BASE, 0.0, 0)
+    write(config, one)
+    path = tmp_path / one.file_name
+    with pytest.warns(UserWarning, match="has no digest"):  # of version 0.1.0
+        unsealed = finished(config, "sums")
+    files.write_sealed(path, json.loads(path.read_text()))
+    assert [run.result for run in finished(config, "sums")] == [run.result for run in unsealed]
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(ValueError, match=r"base-.*\.json is damaged: .*; remove it: the run is made again"):
+        finished(config, "sums")
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
