@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors.torch import save_file
 
 import corda_core
-from corda_core.files import replacing_in
+from corda_core.files import LOCK, locked, replacing_in
 from corda_vlm.adapted import load
 from corda_vlm.adapted import merge as merged
 from corda_vlm.models import load_base
@@ -40,6 +41,7 @@ def deploy(
         trust_remote_code: Whether code that comes with the base may run; so does what the recipe says of this.
 
     Raises:
+        BlockingIOError: If another export writes to the output.
         FileNotFoundError: If a file is missing.
         ValueError: If options contradict each other, a file is damaged, or the base is another one.
     """
@@ -49,10 +51,19 @@ def deploy(
         raise ValueError(f"{output} holds a model already, perhaps the base; name another folder.")
     model, processor = load_base(_base_of(adapter, base, dtype, download=download, trust_remote_code=trust_remote_code))
     adapted = load(model, adapter)
-    if not merge:
-        done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
-        lost = f"; compressing it lost {done.mean_lost:.1%} of the change (mean over {len(done.lost)} layers)" if compress else ""
-        return f"Wrote a LoRA of rank {done.rank} for the untouched base to {output}{lost}."
+    with locked(output):
+        sentence = _write_model(adapted, processor, output, alpha) if merge else _write_lora(adapted, output, alpha, compress)
+        (output / LOCK).unlink(missing_ok=True)  # it is no part of what others are given
+    return sentence
+
+
+def _write_lora(adapted: PeftModel, output: Path, alpha: float, compress: int | None) -> str:
+    done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
+    lost = f"; compressing it lost {done.mean_lost:.1%} of the change (mean over {len(done.lost)} layers)" if compress else ""
+    return f"Wrote a LoRA of rank {done.rank} for the untouched base to {output}{lost}."
+
+
+def _write_model(adapted: PeftModel, processor: Any, output: Path, alpha: float) -> str:
     plain: Any = merged(adapted, alpha=alpha)
     with replacing_in(output) as fresh:
         if is_open_clip(plain):
