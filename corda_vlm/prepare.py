@@ -81,8 +81,8 @@ def prepare(
             open_clip model, whose fused attention is then split in place (``corda_vlm.merge`` puts it together again). DDP, DataParallel
             and ``torch.compile`` are taken off: wrap or compile what is returned.
         images_texts: The context: what is to be kept ("kpm") or learned ("ipm"). Pairs (PIL image or None, text); dicts with
-            ``text``, ``question``/``answer`` or LLaVA ``conversations``, and perhaps ``image``; a ``datasets.Dataset`` of such
-            rows; or ready batches of model inputs. For models with two towers, pairs of image and caption.
+            ``text``, ``question``/``answer``, LLaVA ``conversations`` or ``messages`` of ``role`` and ``content``, and perhaps ``image``; a
+            ``datasets.Dataset`` of such rows; or ready batches of model inputs. For models with two towers, pairs of image and caption.
         mode: "kpm" or "ipm".
         processor: Reads the samples: a processor, or a tokenizer for a language model. None looks beside the model's own
             files on this disk.
