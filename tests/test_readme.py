@@ -21,7 +21,9 @@ def test_two_set_up_commands_of_one_line_each() -> None:
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    assert "grep -m 1 -E '^python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "grep -m 1 -E '^python3 -m venv .*pytest' README.md" in ci
+    assert ".venv/bin/pytest -n 2 --dist loadfile -m slow\n" in ci  # what that command leaves out
 
 
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
