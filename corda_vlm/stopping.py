@@ -84,13 +84,11 @@ class _Stop:
         self.asked.set()
         self.say(signal.Signals(number))
         children = psutil.Process().children(recursive=True)
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.terminate()
-        psutil.wait_procs(children, timeout=GRACE)
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for child in children:
+                with suppress(psutil.NoSuchProcess):
+                    end(child)
+            _, children = psutil.wait_procs(children, timeout=GRACE)
         self.left.wait(GRACE)
         os._exit(128 + number)
 
