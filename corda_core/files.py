@@ -96,11 +96,16 @@ def locked(folder: Path) -> Iterator[None]:
         # Not "from": the cause says nothing more.
         raise BlockingIOError(f"{folder} is in use by another run; wait until that has ended, or name another output.") from None
     try:
-        for left in list(folder.rglob(f"{PARTIAL}*")):
-            shutil.rmtree(left, ignore_errors=True)
+        clear_partial(folder)
         yield
     finally:
         lock.release()
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what dead processes left half written in a folder that is locked; not below it, where others may write."""
+    for left in list(folder.glob(f"{PARTIAL}*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def file_digest(path: Path) -> str:

@@ -3,14 +3,15 @@
 import os
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME
 from torch import nn
 
 import corda_core
 from corda_core import Attachment
 from corda_core.adapter import attach_again
-from corda_core.files import read_json
+from corda_core.checkpoint import WEIGHTS
+from corda_core.files import read_json, read_tensors
 from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.models import network_only_if
 from corda_vlm.sources import one_line
@@ -32,7 +33,29 @@ def load_lora(model: nn.Module, folder: Path) -> PeftModel:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If it is no LoRA, is damaged or does not fit the base, or its config asks for code of others.
+        ValueError: If it is no LoRA, is damaged or does not fit the base or its config, or its config asks for code of others.
+    """
+    check_lora_config(folder)
+    try:
+        with network_only_if(False):
+            adapted = PeftModel.from_pretrained(_split(model), folder).eval()
+    except Exception as error:  # PEFT lets through whatever a config of other values leads to
+        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG_NAME}.") from error
+    # PEFT drops what it has no place for, and makes up what is not there.
+    held, _ = read_tensors(folder / WEIGHTS)
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    odd = sorted(wanted.keys() - held.keys()) or sorted(held.keys() - wanted.keys() - adapted.state_dict().keys())
+    if odd:
+        raise ValueError(f"{folder / CONFIG_NAME} and {WEIGHTS} do not fit each other: one has {odd[0]}, the other has not.")
+    return adapted
+
+
+def check_lora_config(folder: Path) -> None:
+    """Check what the config of an ordinary LoRA says before anything is made of it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not that of a LoRA, is damaged, or asks for code of others.
     """
     path = folder / CONFIG_NAME
     config = read_json(path)
@@ -43,11 +66,6 @@ def load_lora(model: nn.Module, folder: Path) -> PeftModel:
         raise ValueError(
             f"{path} asks to import the package {config.get('megatron_core')!r} (megatron_config), which no adapter may; remove it."
         )
-    try:
-        with network_only_if(False):
-            return PeftModel.from_pretrained(_split(model), folder).eval()
-    except Exception as error:  # PEFT lets through whatever a config of other values leads to
-        raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG_NAME}.") from error
 
 
 def attached_as(model: nn.Module, attachment: Attachment) -> PeftModel:

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from accelerate.utils.other import is_compiled_module
 from peft import PeftModel
 from torch import nn
 
@@ -34,6 +35,14 @@ def checked_base(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(base).__name__} is wrapped around a {type(children[key]).__name__} in a way that is not known here; pass the model "
             "itself, and wrap what comes back."
+        )
+    compiled = next(
+        (name for name, module in base.named_modules() if module._compiled_call_impl is not None or is_compiled_module(module)), None
+    )
+    if compiled is not None:
+        raise ValueError(
+            f"{compiled or type(base).__name__} is compiled, and would be compiled anew for every shape and hook; pass the model as it was "
+            "before, and compile what comes back."
         )
     check_untouched(base)
     return base

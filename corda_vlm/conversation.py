@@ -156,7 +156,8 @@ def _renderer(processor: Any) -> Callable[[Sequence[Turn], bool], str]:
             return str(processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False))
         except Exception as error:  # templates are programs, which raise what they like
             raise ValueError(
-                f"The chat template refuses the turns {[role for role, _ in turns]} ({one_line(error)}); mend the row, or the template."
+                f"The chat template refuses the conversation up to its turns {[role for role, _ in turns]} ({one_line(error)}); mend the "
+                "row, or the template."
             ) from error
 
     return render
@@ -185,8 +186,12 @@ def _turn(turn: Any, what: str, reads_images: bool) -> Turn:
     name, content = turn[keys[0]], _plain(turn[keys[1]])
     if name not in ROLES:
         raise ValueError(f"{what} has a turn from {name!r}; expected one of {sorted(ROLES)}.")
-    parts = content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}]
-    text = "".join(_part(part, what, reads_images) for part in parts)
+    if isinstance(content, str):
+        text = content
+    elif isinstance(content, (list, tuple)):
+        text = "".join(_part(part, what, reads_images) for part in content)
+    else:
+        raise ValueError(f"{what} has a turn whose text is {content!r}; expected text, or a list of parts; mend the row.")
     if ROLES[name] == "assistant" and not text.strip():
         raise ValueError(f"{what} has an empty answer among its turns, from which nothing can be learned; fill it, or remove the turn.")
     return ROLES[name], text
@@ -196,6 +201,8 @@ def _part(part: Any, what: str, reads_images: bool) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
+    if kind == "image" and any(value is not None for key, value in part.items() if key not in ("type", "text")):
+        raise ValueError(f"{what} has a picture within a turn ({str(part)[:80]!r}); put it into `image`, where pictures are read.")
     if kind != "image" or not reads_images:
         known = ["text", "image"] if reads_images else ["text"]
         raise ValueError(

@@ -62,6 +62,11 @@ class Collator:
         """
         encoded = read_each(self._encoded, items)
         length = max(len(one["input_ids"]) for one in encoded)
+        if self.limits.padding_shifts and any(len(one["input_ids"]) < length for one in encoded):
+            raise ValueError(
+                "This model counts positions from the left of a batch, padding included, and cannot be told others: samples of several "
+                "lengths would shift each other; set batch_size to 1."
+            )
         pad_id = tokenizer_of(self.processor).pad_token_id
         batch: dict[str, Any] = {
             "input_ids": torch.stack([_pad_left(one["input_ids"], length, pad_id or 0) for one in encoded]),

@@ -2,6 +2,7 @@
 
 import errno
 import struct
+import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,8 @@ MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
 """What no file is to blame for: too many open ones, a failing disk."""
 BITS_PER_SAMPLE = 258
 """TIFF's tag."""
+DARK = 65536 // 8
+"""Level of 16 bits below which a picture is probably one of fewer bits."""
 
 
 class BrokenImageError(ValueError):
@@ -133,4 +136,11 @@ def _white(image: Image.Image, levels: np.ndarray) -> int:
         return 4095
     if image.mode == "F" and high <= 1:
         return 1
+    if 255 < high < DARK:
+        # One text for all: it is told once.
+        warnings.warn(
+            f"A picture of 16 bits has no level above {DARK}, so it comes out nearly black and loses most of its levels; if its levels are "
+            "of fewer bits (12, say), scale them to 65535 first.",
+            stacklevel=5,
+        )
     return 255 if high <= 255 else 65535

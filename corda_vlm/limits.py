@@ -17,6 +17,8 @@ class TextLimits:
     """Tokens that it has an embedding for."""
     image_tokens: tuple[int, ...] = ()
     """Tokens that get their embedding from an image."""
+    padding_shifts: bool = False
+    """Whether its positions are counted from the left of a batch, and cannot be told: samples of a batch must be of one length."""
     needs_positions: bool = False
     """Whether its positions are counted from the left of a batch, padding included, unless ``position_ids`` says where tokens stand."""
 
@@ -45,7 +47,8 @@ def limits_of(model: Any) -> TextLimits:
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return TextLimits()
-    decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model if found is None else found
     # Tables that keep a place for padding, as RoBERTa's, find the positions themselves from the tokens, and begin behind that place.
     table = next((module for name, module in decoder.named_modules() if _is_own_table(name, module)), None)
     images = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
@@ -53,7 +56,11 @@ def limits_of(model: Any) -> TextLimits:
         max_tokens=num_positions(model) if table is None else table.num_embeddings - table.padding_idx - 1,
         num_embeddings=_num_embeddings(model),
         image_tokens=tuple(token for token in images if isinstance(token, int)),
-        needs_positions=table is None and _counts_from_the_left(model, decoder),
+        padding_shifts=table is None
+        and not _is_told(model)
+        and _turns_nothing(decoder)
+        and any(map(_holds_positions, decoder.named_modules())),
+        needs_positions=table is None and _is_told(model) and _turns_nothing(decoder),
     )
 
 
@@ -72,13 +79,22 @@ def _num_embeddings(model: Any) -> int | None:
 
 
 def _is_own_table(name: str, module: nn.Module) -> bool:
-    return "position" in name.rpartition(".")[2] and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    return _holds_positions((name, module)) and getattr(module, "padding_idx", None) is not None
 
 
-def _counts_from_the_left(model: nn.Module, decoder: nn.Module) -> bool:
-    """Return whether the model can be told positions and does not turn its queries and keys by them, which leaves only distances to matter.
+def _holds_positions(named: tuple[str, nn.Module]) -> bool:
+    """Return whether a module is a table of absolute positions."""
+    name, module = named
+    return "position" in name.rpartition(".")[2] and isinstance(module, nn.Embedding)
+
+
+def _is_told(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _turns_nothing(decoder: nn.Module) -> bool:
+    """Return whether queries and keys are not turned by their positions, which leaves only distances to matter.
 
     Models that count in more dimensions than one, as Qwen2-VL, turn too.
     """
-    told = "position_ids" in inspect.signature(model.forward).parameters
-    return told and not any("rotary" in type(module).__name__.lower() for module in decoder.modules())
+    return not any("rotary" in type(module).__name__.lower() for module in decoder.modules())

@@ -10,9 +10,12 @@ from PIL import Image
 
 PICTURES = ("image", "images")
 """The fields that are read."""
-PICTURE_NAME = re.compile(r"(image|img|picture|photo)s?(_?(path|file|file_?name|url|uri|bytes|data)s?)?", re.IGNORECASE)
+FORM = r"(_?(path|file|file_?name|url|uri|bytes|data|b64|base64)s?)?"
+PICTURE_NAME = re.compile(rf"(image|img|picture|photo)s?{FORM}", re.IGNORECASE)
 """Other names of a picture, or of where the one in ``image`` came from."""
-OTHER_NAME = re.compile(r"(video|audio)s?(_?(path|file|file_?name|url|uri|bytes|data)s?)?|(image|img|picture|photo)_?\d+", re.IGNORECASE)
+FILE_NAME = re.compile(r"file_?names?", re.IGNORECASE)
+"""The name that folders of images have for theirs: one of a picture if its ending says so. Other fields may name any file."""
+OTHER_NAME = re.compile(rf"(video|audio)s?{FORM}|(image|img|picture|photo)_?\d+", re.IGNORECASE)
 """Names of media that are never read, and of pictures beside others."""
 TEXTS = frozenset({"text", "question", "answer", "answers", "conversations", "messages", "caption"})
 """Fields whose text may look like the name of a file."""
@@ -63,11 +66,13 @@ def image_sources(value: Any, what: str = "An image") -> list[Any]:
 
 def _is_overlooked(name: str, value: Any, *, has_image: bool) -> bool:
     """Return whether a field that nobody reads holds a medium; one that says where the image came from does not."""
-    if not _is_filled(value) or value == "":
+    if not _is_filled(value) or isinstance(value, (bool, int, float)) or value == "":
         return False
-    if OTHER_NAME.fullmatch(name) or _holds(value, ("video", "audio")):
+    if OTHER_NAME.fullmatch(name) or _is_content(value):
         return True
-    return _is_content(value) or (not has_image and (PICTURE_NAME.fullmatch(name) is not None or _holds(value, ("image",))))
+    if isinstance(value, Mapping) and any(_is_overlooked(str(key), inner, has_image=has_image) for key, inner in value.items()):
+        return True
+    return not has_image and (PICTURE_NAME.fullmatch(name) is not None or (FILE_NAME.fullmatch(name) is not None and _names_image(value)))
 
 
 def _is_filled(value: Any) -> bool:
@@ -83,12 +88,8 @@ def _is_content(value: Any) -> bool:
     return isinstance(value, (bytes, Image.Image)) or (isinstance(value, Mapping) and bool({"bytes", "array"} & set(value)))
 
 
-def _holds(value: Any, kinds: tuple[str, ...]) -> bool:
-    """Return whether a value names a file of these kinds, or is a list with one."""
+def _names_image(value: Any) -> bool:
+    """Return whether a value is the name of an image's file, or a list with one."""
     if isinstance(value, (list, tuple)):
-        return any(_holds(one, kinds) for one in value)
-    if isinstance(value, Mapping):
-        return _holds(value.get("path"), kinds)
-    if not isinstance(value, (str, Path)) or "." not in str(value)[-6:] or len(str(value)) > 1000 or "\n" in str(value):
-        return False
-    return (guess_type(str(value))[0] or "").startswith(kinds)
+        return any(map(_names_image, value))
+    return isinstance(value, (str, Path)) and (guess_type(str(value))[0] or "").startswith("image")

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from corda_core import attachment_of
 from corda_core.checkpoint import ATTACHMENT, check_saved_together, put_weights_, read_adapter, read_attachment, save_attachment
 from corda_core.distributed import from_first_process, process_rank
-from corda_core.files import flush, locked, read_json, read_yaml, write_whole
+from corda_core.files import clear_partial, flush, locked, read_json, read_yaml, write_whole
 from corda_vlm.processes import processes
 from corda_vlm.recipe import RECIPE, Recipe
 
@@ -84,7 +84,8 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
     processes().wait_for_everyone()
     if process_rank() == 0:
         write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
-        for checkpoint in output.glob("checkpoint-*"):
+        for checkpoint in list(output.glob("checkpoint-*")):
+            clear_partial(checkpoint)
             _put_away_if_not_whole(checkpoint)
     processes().wait_for_everyone()
 

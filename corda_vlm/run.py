@@ -105,7 +105,7 @@ def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume:
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
     trainer = trainer_for(adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[WholeCheckpoints(adapted)])
     try:
-        checkpoint = from_first_process(last_whole(output)) if resume else None
+        checkpoint = from_first_process(last_whole(output) if resume and process_rank() == 0 else None)
         if checkpoint is not None and has_ended(checkpoint):
             restore_(trainer, checkpoint)
         else:
@@ -202,7 +202,7 @@ def _items(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -
 
 def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
-    fingerprints = {name: its.fingerprint() for name, its in samples.items()}
+    fingerprints = from_first_process({name: its.fingerprint() for name, its in samples.items()} if process_rank() == 0 else {})
     if from_first_process((output / ATTACHMENT).exists()):
         attachment = load_attachment(output / ATTACHMENT)
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
@@ -239,6 +239,6 @@ def _check_same_samples(recorded: Mapping[str, str] | None, found: Mapping[str, 
     changed = [name for name in found if recorded.get(name) != found[name]]
     if changed:
         raise ValueError(
-            f"{changed[0]}: the samples are not those that the run in {output} began with; put those back to resume it, or name another "
-            "output to begin anew."
+            f"{changed[0]}: the samples are not those that the run in {output} began with (rows that on_broken: skip leaves out change "
+            "them too); put those back to resume it, or name another output to begin anew."
         )

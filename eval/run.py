@@ -22,14 +22,14 @@ from corda_core import lora_layers, weight_change
 from corda_core.checkpoint import ATTACHMENT, WEIGHTS, read_adapter
 from corda_core.distributed import num_processes, process_rank
 from corda_core.export import check_lora
-from corda_core.files import file_digest, read_sealed, write_sealed, write_whole
+from corda_core.files import clear_partial, file_digest, read_sealed, write_sealed, write_whole
 from corda_eval.comparison import averages, compare
 from corda_eval.comparison_page import html, markdown, sentences, summary
 from corda_eval.describe import library_versions
 from corda_eval.suite import BENCHMARKS, Suite, examples_of, run_task
 from corda_eval.task import TaskResult
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
-from corda_vlm.adapted import load, load_lora
+from corda_vlm.adapted import check_lora_config, load, load_lora
 from corda_vlm.models import load_base, network_only_if
 from corda_vlm.processes import processes
 from corda_vlm.recipe import ModelConfig
@@ -87,6 +87,9 @@ def _evaluated(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, ou
     """Measure, in an output that is this run's own."""
     start = time.time()
     results, changes = {}, {}
+    if process_rank() == 0:
+        for name in (BASE, *adapters):
+            clear_partial(output / name)
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
         # Whether the base was fetched then or is here by now makes no difference.
@@ -209,4 +212,5 @@ def _digest(folder: Path) -> str:
         read_adapter(folder)
     else:
         check_lora(folder)
+        check_lora_config(folder)
     return file_digest(weights)

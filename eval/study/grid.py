@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from corda_core.files import locked, read_sealed
+from corda_core.files import clear_partial, locked, read_sealed
 from corda_eval.lab.base import cache_root
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
@@ -242,6 +242,8 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
     failures: dict[tuple[str, str], str] = {}
     running: dict[Future[str | None], Planned] = {}
     with locked(folder), ThreadPoolExecutor(config.workers) as pool:
+        for setting in config.settings:
+            clear_partial(folder / setting)
         while True:
             busy = {one.file_name for one in running.values()}
             needed = [

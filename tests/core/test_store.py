@@ -179,6 +179,7 @@ def test_data_digest_tells_batches_apart() -> None:
     assert len({data_digest(batches) for batches in ([one], [two], [one, two], [two, one])}) == 4
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     """A writer that is killed again and again: the file is always one of the whole ones."""
     script = tmp_path / "writer.py"

@@ -12,6 +12,7 @@ from torch import nn
 
 import corda_vlm
 from corda_vlm.context import collator_for
+from corda_vlm.data import Collator
 from corda_vlm.limits import limits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*never ran", "ignore:.*ran, but what")
@@ -133,3 +134,17 @@ def test_captions_are_as_long_as_the_text_tower_reads(family: str, length: int |
     model.config.text_config.max_position_embeddings = 9
     ids = collator_for(model, reader)([(picture(16, 16), "a red picture " * 20), (picture(16, 16), "red")])["input_ids"]
     assert ids.shape[1] == min(9, length or 9)
+
+
+def test_what_can_be_told_no_positions_takes_samples_of_one_length() -> None:
+    """Bart's decoder counts from the left of a batch: padding would move all tokens behind it."""
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, pad_token_id=0
+    )
+    limits = limits_of(transformers.BartForCausalLM(config))
+    assert limits.padding_shifts
+    assert not any(limits_of(build(family)[0]).padding_shifts for family in FAMILIES)
+    collate = Collator(tokenizer(), limits=limits)
+    assert len(collate(TEXTS[:1] * 2)["input_ids"]) == 2
+    with pytest.raises(ValueError, match="set batch_size to 1"):
+        collate(TEXTS)

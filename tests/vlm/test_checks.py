@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 import corda_vlm
 from corda_core import lora_layers
+from corda_vlm.checks import checked_base
 from corda_vlm.prepare import plan_contexts
 
 CONFIG = corda_vlm.CordaConfig(rank=2)
@@ -103,3 +104,10 @@ def test_a_processor_with_another_image_token_is_refused(processor: Any, samples
     model.config.image_token_id = 7
     with pytest.raises(ValueError, match="LlavaProcessor puts token 4 where an image stands, but the model expects 7"):
         corda_vlm.prepare(model, samples, rank=2, processor=processor)
+
+
+@pytest.mark.parametrize("how", [lambda model: setattr(model, "model", torch.compile(model.model)), lambda model: model.lm_head.compile()])
+def test_models_with_compiled_parts_are_refused(how: Callable[[Any], Any], llama: Any) -> None:
+    how(llama)
+    with pytest.raises(ValueError, match="is compiled, and would be compiled anew"):
+        checked_base(llama)

@@ -324,7 +324,7 @@ def test_messages_of_parts(processor: Any, tokenizer: Any) -> None:
         ({"question": math.nan, "answer": "red"}, "question is nan; expected text or a number"),
         ({"question": ["a"]}, "question is a list; expected text"),
         ({"text": ""}, "no text"),
-        ({"messages": [{"role": "user", "content": None}]}, "has the part .*None.* in a turn; expected text"),
+        ({"messages": [{"role": "user", "content": None}]}, "has a turn whose text is None; expected text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "has the part .*video"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "has a turn from 'tool'"),
         ({"messages": [{"content": "a"}]}, 'has the turn .*content.*; expected a list of {"from"'),
@@ -346,7 +346,7 @@ def test_a_template_that_refuses_a_row_names_it(template: str, llama: Any, token
     own = copy.deepcopy(tokenizer)
     own.chat_template = "{% if messages[0]['content'] == 'bad' %}" + template + "{% endif %}" + tokenizer.chat_template
     items = [{"question": "what ?", "answer": "red"}, {"question": "bad", "answer": "red"}]
-    reason = r"The chat template refuses the turns \['user'.*\] \("
+    reason = r"The chat template refuses the conversation up to its turns \['user'.*\] \("
     with pytest.raises(ValueError, match=rf"^images_texts\[1\]: {reason}"):
         corda_vlm.prepare(llama, items, processor=own, rank=2)
     with pytest.raises(ValueError, match=rf"^items\[1\]: {reason}"):
@@ -436,3 +436,17 @@ def test_marks_within_a_text_do_not_part_it(tokenizer: Any) -> None:
     marked, plain = ({"question": f"what{mark} color ?", "answer": f"{mark}red"} for mark in (MARK, ""))
     batches = [Collator(tokenizer, with_labels=True)([item]) for item in (marked, plain)]
     assert torch.equal(batches[0]["labels"], batches[1]["labels"])
+
+
+def test_pictures_within_turns_are_not_overlooked(processor: Any) -> None:
+    parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "text": "what color ?", "image": None}]
+    with pytest.raises(ValueError, match="has a picture within a turn .* put it into `image`"):
+        read_sample({"messages": [{"role": "user", "content": parts}], "image": IMAGE}, processor)
+    parts[0]["image"] = None
+    assert len(read_sample({"messages": [{"role": "user", "content": parts}], "image": IMAGE}, processor).images) == 1
+
+
+@pytest.mark.parametrize("text", [5, None, {"a": 1}])
+def test_turns_of_another_form_are_told(text: Any, processor: Any) -> None:
+    with pytest.raises(ValueError, match="has a turn whose text is"):
+        read_sample({"conversations": [{"from": "human", "value": text}]}, processor)

@@ -174,3 +174,10 @@ def test_the_limit_may_be_lower_or_higher_or_pillows(tmp_path: Path, monkeypatch
     assert open_image(content, 256).size == (16, 16)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert open_image(content).size == (16, 16)
+
+
+def test_grey_of_fewer_bits_in_a_file_of_16_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    open_image(Image.fromarray(np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="A picture of 16 bits has no level above 8192"):
+        open_image(Image.fromarray(np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)))

@@ -35,7 +35,7 @@ def test_two_filled_fields_are_refused() -> None:
         ("audio", {"path": "a.wav", "array": [0.1], "sampling_rate": 16000}),
         ("Audio_path", "sound"),
         ("video_url", "https://host/watch?v=1"),
-        ("clip", "a.webm"),
+        ("media", {"video": "a.mp4"}),
         ("image_2", "anything"),
         ("mask", PICTURE),
         ("frames", [{"bytes": b"content", "path": None}]),
@@ -56,8 +56,8 @@ def test_media_that_are_never_read_are_refused(name: str, value: Any) -> None:
         ("img", "a.png"),
         ("picture", Path("a.png")),
         ("file_name", "coco/a.JPG"),
-        ("files", ["a.tif"]),
-        ("url", "x/a.webp"),
+        ("image_base64", "iVBOR"),
+        ("media", {"image": "a.png"}),
     ],
 )
 def test_where_a_picture_is_matters_only_without_it(name: str, value: Any) -> None:
@@ -74,6 +74,11 @@ def test_other_fields_are_left_alone() -> None:
         "source": "a longer text.\nIt ends in a.png",
         "meta": {"split": "train"},
         "tags": [],
+        "url": "http://host/wiki/File:A.jpg",
+        "path": "logo.svg",
+        "title": "song.mp3",
+        "photo": False,
+        "file_name": "main.py",
     }
     assert image_field({"text": "a", **others}) is None
 

@@ -70,6 +70,7 @@ def test_a_run_learns_and_leaves_an_adapter_that_loads_anywhere(processor: Any, 
         torch.testing.assert_close(plain(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_as_if_nothing_had_happened(processor: Any, tmp_path: Path) -> None:
     """SIGKILL while preparing, in the middle of writing a checkpoint, and between two; then the same losses and the same weights."""
     options = {"micro_batch_size": 2, "projector_learning_rate": 1e-3, "evaluate_every": 4, "steps": 40, "save_every": 4}
