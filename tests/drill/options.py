@@ -98,7 +98,7 @@ OVERRIDES = (
 """Overrides that are none."""
 
 NUMBERS = ("nan", "inf", "-inf", "-1", "0", "1e999", "x", "", "2.5", str(HUGE))
-PATHS = ("", "no/such/file", "\x00", ".", "recipe.yaml")
+PATHS = ("", "no/such/file", "\x00", "x" * 5000, ".", "recipe.yaml")
 FLAGS: dict[tuple[str, str], Sequence[str]] = {
     ("export", "--alpha"): NUMBERS,
     ("export", "--compress"): NUMBERS,
@@ -112,11 +112,11 @@ FLAGS: dict[tuple[str, str], Sequence[str]] = {
     ("eval", "--library"): ("", "timm", "open-clip", "open_clip"),
     ("eval", "--weights"): ("", "openai"),
     ("eval", "--check-batch-invariance"): ("nan", "-1", "x", "", "2.5"),
-    ("eval", "--output"): ("\x00",),
+    ("eval", "--output"): ("recipe.yaml", "\x00", "recipe.yaml/x"),
     ("train", "--config"): PATHS[:-1],
     ("prepare", "--config"): PATHS[:-1],
     ("compare", "--config"): PATHS,
-    ("compare", "--output"): ("\x00",),
+    ("compare", "--output"): ("recipe.yaml", "\x00"),
     ("demo", "--config"): PATHS,
 }
 """Bad values of flags, by command."""

@@ -170,6 +170,7 @@ TARGETS = [
     Target("eval: predictions", "asked", "*/*.jsonl", evaluation, share=2),
     Target("eval: an adapter of ours", "whole", "*.*", evaluate_adapter, share=2),
     Target("eval: a LoRA", "lora", "*.*", evaluate_adapter, share=4),
+    Target("eval: a suite", "suite", "suite.yaml", evaluate_suite, ours=False, share=2),
     Target("compare: runs", "study", "results/*/*.json", compare, ours=False, share=3),
     Target("compare: the study", "study", "study.yaml", compare, ours=False),
     Target("train: the recipe", "recipe", "recipe.yaml", read_user_recipe, ours=False, share=2),
@@ -177,4 +178,5 @@ TARGETS = [
     Target("data: .jsonl", "data-jsonl", "data.jsonl", read_data, ours=False, share=2),
     Target("data: .parquet", "data-parquet", "data.parquet", read_data, ours=False, share=2),
     Target("data: pictures", "data-jsonl", "*.png", read_data, ours=False, share=2),
+    Target("the base", "base", "*", read_base, ours=False, share=3),
 ]

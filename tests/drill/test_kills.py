@@ -133,7 +133,7 @@ def _after(bench: Bench, work: Work, arguments: list[str], output: Path, deaths:
             return [*problems, f"{what}, it ended with {ended.code}: {ended.said[-500:]}"]
         if work.outcome(output) != expected:
             return [*problems, f"{what}, it came to {work.outcome(output)}, not {expected}"]
-    return problems
+    return problems + [f"{left.name} is left" for left in output.rglob(".partial-*")]
 
 
 def test_an_adapter_saved_over_another_is_the_old_or_the_new(place: Place, bench: Bench, drill: Drill, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from corda_eval.suite import read_suite
 from corda_vlm.config import read_config
 from drill.conftest import Drill
 from drill.kills import LONGEST
-from drill.options import DEMO, ENDLESS, FLAGS, OVERRIDES, RECIPE, STUDY, Option, drawn, fits
+from drill.options import DEMO, ENDLESS, FLAGS, OVERRIDES, RECIPE, STUDY, SUITE, Option, drawn, fits
 from drill.place import ROOT, Place
 from drill.targets import Refused, call
 from drill.watch import HangError, alarm, unclear
@@ -82,7 +82,7 @@ def demo(place: Place, option: Option, value: Any, rng: Random) -> None:
     read_config(Path("demo.yaml"), DemoConfig)
 
 
-KINDS = {"recipe": (train, RECIPE, 0.5), "study": (compare, STUDY, 0.1), "demo": (demo, DEMO, 0.05)}
+KINDS = {"recipe": (train, RECIPE, 0.5), "suite": (evaluate, SUITE, 0.15), "study": (compare, STUDY, 0.1), "demo": (demo, DEMO, 0.05)}
 """What reads the options, which there are, and their share."""
 
 
