@@ -257,6 +257,8 @@ def _sentence(error: Exception) -> str | None:
         return f"The disk is full ({error}): make room and run again; what was whole before still is."
     if is_lost_process(error):
         return f"Process {process_rank()} lost another one of this run, which ended before it; see what that one said, and run again."
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:  # the system's, not ours
+        return f"{error.filename}: {error.strerror}; correct the path, or what is there."
     return str(error) if isinstance(error, (ModuleNotFoundError, OSError, ValueError, FloatingPointError)) else None
 
 

@@ -73,7 +73,7 @@ def _load_transformers(config: ModelConfig) -> tuple[nn.Module, Any]:
         processor = read_processor(config, model)
     except ImportError as error:
         raise ModuleNotFoundError(f"model.path {config.path} needs a package that is not installed: {error}") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged files transformers lets through what a dozen libraries raise
         raise ValueError(_not_loaded(config, error)) from error
     check_processor(model, processor)
     return model, processor
@@ -91,7 +91,7 @@ def describe_base(config: ModelConfig) -> nn.Module:
             return _open_clip().create_model(config.path, pretrained=None, device="meta").to(getattr(torch, config.dtype))
         try:
             described = AutoConfig.from_pretrained(config.path, **_known(config))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # as above
             raise ValueError(_not_loaded(config, error)) from error
         model: nn.Module = _reader(described).from_config(
             described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code

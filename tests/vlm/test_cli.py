@@ -134,6 +134,7 @@ def test_a_lora_s_config_imports_nothing(
 
 def test_options_that_are_wrong_get_a_sentence(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "suite.yaml").write_text("tasks: [digits]")
     export = ["export", "--adapter", adapter, "--output", tmp_path / "lora"]
     evaluate = ["eval", "--base", tmp_path / "base", "--adapter", adapter, "--output", tmp_path / "out", "--suite"]
     for arguments, sentence in (
@@ -149,6 +150,8 @@ def test_options_that_are_wrong_get_a_sentence(adapter: Path, tmp_path: Path) ->
         ([*evaluate, tmp_path / "binary", "--check-batch-invariance", "-1"], "--check-batch-invariance"),
         ([*evaluate, tmp_path / "binary", "--library", "keras"], "library is 'keras'; expected one of"),
         ([*evaluate[:4], "/", *evaluate[5:], tmp_path / "binary"], "different names"),
+        ([*evaluate[:6], tmp_path / "binary", *evaluate[7:], tmp_path / "suite.yaml"], "binary: "),
+        (["train", "--config", "x" * 5000], "xxx: File name too long; correct the path"),
         (["train", "--config", tmp_path], "is a folder"),
         (["train", "--config", tmp_path / "binary"], "is no text in UTF-8"),
         (["prepare", "--config", adapter / "recipe.yaml", "seed=-1"], "seed is -1; expected at least 0"),
@@ -160,6 +163,23 @@ def test_options_that_are_wrong_get_a_sentence(adapter: Path, tmp_path: Path) ->
         assert done.exit_code in (1, 2), (arguments, done.output)
         assert isinstance(done.exception, SystemExit), (arguments, done.exception)
         assert sentence in re.sub(r"[\s│]+", " ", done.output), (arguments, done.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("config.json", b'{"model_type": "llama", "num_hidden_layers": []}'),
+        ("tokenizer.json", b'{"version": 1}'),
+        ("tokenizer_config.json", b'{"unk_token": true}'),
+    ],
+)
+def test_a_damaged_base_gets_a_sentence(adapter: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "base" / name).write_bytes(content)
+    done = called("export", "--adapter", adapter, "--output", tmp_path / "lora")
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert f"model.path {tmp_path / 'base'} could not be read" in done.output
 
 
 def test_the_home_folder_is_one_everywhere(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
