@@ -125,7 +125,7 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not whole JSON.
     """
-    text = _text(path, cure)
+    text = read_text(path, cure)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -172,14 +172,20 @@ def read_yaml(path: Path, cure: str = "mend that line") -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no YAML.
     """
-    text = _text(path, cure)
+    text = read_text(path, cure)
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; {cure}.") from error
 
 
-def _text(path: Path, cure: str) -> str:
+def read_text(path: Path, cure: str = "get the file again") -> str:
+    """Return what a text file holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not UTF-8.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a file; correct the path.")
     try:

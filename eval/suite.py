@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
-from corda_core.files import read_yaml
+from corda_core.files import read_text, read_yaml
 from corda_core.lora import base_of
 from corda_eval.task import TaskResult
 from corda_eval.text.facts import facts_task
@@ -263,8 +263,11 @@ def _in_original(original: str, model: nn.Module, download: bool) -> tuple[nn.Mo
 
 def _perplexity(task: SuiteTask, model: nn.Module, tokenizer: Any, batch_size: int, bar: Any) -> TaskResult:
     """Return the perplexity of windows of 256 tokens: of a text file, or of Python's manual (see ``corda_eval.text.perplexity``)."""
-    text = held_out_text()[1] if task.data is None else Path(task.data).read_text(encoding="utf-8")
-    windows = text_windows(text, tokenizer, WINDOW, task.limit or 50)
+    text = held_out_text()[1] if task.data is None else read_text(Path(task.data))
+    try:
+        windows = text_windows(text, tokenizer, WINDOW, task.limit or 50)
+    except ValueError as error:
+        raise ValueError(f"{task.title}: {task.data or 'the shipped text'}: {error} Its `limit` says how many.") from error
     start = time.perf_counter()
     losses = window_losses(model, windows, batch_size=batch_size, progress=lambda steps: bar(list(steps)))
     value = math.exp(sum(losses) / len(losses))

@@ -71,3 +71,18 @@ def test_llavas_suite_asks_as_llava_does() -> None:
     asked = [task for task in suite.tasks if task.task in BENCHMARKS]
     assert {(task.max_new_tokens, task.system, task.pad_images) for task in asked} == {(None, suite.system, True)}
     assert SuiteTask("gqa").pad_images is None
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "text.txt does not exist"),
+        (b"\xff\xfe", "text.txt is no text in UTF-8"),
+        (b"red blue " * 200, r"own: .*text.txt: The text gives 1 windows of 256 tokens, not 50; .* Its `limit` says how many"),
+    ],
+)
+def test_a_text_that_cannot_be_measured_is_named(tmp_path: Path, llama: Any, tokenizer: Any, content: bytes | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        run_task(SuiteTask("perplexity", data=str(tmp_path / "text.txt"), name="own"), llama, tokenizer)
