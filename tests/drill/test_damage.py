@@ -73,5 +73,9 @@ def _outcome(target: Target, file: Path, found: Any, expected: Any) -> tuple[str
 
 def _names(file: Path, target: Target) -> set[str]:
     """Return words that a sentence about a file must have one of: its name, its folder's; or, where users write it, what stands there."""
-    written = set() if target.ours or not file.is_file() else set(WORD.findall(file.read_text(errors="ignore")))
-    return {file.name, f"/{file.parent.name}", *written}
+    names = {file.name, f"/{file.parent.name}"}
+    if target.ours:
+        return names
+    written = set() if not file.is_file() else set(WORD.findall(file.read_text(errors="ignore")))
+    # «The chat template», and a study's setting, whose runs are in a folder of its name.
+    return names | written | {file.stem.replace("_", " "), f"{file.parent.name}:"}
