@@ -1,5 +1,6 @@
 """Put an adapter plan on a model as a PEFT LoRA."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -32,6 +33,8 @@ class Attachment:
     """What else the base held (``other_tensors``); None in files that version 0.1.0 wrote."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha}; expected a finite number above 0.")
         if not all(isinstance(one, str) for one in dict(self.rest or {}).values()):
             raise TypeError(f"rest is {self.rest!r}; expected a description of each tensor.")
 

@@ -162,7 +162,7 @@ def json_digest(value: Mapping[str, Any]) -> str:
 
 
 def read_yaml(path: Path, cure: str = "mend that line") -> Any:
-    """Return what a YAML file holds; no code in it is run.
+    """Return what a YAML file holds; no code in it is run, and no key may stand twice.
 
     Args:
         path: The file.
@@ -174,9 +174,20 @@ def read_yaml(path: Path, cure: str = "mend that line") -> Any:
     """
     text = read_text(path, cure)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _KeysOnce)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; {cure}.") from error
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """PyYAML's safe reader, which would take the last of equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((value for place, (tag, value) in enumerate(keys) if (tag, value) in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path, cure: str = "get the file again") -> str:

@@ -148,6 +148,9 @@ def test_refusals(tmp_path: Path) -> None:
         attach(adapted, made)
     with pytest.raises(ValueError, match="which other adapters on this model need"):
         attach(adapted, made, residual="subtract", adapter_name="second")
+    for alpha in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a finite number above 0"):
+            attach(tiny_llama(), made, alpha=alpha)
     with pytest.raises(ValueError, match="train_fully names 'model.nothing'"):
         attach(tiny_llama(), made, train_fully=["model.nothing"])
     with pytest.raises(ValueError, match=r"holds the planned layer model.layers.0.mlp.gate_proj"):

@@ -52,6 +52,7 @@ def test_one_file_is_written_into_a_new_folder(tmp_path: Path) -> None:
         (b"day: 2026-02-30", read_yaml, "is no YAML"),
         (b"a: !!python/object/apply:os.getcwd []", read_yaml, "is no YAML"),
         (b"a: \x00", read_yaml, "is no YAML"),
+        (b"a: {b: 1, b: 2}", read_yaml, "is no YAML: the key 'b' stands twice"),
         (b"", read_tensors, "is damaged or no safetensors file"),
         (b"\xff" * 100, read_tensors, "is damaged or no safetensors file"),
     ],
