@@ -16,6 +16,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexErr
 """What Pillow's readers raise on broken files."""
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
 """What no file is to blame for: too many open ones, a failing disk."""
+TOO_LARGE = "make it smaller, or raise `max_pixels` of the data (in evaluations PIL.Image.MAX_IMAGE_PIXELS)"
 BITS_PER_SAMPLE = 258
 """TIFF's tag."""
 DARK = 65536 // 8
@@ -92,7 +93,7 @@ def _opened(source: str | Path | BytesIO, max_pixels: int | None) -> Image.Image
     try:
         return Image.open(source)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Image.DecompressionBombError(f"{one_line(error)}; make it smaller, or raise `max_pixels`") from error
+        raise Image.DecompressionBombError(f"{one_line(error)}; {TOO_LARGE}") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int | None) -> None:
@@ -100,9 +101,7 @@ def _check_size(image: Image.Image, max_pixels: int | None) -> None:
     limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     size = image.width * image.height
     if limit is not None and size > limit:
-        raise Image.DecompressionBombError(
-            f"it has {image.width} x {image.height} = {size:,} pixels, more than {limit:,}; make it smaller, or raise `max_pixels`"
-        )
+        raise Image.DecompressionBombError(f"it has {image.width} x {image.height} = {size:,} pixels, more than {limit:,}; {TOO_LARGE}")
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:

@@ -70,6 +70,8 @@ class DataConfig(Options):
             raise ValueError(
                 f"columns maps {sorted(self.columns)} and prompt makes a question; leave out prompt, or text and conversations."
             )
+        if self.prompt is not None and not self.placeholders:
+            raise ValueError(f"prompt is {self.prompt!r}, which names no column; expected at least one between braces, as in {{question}}.")
         if "" in self.placeholders:
             raise ValueError(f"prompt is {self.prompt!r}; expected a column's name between braces, as in {{question}}.")
 

@@ -150,6 +150,7 @@ def test_options_come_from_yaml() -> None:
         ({"columns": {"text": "a"}, "prompt": "{b}"}, "leave out prompt"),
         ({"prompt": "{question"}, "prompt is '{question': .*; expected {column}"),
         ({"prompt": "{} ?"}, "expected a column's name between braces"),
+        ({"prompt": "what is this ?"}, "which names no column; expected at least one between braces"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
