@@ -125,9 +125,11 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not whole JSON.
     """
-    text = read_text(path, cure)
+    _check_file(path)
     try:
-        return json.loads(text)
+        return json.loads(path.read_bytes())  # which may begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(_no_text(path, error, cure)) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}); {cure}.") from error
 
@@ -197,12 +199,20 @@ def read_text(path: Path, cure: str = "get the file again") -> str:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not UTF-8.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a file; correct the path.")
+    _check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); {cure}.") from error
+        raise ValueError(_no_text(path, error, cure)) from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a file; correct the path.")
+
+
+def _no_text(path: Path, error: UnicodeDecodeError, cure: str) -> str:
+    return f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); {cure}."
 
 
 def _why_no_file(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any
 
+from corda_core.files import read_json
 from corda_vlm.options import Count, Options, Place, one_of
 
 FIELDS = ("text", "question", "answer", "conversations", "image")
@@ -154,10 +155,7 @@ def _json_rows(path: Path, config: DataConfig) -> list[Mapping[str, Any]]:
     """Return the rows of a JSON list, or of a file with one row a line."""
     _refuse_splits(config)
     if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_bytes() or b"[]")
-        except ValueError as error:
-            raise ValueError(f"{path} is not whole JSON ({error}); expected a list of rows; get the file again, or mend it.") from error
+        rows = read_json(path, "expected a list of rows; get the file again, or mend it") if path.stat().st_size else []
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows; with one row a line, name the file .jsonl.")
         rows = rows[: config.limit]

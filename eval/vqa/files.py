@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from corda_core import files
 from corda_eval.vqa.example import VqaExample
 
 Row = TypeVar("Row")
@@ -29,10 +30,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not whole.
     """
-    try:
-        return json.loads(existing(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON ({error}); get the file again.") from error
+    return files.read_json(existing(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:

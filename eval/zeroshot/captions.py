@@ -4,7 +4,6 @@ Data: Karpathy's splits as he published them (``dataset_coco.json``, ``dataset_f
 (``coco_karpathy_test.json``), with the images' folder; nothing is downloaded. The test splits have 5,000 and 1,000 images.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from corda_core.files import read_json
 from corda_eval.zeroshot.images import open_file
 from corda_eval.zeroshot.retrieval import CaptionedImages
 
@@ -57,8 +57,8 @@ def karpathy(
     path, folder = Path(annotations).expanduser(), Path(images).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; expected Karpathy's or BLIP's annotations in JSON; correct the path, or get them.")
+    rows = read_json(path)
     try:
-        rows = json.loads(path.read_bytes())
         pairs = _karpathys(rows["images"], split) if isinstance(rows, dict) else [(row["image"], row["caption"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not of Karpathy's or BLIP's form ({error!r}); expected one of these; get the file again.") from error

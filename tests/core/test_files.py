@@ -46,7 +46,8 @@ def test_one_file_is_written_into_a_new_folder(tmp_path: Path) -> None:
     ("content", "reader", "sentence"),
     [
         (b'{"a": 1', read_json, "is not whole JSON"),
-        (b"\xff\xfe", read_json, "is no text in UTF-8"),
+        (b'{"a": "\xff"}', read_json, "is no text in UTF-8"),
+        (b"a: \xff", read_yaml, "is no text in UTF-8"),
         (b"[" * 100_000, read_json, "is not whole JSON"),
         (b"a: [1", read_yaml, "is no YAML"),
         (b"day: 2026-02-30", read_yaml, "is no YAML"),
@@ -66,6 +67,12 @@ def test_readers_name_the_file(content: bytes, reader: Callable[[Path], Any], se
         reader(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'none'} does not exist"):
         reader(tmp_path / "none")
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "rows.json").write_text('{"a": "ä"}', encoding=encoding)
+        assert read_json(tmp_path / "rows.json") == {"a": "ä"}
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
