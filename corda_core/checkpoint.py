@@ -137,15 +137,14 @@ def put_weights_(model: PeftModel, trained: Mapping[str, Tensor], adapter_name: 
         raise ValueError(f"{WEIGHTS} has {result.unexpected_keys[0]}, for which the adapted model has no place; it is of another adapter.")
 
 
-def check_saved_together(folder: Path) -> None:
-    """Check every file of a folder against what was recorded when the attachment was written, as its last file.
+def check_saved_together(folder: Path, beside: Beside) -> None:
+    """Check every file of a folder against what its attachment, the last file to be written, recorded of them (``read_attachment``).
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If one is damaged, or it was not recorded.
     """
-    _, beside = read_attachment(folder / ATTACHMENT)
-    if beside is None or WEIGHTS not in beside.files:
+    if WEIGHTS not in beside.files:
         raise ValueError(f"{folder / ATTACHMENT} has no digests of the files beside it.")
     for name, digest in beside.files.items():
         if not (folder / name).is_file():

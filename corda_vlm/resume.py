@@ -144,7 +144,7 @@ def _what_is_wrong(checkpoint: Path) -> Exception | None:
         if beside is None:
             _check_unsealed(checkpoint)
         else:
-            check_saved_together(checkpoint)
+            check_saved_together(checkpoint, beside)
     except (OSError, ValueError) as error:
         return error
     return None
