@@ -1,14 +1,17 @@
 """What an adapter relies on in its base beside the layers that it adapts: that it is all there, untouched, and still the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from corda_core.modules import check_in_memory, gathered_whole, is_quantized, quantized_values, threads_for
-from corda_core.parallel import in_threads
+from corda_core.files import weight_digest
+from corda_core.layers import in_threads, threads_for
+from corda_core.linears import check_in_memory, gathered_whole, weight_matrix
+from corda_core.quantize import is_quantized, quantized_values
 
 UNREAD = "packed"
 """Stands for the values of a tensor that is packed in a way that is not known: it is not compared."""
@@ -140,3 +143,10 @@ def _change(before: str | None, now: str | None) -> str:
     """Return in words how a tensor differs from what it was."""
     was, is_now = (one.rpartition(" ")[0] if one else "absent" for one in (before, now))
     return "has other values" if was == is_now else f"is {is_now} instead of {was}"
+
+
+def base_digest(model: nn.Module, names: Iterable[str]) -> str:
+    """Return the digest of the weights of the named layers, gathered one by one where they are sharded."""
+    weights = ({name: weight_matrix(model, name)} for name in sorted(names))
+    digests = in_threads(weight_digest, weights, threads_for(model))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

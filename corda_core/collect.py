@@ -13,10 +13,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from corda_core.covariance import Covariance, SecondMoment, in_float64, mean_of
-from corda_core.distributed import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
-from corda_core.modules import unwrapped, weight_shape
-from corda_core.symmetric import Symmetric
+from corda_core.covariance import Covariance, SecondMoment, Symmetric, in_float64, mean_of
+from corda_core.layers import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
+from corda_core.linears import evaluating, unwrapped, weight_shape
 
 Batches = Iterable[Mapping[str, Any]]
 Normalize = Literal["sample-max"]
@@ -168,24 +167,6 @@ def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequenc
 
 class _AllSeen(Exception):
     """All layers have seen this batch: the rest of the forward pass is not needed."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in modes:
-        if (
-            type(module).__name__ == "Linear4bit"
-        ):  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
-            module.training = True
-    try:
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they are overwritten
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

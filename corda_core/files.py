@@ -4,44 +4,23 @@ import errno
 import hashlib
 import json
 import os
-import re
-import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from corda_core.modules import weight_digest
-from corda_core.parallel import in_threads
+from corda_core.layers import in_threads
 
 PARTIAL = ".partial-"
 """How folders of half-written files begin: a killed process leaves them behind."""
-LOCK = ".lock"
-"""What the run that writes to a folder holds; the file stays, the lock goes with the process."""
-LOCK_WAIT = 6.0
-"""Seconds that a lock is waited for: workers of a DataLoader share it, and outlive a killed process by up to five."""
 DIGEST = "sha256"
 """Where a file of ours has the digest of what else it holds: in the metadata of safetensors, at the top of JSON."""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that there was no room to write."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Words: safetensors has an error of its own for it, and torch.save one of its container's position.
-        if getattr(seen, "errno", None) == errno.ENOSPC or re.search("No space left on device|unexpected pos", str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 @contextmanager
@@ -79,35 +58,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process that asks for it out of a folder, until the end or this process's death.
-
-    What dead processes left half written in it is removed.
-
-    Raises:
-        BlockingIOError: If another process has the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=LOCK_WAIT)
-    try:
-        lock.acquire()
-    except Timeout:
-        # Not "from": the cause says nothing more.
-        raise BlockingIOError(f"{folder} is in use by another run; wait until that has ended, or name another output.") from None
-    try:
-        clear_partial(folder)
-        yield
-    finally:
-        lock.release()
-
-
-def clear_partial(folder: Path) -> None:
-    """Remove what dead processes left half written in a folder that is locked; not below it, where others may write."""
-    for left in list(folder.glob(f"{PARTIAL}*")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as content:
@@ -134,62 +84,9 @@ def read_json(path: Path, cure: str = "get the file again") -> Any:
         raise ValueError(f"{path} is not whole JSON ({error}); {cure}.") from error
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
-    write_whole(path, (json.dumps({**value, DIGEST: json_digest(value)}, indent=1) + "\n").encode())
-
-
-def read_sealed(path: Path, cure: str) -> dict[str, Any]:
-    """Return an object that ``write_sealed`` wrote, or corda-vlm 0.1.0, which gave it no digest.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or no object.
-    """
-    value = read_json(path, cure)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no object of JSON, as corda-vlm writes; {cure}.")
-    found = value.pop(DIGEST, None)
-    if found is None:
-        # Without the name: one warning for all that an old output holds.
-        warnings.warn("What corda-vlm 0.1.0 wrote as JSON has no digest: damage to it would not be seen.", stacklevel=3)
-    elif found != json_digest(value):
-        raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
-    return value
-
-
 def json_digest(value: Mapping[str, Any]) -> str:
     """Return a SHA-256 of an object of JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def read_yaml(path: Path, cure: str = "mend that line") -> Any:
-    """Return what a YAML file holds; no code in it is run, and no key may stand twice.
-
-    Args:
-        path: The file.
-        cure: What to do if it cannot be read, for the error's text.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no YAML.
-    """
-    text = read_text(path, cure)
-    try:
-        return yaml.load(text, _KeysOnce)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date that does not exist
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; {cure}.") from error
-
-
-class _KeysOnce(yaml.SafeLoader):
-    """PyYAML's safe reader, which would take the last of equal keys without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((value for place, (tag, value) in enumerate(keys) if (tag, value) in keys[:place]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path, cure: str = "get the file again") -> str:
@@ -279,3 +176,13 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     """Return a SHA-256 over names, types, shapes and bytes of tensors, each hashed in a thread of its own, and over metadata."""
     parts = in_threads(weight_digest, ({name: tensors[name]} for name in sorted(tensors)), min(8, torch.get_num_threads()))
     return hashlib.sha256("".join([json.dumps(dict(metadata), sort_keys=True), *parts]).encode()).hexdigest()
+
+
+def weight_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors: equal if and only if they are bit for bit the same."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,10 +1,11 @@
 """LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -12,9 +13,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.modules import LINEAR_TYPES, gathered_whole, is_shared, unwrapped
+from corda_core.covariance import Covariance
+from corda_core.decompose import shortened
+from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared, weight_matrix
 from corda_core.plan import AdapterInit
-from corda_core.whiten import shortened
 
 Protect = Literal["start", "strict", "whitened"]
 
@@ -94,12 +96,6 @@ class ContextLoraModel(LoraModel):
                 f"add_weighted_adapter got {ours[0]!r}, which is no plain LoRA; export it and load what that wrote, then combine."
             )
         super().add_weighted_adapter(adapters, *args, **kwargs)
-
-
-def base_of(model: nn.Module) -> Any:
-    """Return the model that PEFT has put adapters into, or the model itself."""
-    model = unwrapped(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
@@ -197,3 +193,55 @@ def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
     """Return ``ΔW`` laid out as the base layer stores its weight."""
     A, B = change_factors(layer, adapter_name)
     return (B @ A).T if getattr(layer, "fan_in_fan_out", False) else B @ A
+
+
+def context_drift(
+    model: nn.Module,
+    covariances: Mapping[str, Covariance],
+    adapter_name: str = "default",
+    energies: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Return ``‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` per layer: the root mean square of ``ΔW x`` over that of ``W x`` on the context.
+
+    Computed from the factors, ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``. W is the weight the base layer holds now.
+
+    Args:
+        model: A model with a LoRA adapter, ours or PEFT's.
+        covariances: Undamped C of the context, by full layer name.
+        adapter_name: Which adapter.
+        energies: ``output_energies`` of the same, if known: they are most of the work.
+
+    Raises:
+        KeyError: If an adapted layer has no covariance.
+    """
+    energies = output_energies(model, covariances, adapter_name) if energies is None else energies
+    drift = {}
+    for name, layer in lora_layers(model, adapter_name).items():
+        A, B = change_factors(layer, adapter_name)
+        changed = _trace(B.T @ B, A @ covariances[name].packed.times(A.T.contiguous()))
+        drift[name] = float(changed.clamp(min=0).sqrt()) / energies[name]
+    return drift
+
+
+def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """Return ``‖ΔW‖_F / ‖W‖_F`` per layer: the size of the change where there is no context; W as in ``context_drift``."""
+    found = {}
+    for name, layer in lora_layers(model, adapter_name).items():
+        A, B = change_factors(layer, adapter_name)
+        changed = _trace(B.T @ B, A @ A.T)
+        found[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
+    return found
+
+
+def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
+    """Return ``‖W C^(1/2)‖_F`` of each adapted layer's base weight: the root mean square of ``W x`` on the context."""
+    energies = {}
+    for name in lora_layers(model, adapter_name):
+        weight = weight_matrix(base_of(model), name).float()
+        energies[name] = float((covariances[name].packed.times(weight.T.contiguous()) * weight.T).sum().sqrt())
+    return energies
+
+
+def _trace(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``tr(left · right)`` of symmetric matrices."""
+    return (left * right).sum()

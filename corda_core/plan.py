@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from corda_core.allocate import Candidate
+from corda_core.bases import base_digest
 from corda_core.covariance import Covariance
-from corda_core.decompose import Mode, Solver, Split, decompose, factors
-from corda_core.layerwise import over_layers
-from corda_core.modules import base_digest, weight_shape
-from corda_core.progress import Progress, no_progress
-from corda_core.whiten import Whitening, whitening
+from corda_core.decompose import Mode, Solver, Split, Whitening, decompose, factors, whitening
+from corda_core.layers import Progress, no_progress, over_layers
+from corda_core.linears import weight_shape
 
 
 @dataclass(frozen=True)

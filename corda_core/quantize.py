@@ -1,36 +1,16 @@
-"""Base weights in 4 bits, and what that costs: of the weights themselves, and of what is left when a component is taken out (Q-CorDA)."""
+"""Linear layers whose weights bitsandbytes holds in 4 or 8 bits: made, recognised, read, and made plain again."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
-
-from corda_core.covariance import Covariance
-from corda_core.layerwise import over_layers
-from corda_core.plan import AdapterPlan
-from corda_core.progress import Progress, no_progress
 
 KINDS = ("nf4", "fp4")
 BLOCK = 64
 """Weights that share one scale in bitsandbytes."""
-
-
-@dataclass(frozen=True)
-class QuantizationError:
-    """What quantising one layer changes, as a part of the layer: ``‖X − Q(X)‖_F / ‖W‖_F``, and the same after ``C^(1/2)``."""
-
-    base: float
-    """X = W."""
-    residual: float
-    """X = W − B0 A0."""
-    base_on_context: float | None = None
-    """``‖(W − Q(W)) C^(1/2)‖_F / ‖W C^(1/2)‖_F``: by what part outputs on the context change; None without a covariance."""
-    residual_on_context: float | None = None
-    """The same with X = W − B0 A0."""
 
 
 def quantize_linears_(model: nn.Module, names: Iterable[str], kind: str = "nf4") -> None:
@@ -45,7 +25,7 @@ def quantize_linears_(model: nn.Module, names: Iterable[str], kind: str = "nf4")
         ModuleNotFoundError: If bitsandbytes is not installed.
         ValueError: If a layer cannot be held in 4 bits; nothing has changed then.
     """
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes()
     names = list(names)
     check_quantizable(model, names)
     for name in names:
@@ -67,7 +47,7 @@ def check_quantizable(model: nn.Module, names: Iterable[str]) -> None:
         ModuleNotFoundError: If bitsandbytes is not installed.
         ValueError: If a layer is of another kind, or its rows are no whole blocks.
     """
-    _bitsandbytes()
+    bitsandbytes()
     for name in names:
         layer = model.get_submodule(name)
         if type(layer) is not nn.Linear:
@@ -78,54 +58,45 @@ def check_quantizable(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def quantization_errors(
-    model: nn.Module,
-    plan: AdapterPlan,
-    kind: str = "nf4",
-    covariances: Mapping[str, Covariance] | None = None,
-    *,
-    progress: Progress = no_progress,
-) -> dict[str, QuantizationError]:
-    """Return layer by layer what 4 bits change: in the base, and in the residual that Q-CorDA quantises; the model stays as it is.
-
-    Args:
-        model: The base that the plan was made from, unquantised.
-        plan: The components that are taken out.
-        kind: "nf4" or "fp4".
-        covariances: Those of the plan's layers, to tell the error on the context too.
-        progress: As in ``plan``.
+def bitsandbytes() -> ModuleType:
+    """Return the package.
 
     Raises:
-        ModuleNotFoundError: If bitsandbytes is not installed.
+        ModuleNotFoundError: If it is not installed; the text names the extra.
     """
-    functional = _bitsandbytes().functional
-
-    def errors(name: str, weight: Tensor) -> QuantizationError:
-        W, init = weight.float(), plan.layers[name]
-        found = []
-        for X in (W, W - (init.B0 @ init.A0).to(W)):
-            packed, state = functional.quantize_4bit(X.contiguous(), quant_type=kind, compress_statistics=True)
-            found.append(X - functional.dequantize_4bit(packed, state).to(X))
-        parts = [float(error.norm() / W.norm()) for error in found]
-        if covariances is None:
-            return QuantizationError(*parts)
-        energy = partial(_energy, covariances[name])
-        return QuantizationError(*parts, *((energy(error) / energy(W)) ** 0.5 for error in found))
-
-    return over_layers(model, list(plan.layers), errors, progress, "quantisation error")
-
-
-def _energy(covariance: Covariance, X: Tensor) -> float:
-    """Return ``‖X C^(1/2)‖_F²``."""
-    return float((covariance.packed.times(X.T.contiguous()) * X.T).sum(dtype=torch.float64))
-
-
-def _bitsandbytes() -> ModuleType:
     # Imported here: it belongs to the extra `quantized`.
     try:
-        import bitsandbytes
+        import bitsandbytes as package
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Quantising needs bitsandbytes, which is not installed; run: pip install 'corda-vlm[quantized]'"
         ) from error
-    return bitsandbytes
+    return package
+
+
+def is_quantized(layer: Any) -> bool:
+    """Return whether bitsandbytes holds the layer's weight in 4 or 8 bits."""
+    kind, weight = type(layer.weight).__name__, layer.weight
+    return (kind == "Params4bit" and weight.quant_state is not None) or (kind == "Int8Params" and weight.dtype == torch.int8)
+
+
+def plain_linear(layer: Any, weight: Tensor) -> nn.Linear:
+    """Return a plain layer with this weight, of the type that the quantised layer computes in."""
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype if layer.bias is None else layer.bias.dtype
+    plain.weight, plain.bias = nn.Parameter(weight.to(dtype), requires_grad=False), layer.bias
+    return plain.train(layer.training)
+
+
+def quantized_values(layer: Any, name: str) -> Tensor:
+    """Return the weight (m, n) of a layer of bitsandbytes in floating point; the layer stays as it is."""
+    if layer.weight.dtype != torch.int8:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: bitsandbytes has packed this weight anew for inference on the CPU, after which no gradient passes it; "
+                "load the model again and prepare it before it is run in evaluation mode."
+            )
+        return dequantize_bnb_weight(layer.weight).detach()
+    # Not by PEFT, which on CPUs leaves the layer without its scales. The first forward pass moves them from the weight to the state.
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return layer.weight.detach().float() * (scales.to(layer.weight.device).float() / 127)[:, None]

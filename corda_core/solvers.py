@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corda_core.covariance import DampedCovariance, in_float64, off_mps
-from corda_core.symmetric import Symmetric
+from corda_core.covariance import DampedCovariance, Symmetric, in_float64, off_mps
 
 TOLERANCE = 2e-3
 """Relative squared context energy ‖U_Sᵀ W C‖² that the Ritz values may still have to gain when an iteration stops; what it returns has

@@ -5,11 +5,11 @@ from corda_vlm.adapted import load, merge
 from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
-from corda_vlm.pairs import OpenClipPairs
+from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.plan_report import write_plan_report
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.towers import select_layers
-from corda_vlm.train import DriftLog, attach_lora, fine_tune
+from corda_vlm.training.train import DriftLog, attach_lora, fine_tune
 
 __all__ = [
     "CordaConfig",

@@ -8,14 +8,13 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 import corda_core
-from corda_core import Attachment
-from corda_core.adapter import attach_again
-from corda_core.checkpoint import WEIGHTS
+from corda_core.attach import Attachment, attach_again
 from corda_core.files import read_json, read_tensors
+from corda_core.store import WEIGHTS
 from corda_vlm.attention import fuse_attention, split_attention
-from corda_vlm.models import network_only_if
-from corda_vlm.sources import one_line
+from corda_vlm.data.sources import one_line
 from corda_vlm.towers import is_open_clip
+from corda_vlm.training.models import network_only_if
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool = False, adapter_name: str = "default") -> PeftModel:

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from corda_core.bases import check_untouched
-from corda_core.modules import unwrapped
+from corda_core.linears import unwrapped
 
 WRAPPED = ("module", "_fsdp_wrapped_module")
 """What wrappers call the one module that they hold."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.lora import base_of
+from corda_core.linears import base_of
 
 Template = str | Callable[[str], str]
 PROMPTS_AT_ONCE = 800

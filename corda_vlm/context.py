@@ -15,12 +15,12 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
-from corda_core.distributed import num_processes, process_rank
+from corda_core.layers import num_processes, process_rank
 from corda_vlm.config import CordaConfig
-from corda_vlm.data import Collator, has_image
-from corda_vlm.limits import limits_of, num_positions
-from corda_vlm.pairs import PairCollator, TransformersImages, TransformersPairs
-from corda_vlm.rows import Numbered
+from corda_vlm.data.limits import limits_of, num_positions
+from corda_vlm.data.pairs import PairCollator, TransformersImages, TransformersPairs
+from corda_vlm.data.rows import Numbered
+from corda_vlm.data.samples import Collator, has_image
 from corda_vlm.towers import has_two_towers, is_text_only, is_vision_only
 
 NUM_LOOKED_AT = 64

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_core import Reach, TokenWeights, attention_mask_of, probe, select_linears
-from corda_core.distributed import gathered
+from corda_core import TokenWeights, select_linears
+from corda_core.collect import attention_mask_of
+from corda_core.layers import gathered
+from corda_vlm.probe import Reach, probe
 
 KINDS = {
     "attention": r".*\.(self_attn|attn|attention|self_attention|cross_attn|attn_pool)\..+",
@@ -182,7 +184,7 @@ def select_layers(
 
 
 def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the layers that can learn from one of these batches (``corda_core.probe``), and warn of those left out.
+    """Return the layers that can learn from one of these batches (``corda_vlm.probe.probe``), and warn of those left out.
 
     Under ``torch.distributed`` from one of any process's.
 

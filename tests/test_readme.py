@@ -39,5 +39,5 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
 
 
 def test_help_lists_the_commands() -> None:
-    done = subprocess.run([sys.executable, "-m", "corda_vlm.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "corda_eval.cli", "--help"], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import corda_vlm
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 
 model_path, kept_path, training_path, output = sys.argv[1:]
 arguments = TrainingArguments(

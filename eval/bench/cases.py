@@ -13,13 +13,11 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaModel,
-    PreTrainedTokenizerBase,
 )
 
 from corda_core import select_linears
-from corda_eval.lab.base import load_lab
+from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.text.perplexity import held_out_text, text_windows
 
 
@@ -42,15 +40,6 @@ def smollm2() -> Case:
     windows = text_windows(held_out_text()[0], tokenizer, 512, 32)
     trimmed = {"use_cache": False, "logits_to_keep": torch.tensor([-1])}
     return Case(model, names, [{"input_ids": window[None]} for window in windows], batch_size=1, rank=32, options=trimmed)
-
-
-def smollm2_model() -> tuple[nn.Module, tuple[str, ...], PreTrainedTokenizerBase]:
-    """Return SmolLM2-135M-Instruct in float32, its linear layers but the output layer, and its tokenizer."""
-    lab, processor = load_lab(torch.float32)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(lab.config.text_config).eval()
-    model.model, model.lm_head = lab.model.language_model, lab.lm_head
-    return model, select_linears(model), processor.tokenizer
 
 
 def llama_block(width: int = 4096, hidden: int = 11008, tokens: int = 512) -> Case:

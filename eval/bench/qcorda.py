@@ -35,11 +35,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from corda_core import AdapterPlan, attach, collect, plan, quantization_errors, quantize_linears_
-from corda_eval.bench.cases import smollm2_model
-from corda_eval.study.frontier import steps_to
+from corda_core import AdapterPlan, attach, collect, plan
+from corda_core.quantize import quantize_linears_
+from corda_eval.bench.quantization import quantization_errors
+from corda_eval.lab.smollm2 import smollm2_model
+from corda_eval.metrics.curves import steps_to
 from corda_eval.text.perplexity import held_out_text, text_windows
-from corda_vlm.train import attach_lora
+from corda_vlm.training.train import attach_lora
 
 BASELINE, CLAIMED = "QLoRA", "Q-CorDA"
 STEPS, BATCH, LENGTH = 48, 4, 64

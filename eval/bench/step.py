@@ -17,11 +17,11 @@ import torch
 import typer
 
 from corda_core import attach, collect, plan
-from corda_eval.bench.cases import smollm2_model
 from corda_eval.bench.memory import peak_megabytes
 from corda_eval.bench.process import fresh_run
+from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.text.perplexity import held_out_text, text_windows
-from corda_vlm.train import attach_lora
+from corda_vlm.training.train import attach_lora
 
 SIDES = ("lora", "offset", "subtract", "strict")
 

@@ -27,9 +27,10 @@ import typer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from corda_core import Covariance, collect, decompose, select_covariances, weight_matrix
-from corda_core.layerwise import over_layers
-from corda_eval.bench.cases import smollm2_model
+from corda_core import Covariance, collect, decompose, select_covariances
+from corda_core.layers import over_layers
+from corda_core.linears import weight_matrix
+from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.text.perplexity import held_out_text, perplexity, text_windows
 
 DROPPED = (0, 8, 16, 32, 64, 128)

@@ -25,7 +25,7 @@ from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches
 from corda_eval.zeroshot.images import ClassifiedImages
 from corda_eval.zeroshot.tally import Tally
-from corda_vlm.pairs import OpenClipPairs
+from corda_vlm.data.pairs import OpenClipPairs
 
 VISION = {"image_size": 64, "patch_size": 16, "layers": 6, "width": 256, "head_width": 64}
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2}

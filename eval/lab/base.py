@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from corda_eval.assets import DATA_PACKAGES, package_folder
+from corda_eval.lab.assets import DATA_PACKAGES, package_folder
 
 VISION_WEIGHTS = Path(__file__).parent / "weights" / "vision_projector.safetensors"
 RESERVED_TOKEN = "<empty_output>"

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from corda_vlm.models import load_base
-from corda_vlm.recipe import ModelConfig
+from corda_vlm.training.models import load_base
+from corda_vlm.training.recipe import ModelConfig
 
 LAB_CLIP = Path(__file__).parent / "weights" / "clip"
 

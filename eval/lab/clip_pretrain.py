@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from corda_eval.assets import package_folder
 from corda_eval.lab import clip
+from corda_eval.lab.assets import package_folder
 from corda_eval.lab.clip_data import PIXELS
 
 VOCABULARY = 6000

@@ -17,7 +17,7 @@ from corda_eval.zeroshot import imagenet, retrieval
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import evaluate
 from corda_eval.zeroshot.folders import table
-from corda_vlm.pairs import OpenClipPairs
+from corda_vlm.data.pairs import OpenClipPairs
 
 
 def score(

@@ -29,7 +29,7 @@ from corda_eval.lab.score import score_easy_vqa
 from corda_eval.lab.shapes import COLOURS, SHAPES, named_images
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 
 SHARPNESS = 20.0
 """Scale of the cosines in the naming loss: 11 words can be told apart with certainty, yet gradients do not vanish early."""

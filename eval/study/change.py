@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from corda_core import Covariance, weight_matrix
-from corda_core.lora import base_of
-from corda_core.symmetric import Symmetric
+from corda_core import Covariance
+from corda_core.covariance import Symmetric
+from corda_core.linears import base_of, weight_matrix
 
 
 def linear_copies(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from corda_eval.metrics.curves import steps_to
 from corda_eval.study.task import TARGET
 
 NEARLY = 0.95
@@ -162,16 +163,6 @@ def forgetting_at(gain: float, points: Sequence[tuple[float, float]]) -> float:
                 return low + (high - low) * (gain - low_gain) / (high_gain - low_gain)
             return low * (high / low) ** ((gain - low_gain) / (high_gain - low_gain))
     return points[-1][1]
-
-
-def steps_to(curve: Sequence[Sequence[float]], target: float) -> float:
-    """Return the step at which a curve of pairs (step, loss) first comes down to the target; infinity if it never does."""
-    if curve[0][1] <= target:
-        return float(curve[0][0])
-    for (before, high), (after, low) in zip(curve, curve[1:], strict=False):
-        if low <= target:
-            return before + (after - before) * (high - target) / (high - low)
-    return math.inf
 
 
 def steps_at_equal_rates(runs: Sequence[Run]) -> dict[str, dict[float, float]]:

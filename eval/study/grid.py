@@ -22,13 +22,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from corda_core.files import clear_partial, locked, read_sealed
 from corda_eval.lab.base import cache_root
+from corda_eval.records import read_sealed
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
-from corda_eval.study.run import RunSpec, made
 from corda_eval.study.settings import SETTINGS
+from corda_eval.study.worker import RunSpec, made
 from corda_vlm.options import Count, FileName, Place, as_declared
+from corda_vlm.outputs import clear_partial, locked
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
@@ -272,7 +273,7 @@ def _run(one: Planned, folder: Path, threads: int) -> str | None:
     with tempfile.TemporaryDirectory() as temporary:
         spec = Path(temporary) / "spec.json"
         spec.write_text(json.dumps(dataclasses.asdict(one.spec)))
-        command = [sys.executable, "-m", "corda_eval.study.run", str(spec), str(folder / one.file_name), str(cache_root() / "study")]
+        command = [sys.executable, "-m", "corda_eval.study.worker", str(spec), str(folder / one.file_name), str(cache_root() / "study")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode < 0:
         return f"killed by the signal {-result.returncode}"

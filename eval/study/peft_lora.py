@@ -3,8 +3,8 @@
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from corda_core.linears import is_shared, weight_shape
 from corda_core.lora import lora_config, lora_layers
-from corda_core.modules import is_shared, weight_shape
 from corda_eval.study.task import Task
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from corda_core.files import write_whole
-from corda_eval.markdown import code, escaped, table
+from corda_eval.records import code, escaped, table
 from corda_eval.study.frontier import (
     BASE,
     BASELINE,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from corda_core import AdapterInit, AdapterPlan, Covariance, Mode, base_digest
-from corda_core.layerwise import over_layers
-from corda_core.progress import no_progress
+from corda_core import AdapterInit, AdapterPlan, Covariance, Mode
+from corda_core.bases import base_digest
+from corda_core.layers import no_progress, over_layers
 from corda_eval.study.peft_lora import clipped_ranks
 from corda_eval.study.task import Task
 

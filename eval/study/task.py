@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corda_core import Covariance, base_digest, collect, data_digest, load_covariances, save_covariances
-from corda_core.modules import LINEAR_TYPES
+from corda_core import Covariance, collect, data_digest, load_covariances, save_covariances
+from corda_core.bases import base_digest
+from corda_core.linears import LINEAR_TYPES
 
 Batch = Mapping[str, Any]
 TARGET = "target"

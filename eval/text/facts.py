@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda_eval.task import TaskResult
+from corda_eval.records import TaskResult
 from corda_eval.text.harness import result_of, run_tasks
 
 FACTS_FILE = Path(__file__).parent / "facts.jsonl"

@@ -22,8 +22,8 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda_core.collect import evaluating
-from corda_eval.task import TaskResult
+from corda_core.linears import evaluating
+from corda_eval.records import TaskResult
 
 logger = logging.getLogger(__name__)
 

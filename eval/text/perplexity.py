@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from corda_core.collect import evaluating
+from corda_core.linears import evaluating
 
 HELD_OUT_EVERY = 4
 """One topic in four is held out: about 30 % of the text."""

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from corda_core.collect import evaluating
-from corda_core.lora import base_of
+from corda_core.linears import base_of, evaluating
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.context import collator_for
-from corda_vlm.data import Collator, tokenizer_of
-from corda_vlm.limits import limits_of
+from corda_vlm.data.limits import limits_of
+from corda_vlm.data.samples import Collator, tokenizer_of
 
 
 def answer_questions(

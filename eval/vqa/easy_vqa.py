@@ -7,11 +7,11 @@ Prompt: the question as it stands. Score: exact match of the lower-cased answer 
 import json
 from collections.abc import Sequence
 
-from corda_eval.assets import package_folder
+from corda_eval.lab.assets import package_folder
 from corda_eval.metrics import exact_match
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.files import first
-from corda_vlm.images import open_image
+from corda_vlm.data.images import open_image
 
 
 def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:

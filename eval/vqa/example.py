@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from corda_vlm.images import UNREADABLE, open_image, why_unreadable
+from corda_vlm.data.images import UNREADABLE, open_image, why_unreadable
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."

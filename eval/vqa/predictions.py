@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda_eval.describe import library_versions
+from corda_eval.records import library_versions
 from corda_eval.vqa.example import VqaExample
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.vqa.files import rows_of
-from corda_vlm.sources import HUB_ID, SHARD, DataConfig, load_rows
+from corda_vlm.data.sources import HUB_ID, SHARD, DataConfig, load_rows
 
 SUBSETS = {"lmms-lab/MMBench": "en", "lmms-lab/POPE": "default", "lmms-lab/ScienceQA": "ScienceQA-FULL"}
 """Of ids with several configurations the one that is read."""

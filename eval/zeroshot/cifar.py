@@ -13,7 +13,7 @@ import torchvision
 
 from corda_eval.zeroshot.folders import class_numbers, table
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
-from corda_vlm.sources import DataConfig
+from corda_vlm.data.sources import DataConfig
 
 ADJECTIVES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 TEMPLATES = tuple(

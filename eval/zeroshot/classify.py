@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.collect import evaluating
-from corda_core.lora import base_of
-from corda_eval.task import TaskResult
+from corda_core.linears import base_of, evaluating
+from corda_eval.records import TaskResult
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.classifier import zero_shot_head
-from corda_vlm.pairs import PairCollator
+from corda_vlm.data.pairs import PairCollator
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from corda_eval.zeroshot.images import PLAIN_TEMPLATE, ClassifiedImages, LabelledImage, class_folders, labelled_files
 from corda_vlm.classifier import Template
-from corda_vlm.items import Items, load_items
-from corda_vlm.sources import DataConfig
+from corda_vlm.data.items import Items, load_items
+from corda_vlm.data.sources import DataConfig
 
 
 def image_folder(

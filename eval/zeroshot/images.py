@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from corda_vlm.classifier import Template
-from corda_vlm.images import UNREADABLE, open_image, why_unreadable
+from corda_vlm.data.images import UNREADABLE, open_image, why_unreadable
 
 NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow tells apart, but reads by other programs or not at all."""

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_core.collect import evaluating
-from corda_core.lora import base_of
-from corda_eval.task import TaskResult
+from corda_core.linears import base_of, evaluating
+from corda_eval.records import TaskResult
 from corda_eval.zeroshot.classify import Progress, precision
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.context import with_sizes_of
-from corda_vlm.data import Collator, encode, read_sample
+from corda_vlm.data.samples import Collator, encode, read_sample
 
 QUESTION = "What is in the image?\nAnswer the question using a single word or phrase."
 

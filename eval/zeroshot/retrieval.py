@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from corda_core.collect import evaluating
-from corda_eval.task import TaskResult
+from corda_core.linears import evaluating
+from corda_eval.records import TaskResult
 from corda_eval.zeroshot.classify import Progress, image_features, text_features
 from corda_eval.zeroshot.images import LabelledImage, image_batches
-from corda_vlm.pairs import PairCollator
+from corda_vlm.data.pairs import PairCollator
 
 ROWS = 1024
 """Rows of cosines in memory at once."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from corda_eval.metrics import calibration_error
-from corda_eval.task import TaskResult
+from corda_eval.records import TaskResult
 
 
 @dataclass(frozen=True)

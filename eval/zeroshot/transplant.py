@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from corda_core.lora import base_of
+from corda_core.linears import base_of
 from corda_vlm.towers import family_of
 
 WRAPPER = "vision_model."

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_core import Covariance, allocate_ranks, assess, compactness, spectrum
+from corda_core import Covariance, allocate_ranks
+from corda_core.allocate import assess, compactness
+from corda_core.decompose import spectrum
 
 
 def covariance(n: int, seed: int = 0, decay: float = 2.0) -> Covariance:

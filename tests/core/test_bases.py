@@ -12,9 +12,10 @@ from test_adapter import logits, planned, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from corda_core import attach, attachment_of, collect, export, load, plan, save, select_linears, weight_matrix
+from corda_core import attach, attachment_of, collect, export, load, plan, save, select_linears
 from corda_core.bases import checksum, other_tensors
-from corda_core.checkpoint import ATTACHMENT, load_attachment, save_attachment
+from corda_core.linears import weight_matrix
+from corda_core.store import ATTACHMENT, load_attachment, save_attachment
 
 
 def resized(seed: int) -> LlamaForCausalLM:

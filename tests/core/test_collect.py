@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from corda_core import collect, collect_in_passes
-from corda_core.collect import evaluating
-from corda_core.symmetric import Symmetric
+from corda_core import collect
+from corda_core.collect import collect_in_passes
+from corda_core.covariance import Symmetric
+from corda_core.linears import evaluating
 
 
 class Toy(nn.Module):

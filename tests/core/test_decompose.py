@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_core import Covariance, Mode, Solver, decompose, factors, spectrum
+from corda_core import Covariance, Mode, decompose, factors
+from corda_core.decompose import Solver, spectrum
 
 SHAPES = [(12, 20), (16, 16), (20, 12)]
 

@@ -16,8 +16,9 @@ from test_adapter import FAMILIES, IDS, logits, planned, trained
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from corda_core import attach, change_factors, collect, export, load, lora_layers, merge, plan, save, select_linears, weight_matrix
+from corda_core import attach, change_factors, collect, export, load, lora_layers, merge, plan, save, select_linears
 from corda_core.export import compressed
+from corda_core.linears import weight_matrix
 
 FORMS = [("start", "offset"), ("start", "subtract"), ("strict", "offset"), ("whitened", "offset")]
 

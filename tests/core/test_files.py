@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from corda_core import files
-from corda_core.files import locked, read_json, read_sealed, read_tensors, read_yaml, replacing_in, write_sealed, write_tensors, write_whole
+from corda_core.files import read_json, read_tensors, replacing_in, write_tensors, write_whole
+from corda_eval.records import read_sealed, write_sealed
+from corda_vlm.outputs import locked
+from corda_vlm.yaml import read_yaml
 
 
 def test_files_are_replaced_together_at_the_end(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from conftest import tiny_llama
 from torch import Tensor
 
 from corda_core import select_linears
-from corda_core.layerwise import num_workers, over_layers
-from corda_core.progress import no_progress
+from corda_core.layers import no_progress, num_workers, over_layers
 
 
 def test_every_layer_once_in_order_with_progress() -> None:

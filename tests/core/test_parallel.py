@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from corda_core.parallel import in_threads
+from corda_core.layers import in_threads
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from corda_core import Covariance, base_digest, collect, plan, select_linears
+from corda_core import Covariance, collect, plan, select_linears
+from corda_core.bases import base_digest
 
 
 def covariances(model: torch.nn.Module, tokens: int = 64) -> dict[str, Covariance]:

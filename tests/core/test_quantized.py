@@ -9,22 +9,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from corda_core import (
-    attach,
-    base_digest,
-    change_factors,
-    collect,
-    export,
-    load,
-    lora_layers,
-    merge,
-    plan,
-    quantization_errors,
-    save,
-    select_linears,
-    weight_matrix,
-)
-from corda_core.modules import is_quantized, weight_shape
+from corda_core import attach, change_factors, collect, export, load, lora_layers, merge, plan, save, select_linears
+from corda_core.bases import base_digest
+from corda_core.linears import weight_matrix, weight_shape
+from corda_core.quantize import is_quantized
+from corda_eval.bench.quantization import quantization_errors
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 BATCH = {"input_ids": torch.randint(5, 20, (6, 16), generator=torch.Generator().manual_seed(0))}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from corda_core import Covariance, Decomposition, Solver, decompose, solvers, spectrum
+from corda_core import Covariance, decompose, solvers
+from corda_core.decompose import Decomposition, Solver, spectrum
 
 SHAPES = {"square": (160, 160), "wide": (96, 200), "tall": (220, 110), "very wide": (40, 600), "very tall": (600, 40)}
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from corda_core import Covariance, whitening
-from corda_core.whiten import TOLERANCE
+from corda_core import Covariance
+from corda_core.decompose import TOLERANCE, whitening
 
 
 def covariance(n: int, decay: float, tokens: int) -> Covariance:

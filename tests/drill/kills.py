@@ -18,7 +18,15 @@ from typing import Any
 LONGEST = 60.0
 """Seconds after which a process counts as hanging."""
 IMPORTED = [
-    *("corda_vlm.cli", "corda_vlm.run", "corda_vlm.deploy", "corda_vlm.estimate", "corda_eval.run", "conftest", "drill.kills"),
+    *(
+        "corda_eval.cli",
+        "corda_vlm.training.run",
+        "corda_vlm.training.deploy",
+        "corda_vlm.training.estimate",
+        "corda_eval.suite.measure",
+        "conftest",
+        "drill.kills",
+    ),
     *("transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama"),
     *("transformers.models.llava.processing_llava", "transformers.models.clip.image_processing_clip"),
     *("sklearn.datasets", "matplotlib.pyplot", "jinja2"),
@@ -121,7 +129,7 @@ class Bench:
 
 def command(*arguments: str) -> None:
     """Run ``corda-vlm`` with arguments."""
-    from corda_vlm.cli import app
+    from corda_eval.cli import app
 
     sys.argv = ["corda-vlm", *arguments]
     app()

@@ -10,10 +10,10 @@ from datetime import date
 from random import Random
 from typing import Any
 
-from corda_eval.demo import DemoConfig
+from corda_eval.demo.demo import DemoConfig
 from corda_eval.study.grid import StudyConfig
-from corda_eval.suite import Suite, SuiteTask
-from corda_vlm.recipe import Recipe
+from corda_eval.suite.tasks import Suite, SuiteTask
+from corda_vlm.training.recipe import Recipe
 
 HUGE = 10**12
 VALUES: tuple[Any, ...] = (

@@ -16,11 +16,11 @@ from recipes import COLORS, write_recipe
 import corda_vlm
 from corda_core import collect, plan, select_linears
 from corda_core.store import save_covariances, save_plan
-from corda_eval.run import evaluate
-from corda_eval.suite import read_suite
-from corda_vlm.deploy import deploy
-from corda_vlm.recipe import ModelConfig, read_recipe
-from corda_vlm.run import train
+from corda_eval.suite.measure import evaluate
+from corda_eval.suite.tasks import read_suite
+from corda_vlm.training.deploy import deploy
+from corda_vlm.training.recipe import ModelConfig, read_recipe
+from corda_vlm.training.run import train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

@@ -13,12 +13,12 @@ from conftest import tiny_llama
 from typer.testing import CliRunner
 
 from corda_core.store import load_covariances, load_plan
-from corda_vlm.cli import app
-from corda_vlm.data import Collator
-from corda_vlm.items import load_items
-from corda_vlm.models import load_base
-from corda_vlm.recipe import ModelConfig, read_recipe
-from corda_vlm.sources import DataConfig
+from corda_eval.cli import app
+from corda_vlm.data.items import load_items
+from corda_vlm.data.samples import Collator
+from corda_vlm.data.sources import DataConfig
+from corda_vlm.training.models import load_base
+from corda_vlm.training.recipe import ModelConfig, read_recipe
 from drill.place import OPTIONS, STEPS, Place, content, tuned_model
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from corda_eval.demo import DemoConfig
-from corda_eval.suite import read_suite
-from corda_vlm.config import read_config
+from corda_eval.demo.demo import DemoConfig
+from corda_eval.suite.tasks import read_suite
+from corda_vlm.yaml import read_config
 from drill.conftest import Drill
 from drill.kills import LONGEST
 from drill.options import DEMO, ENDLESS, FLAGS, OVERRIDES, RECIPE, STUDY, SUITE, Option, drawn, fits

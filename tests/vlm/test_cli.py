@@ -14,9 +14,9 @@ from conftest import tiny_llama
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_vlm import deploy
-from corda_vlm.cli import app
-from corda_vlm.recipe import ModelConfig
+from corda_eval.cli import app
+from corda_vlm.training import deploy
+from corda_vlm.training.recipe import ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*larger than min")
 

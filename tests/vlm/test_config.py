@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from corda_eval.demo import LABELS, DemoConfig
+from corda_eval.demo.demo import LABELS, DemoConfig
 from corda_vlm import CordaConfig
-from corda_vlm.config import read_config
+from corda_vlm.yaml import read_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("demo*.yaml"))
 

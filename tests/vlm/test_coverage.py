@@ -14,7 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_core import lora_layers, weight_matrix
+from corda_core import lora_layers
+from corda_core.linears import weight_matrix
 from corda_vlm.cli import app
 from corda_vlm.coverage import coverage
 from corda_vlm.towers import part_of

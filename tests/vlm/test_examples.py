@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import corda_vlm
 from corda_core import lora_layers
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 
 pytest.importorskip("datasets", reason="the examples read their data with it; it comes with trl")
 EXAMPLES = Path(corda_vlm.__file__).parent / "examples"

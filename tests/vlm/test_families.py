@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import corda_vlm
 from corda_core import lora_layers
-from corda_core.probe import RESULTS
+from corda_vlm.probe import RESULTS
 from corda_vlm.towers import PARTS, family_of, part_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -88,7 +88,7 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 from peft import PeftModel
 from families import build
-from corda_core.probe import RESULTS
+from corda_vlm.probe import RESULTS
 for family in {families!r}:
     model, batch = build(family)
     model = PeftModel.from_pretrained(model, f"{folder}/{{family}}").eval()

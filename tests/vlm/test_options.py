@@ -13,18 +13,18 @@ import pytest
 import yaml
 
 from corda_core import Mode
-from corda_core.modules import select_linears
-from corda_eval.demo import DemoConfig
+from corda_core.linears import select_linears
+from corda_eval.demo.demo import DemoConfig
 from corda_eval.study.grid import StudyConfig
 from corda_eval.study.methods import METHODS
-from corda_eval.study.run import RunSpec
 from corda_eval.study.settings import SETTINGS
-from corda_eval.suite import Suite, SuiteTask
+from corda_eval.study.worker import RunSpec
+from corda_eval.suite.tasks import Suite, SuiteTask
 from corda_vlm import CordaConfig
-from corda_vlm.config import from_mapping, overridden, read_config
+from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import Count, FileName, Options, Place, Positive, one_of
-from corda_vlm.recipe import ModelConfig, Recipe, TrainingConfig
-from corda_vlm.sources import DataConfig
+from corda_vlm.training.recipe import ModelConfig, Recipe, TrainingConfig
+from corda_vlm.yaml import from_mapping, overridden, read_config
 
 RECIPE: dict[str, Any] = {"model": {"path": "m"}, "data": {"source": "d"}, "context": {"source": "c"}, "output": "o"}
 BAD: list[Any] = [

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import corda_vlm
 import corda_vlm.prepare
-from corda_core import attachment_of, lora_layers, weight_digest
+from corda_core import attachment_of, lora_layers
+from corda_core.files import weight_digest
 from corda_vlm import context
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 
 prepare_module = sys.modules["corda_vlm.prepare"]  # the name in the package is the function
 ALL_PARTS = ("vision", "projector", "language")

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from corda_core import Covariance, allocate_ranks, attach, plan, resolved, select_covariances, weight_matrix
+from corda_core import Covariance, allocate_ranks, attach, plan, select_covariances
+from corda_core.allocate import resolved
 from corda_core.decompose import Mode, Split
+from corda_core.linears import weight_matrix
 from corda_core.lora import Protect
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task

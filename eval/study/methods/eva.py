@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from corda_core import data_digest
+from corda_core.bases import base_digest
 from corda_core.files import replacing_in
-from corda_core.modules import base_digest, weight_shape
+from corda_core.linears import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import TARGET, Task

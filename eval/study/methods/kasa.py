@@ -22,9 +22,8 @@ from peft import KasaConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from corda_core import weight_matrix
+from corda_core.linears import weight_matrix, weight_shape
 from corda_core.lora import lora_layers
-from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from corda_core import Covariance, lora_layers
-from corda_core.collect import evaluating
+from corda_core.linears import evaluating
 from corda_eval.study.method import Adapted
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.peft_lora import attach_variant, config_for

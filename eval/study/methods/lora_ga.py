@@ -16,8 +16,8 @@ import torch
 from peft import LoraGAConfig, PeftModel
 from peft.tuners.lora.loraga import preprocess_loraga
 
+from corda_core.linears import weight_shape
 from corda_core.lora import lora_layers
-from corda_core.modules import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task

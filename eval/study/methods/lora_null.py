@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from corda_core import Decomposition, attach, factors
+from corda_core import attach, factors
+from corda_core.decompose import Decomposition
 from corda_eval.study.method import Adapted
 from corda_eval.study.starts import plan_from
 from corda_eval.study.task import Task

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from corda_core import attach, plan
-from corda_core.modules import weight_shape
+from corda_core.linears import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.starts import even_context
 from corda_eval.study.task import Task

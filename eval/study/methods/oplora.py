@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from corda_core import decompose, lora_layers
-from corda_core.layerwise import over_layers
-from corda_core.progress import no_progress
+from corda_core.layers import no_progress, over_layers
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.starts import even_context

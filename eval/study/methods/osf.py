@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from peft import OSFConfig, get_peft_model
 
-from corda_core.modules import weight_shape
+from corda_core.linears import weight_shape
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
 from corda_vlm.options import Count

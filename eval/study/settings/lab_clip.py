@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from corda_core.collect import evaluating
+from corda_core.linears import evaluating
 from corda_eval.lab.clip import load_lab_clip, on_white, read_pictures
 from corda_eval.lab.clip_data import STYLES
 from corda_eval.lab.clip_sets import icons, shapes
@@ -36,8 +36,8 @@ from corda_eval.zeroshot.classify import class_head
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_vlm.attention import split_attention
 from corda_vlm.classifier import ZeroShotClassifier
+from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.options import Count, Place
-from corda_vlm.pairs import OpenClipPairs
 from corda_vlm.towers import learnable_layers, select_layers
 
 PHOTOGRAPHS = "photographs"

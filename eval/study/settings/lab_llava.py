@@ -25,7 +25,7 @@ from corda_eval.text.perplexity import held_out_text, mean_loss, text_windows
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count
 from corda_vlm.towers import learnable_layers, select_layers
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from corda_core.collect import evaluating
+from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
 
 

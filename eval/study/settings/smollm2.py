@@ -17,7 +17,7 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from corda_eval.bench.cases import smollm2_model
+from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.study.settings.lines import guessing, lines
 from corda_eval.study.settings.shared import answer_loss, answer_score, casting
 from corda_eval.study.task import TARGET, Batch, Score, Task

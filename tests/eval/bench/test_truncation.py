@@ -3,9 +3,9 @@
 import torch
 from conftest import tiny_llama
 
-from corda_core import collect, decompose, select_linears, weight_digest
-from corda_core.layerwise import over_layers
-from corda_core.progress import no_progress
+from corda_core import collect, decompose, select_linears
+from corda_core.files import weight_digest
+from corda_core.layers import no_progress, over_layers
 from corda_eval.bench.truncation import _smallest, _without, library_code, table
 
 

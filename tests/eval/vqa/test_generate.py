@@ -15,14 +15,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from corda_eval.describe import library_versions
-from corda_eval.suite import read_suite
+from corda_eval.records import library_versions
+from corda_eval.suite.tasks import read_suite
 from corda_eval.vqa import generate, predictions
 from corda_eval.vqa.answer import answer_batch
+from corda_eval.vqa.benchmark import evaluate
 from corda_eval.vqa.example import LETTER_ANSWER, SHORT_ANSWER, VqaExample, VqaTask
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_eval.vqa.predictions import model_digest
-from corda_eval.vqa.run import evaluate
 
 generate_answers = partial(generate.generate_answers, max_new_tokens=16)  # its own limit takes seconds here
 QUESTIONS = ["what color is the shape ?", "is a circle red ?", "what is this ?", "is the shape in this blue ?", "two ?"]

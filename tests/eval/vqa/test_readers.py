@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from corda_eval.comparison import compare
-from corda_eval.forgetting import bootstrap_interval
+from corda_eval.metrics.intervals import bootstrap_interval
+from corda_eval.suite.comparison import compare
 from corda_eval.vqa import gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
+from corda_eval.vqa.benchmark import TASKS, score
 from corda_eval.vqa.example import VqaExample
-from corda_eval.vqa.run import TASKS, score
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from corda_eval.vqa import gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
+from corda_eval.vqa.benchmark import TASKS, score
 from corda_eval.vqa.example import VqaExample
 from corda_eval.vqa.predictions import run_header
-from corda_eval.vqa.run import TASKS, score
 
 datasets = pytest.importorskip("datasets")
 

@@ -16,7 +16,7 @@ from corda_eval.zeroshot.folders import table
 from corda_eval.zeroshot.imagenet import names, templates
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_eval.zeroshot.tally import Tally
-from corda_vlm.sources import DataConfig
+from corda_vlm.data.sources import DataConfig
 
 open_clip = pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*never ran")

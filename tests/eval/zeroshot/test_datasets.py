@@ -18,7 +18,7 @@ from corda_eval.zeroshot.folders import class_numbers, image_folder, table
 from corda_eval.zeroshot.imagenet import imagenet1k, imagenet_a, imagenet_r, imagenet_sketch, imagenet_v2, names, wnids
 from corda_eval.zeroshot.images import LabelledImage, image_batches, suffixes
 from corda_eval.zeroshot.objectnet import objectnet
-from corda_vlm.sources import DataConfig
+from corda_vlm.data.sources import DataConfig
 
 pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore:.*figures are not")

@@ -14,7 +14,7 @@ from vlm.families import build
 
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
 from corda_eval.zeroshot.likelihood import evaluate, name_scores, name_tokens
-from corda_vlm.data import Collator
+from corda_vlm.data.samples import Collator
 
 QUESTION = "what color is the shape ?"
 NAMES = ["red", "blue", "green circle", "a red circle", "two blue", "circle in a red shape", "one"]

@@ -14,13 +14,13 @@ from two_towers import coloured, hugging_clip
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_eval import suite
-from corda_eval.suite import SuiteTask, run_task
+from corda_eval.cli import app
+from corda_eval.suite import tasks as suite
+from corda_eval.suite.tasks import SuiteTask, run_task
 from corda_eval.zeroshot import classify
 from corda_eval.zeroshot.folders import image_folder
 from corda_eval.zeroshot.transplant import transplanted
-from corda_vlm.cli import app
-from corda_vlm.recipe import ModelConfig
+from corda_vlm.training.recipe import ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*does not reach the output")
 

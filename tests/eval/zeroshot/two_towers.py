@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torchvision import transforms
 
-from corda_vlm.pairs import OpenClipPairs, PairCollator, TransformersPairs
+from corda_vlm.data.pairs import OpenClipPairs, PairCollator, TransformersPairs
 
 open_clip = pytest.importorskip("open_clip")
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}

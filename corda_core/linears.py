@@ -1,0 +1,244 @@
+"""Which layers are adapted, how their weights lie, and what identifies them."""
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from accelerate.utils.other import is_compiled_module
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
+
+from corda_core.quantize import is_quantized, plain_linear, quantized_values
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+PLAIN_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def select_linears(
+    model: nn.Module, targets: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Return the full names of the linear layers to adapt, in the order of ``model.named_modules()``.
+
+    Args:
+        model: Any module tree.
+        targets: As in PEFT: a string is a regular expression for the whole name, a sequence holds names or name endings
+            ("q_proj", "layers.0.mlp.up_proj"). None takes every linear layer except the output embedding (``lm_head``).
+        exclude: Layers to leave out, in the same two forms.
+
+    Raises:
+        ValueError: If a pattern matches no linear layer; the text names the closest ones.
+    """
+    model = unwrapped(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+    if targets is None:
+        find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+        output = find_output()
+        chosen = [name for name in linears if output is None or model.get_submodule(name) is not output]
+    else:
+        chosen = _matching(linears, targets, "targets")
+    left_out = set(_matching(linears, exclude, "exclude")) if exclude else set()
+    chosen = [name for name in chosen if name not in left_out]
+    if not chosen:
+        packed = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if hasattr(module, "qweight")]
+        if packed:
+            raise ValueError(
+                f"The linear layers hold packed weights that cannot be decomposed, such as {packed[0]}; "
+                "prepare the adapter on the unquantised model."
+            )
+        raise ValueError(
+            f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(linears)} linear layers in the model."
+        )
+    return tuple(chosen)
+
+
+def check_pattern(pattern: str, option: str) -> None:
+    """Refuse what is no regular expression.
+
+    Raises:
+        ValueError: If it is broken; the text names the option.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{option} is {pattern!r}, which is no regular expression ({error}); mend it, or give names of layers in a list."
+        ) from error
+
+
+def _matching(names: list[str], patterns: str | Sequence[str], option: str) -> list[str]:
+    if isinstance(patterns, str):
+        check_pattern(patterns, option)
+        found = [name for name in names if re.fullmatch(patterns, name)]
+        unmatched = [] if found else [patterns]
+    else:
+        hits = {pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns}
+        unmatched = [pattern for pattern, matched in hits.items() if not matched]
+        found = [name for name in names if any(name in matched for matched in hits.values())]
+    if unmatched:
+        raise ValueError(
+            f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(names, unmatched[0])}. "
+            "A string is a regular expression for the whole name, a list holds name endings."
+        )
+    return found
+
+
+def _closest(names: list[str], pattern: str) -> str:
+    endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    near = get_close_matches(pattern.rsplit(".", 1)[-1], endings, n=3, cutoff=0.4) or list(endings)[:3]
+    return ", ".join(near) if near else "none (the model has no linear layers)"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself where it is compiled, or wrapped for several devices (DDP, DataParallel)."""
+    while (compiled := is_compiled_module(model)) or isinstance(model, (DistributedDataParallel, DataParallel)):
+        inner: nn.Module = model._orig_mod if compiled else model.module  # type: ignore[assignment]
+        model = inner
+    return model
+
+
+def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """Return m (outputs) and n (inputs) of a linear layer.
+
+    Raises:
+        ValueError: As ``weight_matrix``.
+    """
+    layer = _linear(model, name)
+    if is_quantized(layer):
+        return layer.out_features, layer.in_features
+    m, n = _oriented(layer, name).shape
+    return m, n
+
+
+def weight_matrix(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of a linear layer as W (m, n): m outputs, n inputs, whatever way it is stored.
+
+    The tensor shares memory with the layer, except where the layer is sharded (FSDP2): then it is gathered, by all processes at once; or
+    quantised by bitsandbytes: then it is a dequantised copy.
+
+    Raises:
+        ValueError: If the layer is not a linear one, or its weight is not in memory or packed in a way that is not known.
+    """
+    layer = _linear(model, name)
+    check_in_memory([(f"{name}.weight", layer.weight)])
+    if is_quantized(layer):
+        return quantized_values(layer, name)
+    return gathered_whole(_oriented(layer, name))
+
+
+def check_in_memory(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors without values.
+
+    Raises:
+        ValueError: If one is offloaded or was never loaded.
+    """
+    absent = next((name for name, tensor in named if tensor.is_meta), None)
+    if absent is not None:
+        raise ValueError(
+            f"{absent} holds no values here (device meta): weights that are offloaded or not loaded cannot be decomposed; load the whole "
+            "model into memory, with no device_map that offloads."
+        )
+
+
+def check_present(model: nn.Module, names: Iterable[str], made: str) -> None:
+    """Refuse a model that lacks a layer; ``made`` is what was made for these layers.
+
+    Raises:
+        ValueError: If a layer is missing.
+    """
+    modules = dict(unwrapped(model).named_modules())
+    absent = [name for name in names if name not in modules]
+    if absent:
+        raise ValueError(f"{made} was made for another model: this one has no layer {absent[0]}; use the base that it was made from.")
+
+
+def is_shared(model: nn.Module, weight: Tensor) -> bool:
+    """Return whether this parameter has several names: a tied output layer has the embedding's, and a module may stand in two places."""
+    return sum(_is_same(one, weight) for _, one in model.named_parameters(remove_duplicate=False)) > 1
+
+
+def hold_statistics_(model: nn.Module) -> None:
+    """Keep batch statistics of which nothing trains as they are: a training step would change the base by them, in no adapter's file."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(parameter.requires_grad for parameter in module.parameters()):
+            module.eval()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether writing into one tensor changes the other."""
+    plain = not (isinstance(one, DTensor) or isinstance(other, DTensor) or one.is_meta)
+    return one is other or (plain and one.numel() > 0 and one.data_ptr() == other.data_ptr())
+
+
+def write_weight_(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give a linear layer this weight (m, n), and leave all else in the model as it is, also what shares the weight or the very layer.
+
+    A layer that bitsandbytes quantised becomes a plain one.
+    """
+    parent, _, key = name.rpartition(".")
+    holder: Any = model.get_submodule(parent)
+    if isinstance(getattr(holder, key), LoraLayer):
+        holder, key = getattr(holder, key), "base_layer"
+    layer = getattr(holder, key)
+    if is_quantized(layer):
+        setattr(holder, key, plain_linear(layer, weight))
+        return
+    if is_shared(model, layer.weight):
+        layer = copy.deepcopy(layer)
+        setattr(holder, key, layer)
+    layer.weight.data.copy_(weight.T if isinstance(layer, Conv1D) else weight)
+
+
+def gathered_whole(tensor: Tensor) -> Tensor:
+    """Return the tensor; where it is sharded (FSDP2), gathered by all processes at once."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    layer = unwrapped(model).get_submodule(name)
+    layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    if not isinstance(layer, LINEAR_TYPES):
+        raise ValueError(f"{name} is a {type(layer).__name__}; expected nn.Linear or transformers' Conv1D: leave it out with `exclude`.")
+    return layer
+
+
+def _oriented(layer: Any, name: str) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    if weight.dtype not in PLAIN_TYPES or weight.ndim != 2 or type(layer.weight).__module__.startswith("torchao"):
+        raise ValueError(
+            f"{name} holds a packed weight ({type(layer.weight).__name__}, {weight.dtype}, shape {tuple(weight.shape)}); expected a "
+            "floating-point matrix, or one quantised by bitsandbytes: prepare the adapter on the unquantised model."
+        )
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the model that PEFT has put adapters into, or the model itself."""
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if (
+            type(module).__name__ == "Linear4bit"
+        ):  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
+            module.training = True
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they are overwritten
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,285 @@
+"""Rows of a source -> the items that collators take: texts as fields, images opened when they are asked for."""
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from corda_core.layers import gathered, num_processes, process_rank
+from corda_vlm.context import progress_bar
+from corda_vlm.data.conversation import TURN_KEYS, answer_of, text_of, turns_of
+from corda_vlm.data.digest import digest_of_rows
+from corda_vlm.data.images import BrokenImageError, read_image
+from corda_vlm.data.media import image_field, image_sources
+from corda_vlm.data.rows import Row
+from corda_vlm.data.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 32
+"""That read images at once."""
+
+
+class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
+    """Samples as dicts of ``FIELDS``; images are opened, in RGB, when their sample is asked for.
+
+    An item depends on its place only, not on what was read before or by which process.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        columns: Mapping[str, str],
+        folder: Path,
+        config: DataConfig,
+        needs_images: bool = False,
+        left_out: Collection[int] = (),
+    ) -> None:
+        """Take rows, the column of each field, where paths of images start, whether a row must have one, and which rows do not count."""
+        self.rows, self.columns, self.folder, self.config, self.needs_images = rows, columns, folder, config, needs_images
+        self.places: Sequence[int] = [row for row in range(len(rows)) if row not in left_out] if left_out else range(len(rows))
+        """The row of each item."""
+        self.num_broken = len(left_out)
+        """How many rows were left out, as their images cannot be read."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return the item at a place, or the items of a slice.
+
+        Raises:
+            ValueError: If the row has no text, a value of an unknown form, an image that cannot be read or a medium that nobody reads.
+        """
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        with _telling_what_to_do():
+            return self.read(self.places[index])
+
+    def name_of(self, row: int) -> str:
+        """Return what messages call a row."""
+        return f"{self.config.source}, row {row}"
+
+    def fingerprint(self) -> str:
+        """Return a digest of the rows that count, in their order.
+
+        Pictures count by their names, and by their sizes where the rows hold them: a file that is mended is no other data.
+        """
+        return digest_of_rows(self.rows, self.places)
+
+    def sources(self, row: int) -> tuple[dict[str, Any], list[Any], bool]:
+        """Return a row's fields without its images, what each image is opened from, and whether they are a list.
+
+        Raises:
+            BrokenImageError: If an image is missing.
+            ValueError: If the row has no text, a value of an unknown form or a medium that nobody reads.
+        """
+        values, where = self.rows[row], self.name_of(row)
+        fields = _text_fields(values, self.columns, self.config, where)
+        image = self._image(values, where)
+        sources = image_sources(image, f"{where}, image")
+        if "" in sources:
+            raise BrokenImageError(f"{where}: the name of an image is empty")
+        if self.needs_images and not sources:
+            raise BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
+        return fields, sources, isinstance(image, (list, tuple))
+
+    def read(self, row: int) -> Row:
+        """Return the item of a row.
+
+        Raises:
+            BrokenImageError: If an image is missing or cannot be read.
+            ValueError: If the row has no text, a value of an unknown form or a medium that nobody reads.
+        """
+        fields, sources, is_list = self.sources(row)
+        images = [self._opened(source, self.name_of(row)) for source in sources]
+        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row))
+
+    def _image(self, values: Mapping[str, Any], where: str) -> Any:
+        """Return what a row has for its image: in the column that options name, which they may, or in one that is sure to be all."""
+        if "image" in self.config.columns:
+            return values.get(self.config.columns["image"])
+        try:
+            return image_field(values, {*self.columns.values(), *self.config.placeholders})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _opened(self, source: Any, where: str) -> Image.Image:
+        source = self.folder / source if isinstance(source, (str, Path)) else source
+        try:
+            return read_image(source, self.config.max_pixels)
+        except BrokenImageError as error:
+            raise BrokenImageError(f"{where}: {error}") from error
+
+
+def load_items(
+    config: DataConfig, *, download: bool = False, needs_images: bool = False, accepts: Callable[[Image.Image], Any] | None = None
+) -> Items:
+    """Return the items of a source (``load_rows``).
+
+    With ``needs_images`` a row without an image counts as one whose image cannot be read. Rows of JSON are checked here, but for what is in
+    their images; those of other sources when they are read. With ``on_broken: skip`` all images are read here once, by several threads, and
+    rows whose images cannot be read are left out; under ``torch.distributed`` each process must call, and reads its share.
+
+    Args:
+        config: Where they come from.
+        download: Whether the hub may be asked.
+        needs_images: Whether a row must have an image.
+        accepts: What else must take each image where broken ones are skipped, such as a model's image processor.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ModuleNotFoundError: If ``datasets`` is needed and not installed.
+        ValueError: If the source is broken, empty or of an unknown kind, or an option does not fit it.
+    """
+    rows, folder = load_rows(config, download=download)
+    columns = _columns_of_fields(config, rows.names if isinstance(rows, ArrowRows) else {name: None for row in rows for name in row})
+    items = Items(rows, columns, folder, config, needs_images)
+    if not isinstance(rows, ArrowRows):
+        _check_rows(items)
+    if config.on_broken == "stop":
+        return items
+    broken = _broken_rows(items, accepts)
+    for reason in broken.values():
+        logger.warning("%s; the row is left out.", reason)
+    if len(broken) == len(rows):
+        raise ValueError(f"{config.source} has {len(rows)} row(s), and no row's image can be read; check `images`, or mend the files.")
+    return Items(rows, columns, folder, config, needs_images, broken)
+
+
+@contextmanager
+def _telling_what_to_do() -> Iterator[None]:
+    """Make of a broken image an error of the options."""
+    try:
+        yield
+    except BrokenImageError as error:
+        raise ValueError(f"{error}; mend or remove it, correct `images`, or set `on_broken: skip`.") from error
+
+
+def _check_rows(items: Items) -> None:
+    """Refuse rows that can be seen to be wrong without opening their images.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for row, values in enumerate(items.rows):
+        if items.config.on_broken == "stop":
+            with _telling_what_to_do():
+                items.sources(row)
+        else:
+            _text_fields(values, items.columns, items.config, items.name_of(row))
+
+
+def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> dict[int, str]:
+    """Return why the images of rows cannot be read; each process must call it.
+
+    What else is wrong with a row is told when it is asked for.
+    """
+
+    def why(row: int) -> str | None:
+        try:
+            images = items.read(row).get("image", [])
+            for image in images if isinstance(images, list) else [images]:
+                _check_accepted(image, accepts, items.name_of(row))
+        except BrokenImageError as error:
+            return str(error)
+        except ValueError:
+            return None
+        return None
+
+    mine = range(process_rank(), len(items.rows), num_processes())
+    with _one_thread_each(), ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        reasons = pool.imap(why, mine, chunksize=16)
+        found = {row: reason for row in progress_bar(mine, "images") if (reason := next(reasons)) is not None}
+    return dict(sorted((row, reason) for one in gathered(found) for row, reason in one.items()))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads of its own in each of ours: they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_accepted(image: Image.Image, accepts: Callable[[Image.Image], Any] | None, where: str) -> None:
+    if accepts is None:
+        return
+    try:
+        accepts(image)
+    except Exception as error:  # what processors raise is their own affair
+        raise BrokenImageError(f"{where}: the model's processor refuses the image ({one_line(error)})") from error
+
+
+def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str, str]:
+    """Return the column of each field that the source has.
+
+    Raises:
+        ValueError: If a column that an option names is missing, or there is no text.
+    """
+    there = list(names)
+    wanted = [(f"columns.{name}", column) for name, column in config.columns.items()]
+    wanted += [("prompt", config.columns.get(name, name)) for name in config.placeholders]
+    for option, column in wanted:
+        if column not in there:
+            raise ValueError(f"{config.source} has no column {column!r}, which `{option}` names; columns there: {there}.")
+    columns = {name: name for name in FIELDS if name in there}
+    if "messages" in there:
+        columns = {"conversations": "messages"} | columns
+    columns |= config.columns
+    if config.prompt is None and not {"text", "question", "conversations"} & set(columns):
+        raise ValueError(
+            f"{config.source} has the columns {there}, but none for text; say in `columns` which one is the question, the text or the "
+            "conversations."
+        )
+    return columns
+
+
+def _text_fields(row: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig, where: str) -> dict[str, Any]:
+    """Return the fields of a row other than its image.
+
+    Raises:
+        ValueError: If the row has no text, or a value is of an unknown form.
+    """
+    fields: dict[str, Any] = {}
+    values = {name: row.get(column) for name, column in columns.items()}
+    if config.prompt is not None:
+        if any({**row, **values}.get(name) not in (None, "") for name in config.placeholders):
+            fields["question"] = _filled(config.prompt, row, values, where)
+    else:
+        fields |= {name: text_of(values[name], f"{where}, {name}") for name in ("text", "question") if values.get(name) not in (None, "")}
+        turns = values.get("conversations")
+        if turns:
+            turns_of(turns, where)
+            fields["conversations"] = [{name: turn[name] for name in TURN_KEYS if name in turn} for turn in turns]
+    if not any(fields.values()):
+        raise ValueError(f"{where} has no text (its columns: {list(row)}); mend or remove the row, or say in `columns` where the text is.")
+    answer = answer_of(values.get("answer"), f"{where}, answer")
+    return fields if answer is None else fields | {"answer": answer}
+
+
+def _filled(prompt: str, row: Mapping[str, Any], values: Mapping[str, Any], where: str) -> str:
+    """Return the prompt with the values of a row's columns and fields, empty where there is none."""
+    named = {name: value for name, value in {**row, **values}.items() if value is not None}
+    try:
+        return prompt.format_map(defaultdict(str, named))
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not fill the prompt {prompt!r} ({error!r}); mend the row or `prompt`.") from error

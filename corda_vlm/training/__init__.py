@@ -1,0 +1,1 @@
+"""Recipes: load a base, prepare, train, resume, write what was trained."""

@@ -1,0 +1,72 @@
+"""What a recipe means to transformers' Trainer."""
+
+import dataclasses
+from importlib.util import find_spec
+
+import torch
+from transformers import TrainingArguments
+
+from corda_vlm.training.processes import processes
+from corda_vlm.training.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe.
+
+    Raises:
+        ModuleNotFoundError: If the log asked for needs a package that is not installed.
+        ValueError: If the batch cannot be shared out over the processes.
+    """
+    options, world = recipe.training, processes().num_processes
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )  # renamed on the way to 6
+    share, rest = divmod(options.batch_size, world)
+    micro = options.micro_batch_size or share
+    if rest or not share or share % micro:
+        raise ValueError(
+            f"training.batch_size is {options.batch_size} for {world} process(es) of micro_batch_size {options.micro_batch_size}; "
+            "expected a multiple of their product."
+        )
+    _require_log(options.log_to)
+    return TrainingArguments(
+        output_dir=recipe.output,
+        max_steps=options.steps or -1,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup,  # below 1 it is a part of the steps
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        # Reentrant checkpoints drop the gradients of a vision tower whose inputs need none.
+        **({checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}} if options.gradient_checkpointing else {}),
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=options.keep_checkpoints,
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if options.evaluate_every is None or recipe.evaluation is None else "steps",
+        eval_steps=options.evaluate_every,
+        prediction_loss_only=True,
+        report_to=[] if options.log_to == "none" else [options.log_to],
+        remove_unused_columns=False,
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True if world > 1 else None,  # a batch without images leaves the vision tower's adapters out
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+
+
+def _require_log(log_to: str) -> None:
+    package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(log_to)
+    if package is not None and find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"training.log_to is {log_to}, which is not installed; run: pip install 'corda-vlm[train]' ({package}), or set it to none."
+        )

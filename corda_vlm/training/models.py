@@ -1,0 +1,204 @@
+"""From a model option to a base model and what reads its samples."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from corda_vlm.context import with_sizes_of
+from corda_vlm.data.conversation import tokenizer_of
+from corda_vlm.data.pairs import OpenClipPairs
+from corda_vlm.towers import image_dtype, is_text_only
+from corda_vlm.training.recipe import ModelConfig
+
+
+def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
+    """Return the model in evaluation mode and its processor (a tokenizer for text alone, ``OpenClipPairs`` for open_clip).
+
+    Raises:
+        ModuleNotFoundError: If an extra is needed that is not installed.
+        ValueError: If the model is not there, is damaged, or its processor is of another model.
+    """
+    with network_only_if(config.download):
+        return _load_open_clip(config) if config.library == "open_clip" else _load_transformers(config)
+
+
+@contextmanager
+def network_only_if(allowed: bool) -> Iterator[None]:
+    """Keep the libraries of the hub off the network, unless it is allowed; PEFT and open_clip would ask it by themselves."""
+    before = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    if not allowed:
+        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before[0]
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        if before[1] is not None:
+            os.environ["HF_HUB_OFFLINE"] = before[1]
+
+
+def _load_transformers(config: ModelConfig) -> tuple[nn.Module, Any]:
+    known = _known(config)
+    try:
+        described = AutoConfig.from_pretrained(config.path, **known)
+        reader = _reader(described)
+        options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+        if config.attention is not None:
+            options["attn_implementation"] = config.attention
+        if config.quantize is not None:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=config.quantize,
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+            )
+        model = reader.from_pretrained(config.path, **known, **options).eval()
+        processor = read_processor(config, model)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"model.path {config.path} needs a package that is not installed: {error}") from error
+    except Exception as error:  # of damaged files transformers lets through what a dozen libraries raise
+        raise ValueError(_not_loaded(config, error)) from error
+    check_processor(model, processor)
+    return model, processor
+
+
+def describe_base(config: ModelConfig) -> nn.Module:
+    """Return the model without its weights (on the meta device), for estimates; reads its ``config.json`` only.
+
+    Raises:
+        ModuleNotFoundError: If an extra is needed that is not installed.
+        ValueError: If the model is not there.
+    """
+    with torch.device("meta"):
+        if config.library == "open_clip":
+            return _open_clip().create_model(config.path, pretrained=None, device="meta").to(getattr(torch, config.dtype))
+        try:
+            described = AutoConfig.from_pretrained(config.path, **_known(config))
+        except Exception as error:  # as above
+            raise ValueError(_not_loaded(config, error)) from error
+        model: nn.Module = _reader(described).from_config(
+            described, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )
+    return model
+
+
+def read_processor(config: ModelConfig, model: nn.Module) -> Any:
+    """Return what reads samples for a model of transformers: a tokenizer for text alone, else a processor.
+
+    Raises:
+        OSError: If it is not there.
+        ValueError: If it cannot be read.
+    """
+    return with_sizes_of(model, (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **_known(config)))
+
+
+def check_processor(model: Any, processor: Any) -> None:
+    """Refuse a processor of another model, before it makes tokens that the model does not know.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, the two mean other tokens by an image, or images cannot be read.
+    """
+    kind = type(processor).__name__
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", config)
+    size, tokens = getattr(text, "vocab_size", None), len(tokenizer_of(processor)) if hasattr(tokenizer_of(processor), "__len__") else 0
+    if size is not None and tokens > size:
+        raise ValueError(f"The {kind} has {tokens} tokens, but the model knows {size}: it belongs to another model; take the model's own.")
+    if _image_token_of(config) is not None and not hasattr(processor, "image_processor"):
+        raise ValueError(f"{kind} reads no images, but {type(model).__name__} takes them; pass the model's own processor.")
+    check_image_token(model, processor)
+
+
+def check_image_token(model: Any, processor: Any) -> None:
+    """Refuse a processor that puts another token where an image stands than the model looks for.
+
+    Raises:
+        ValueError: If the tokens differ.
+    """
+    wanted = _image_token_of(getattr(model, "config", None))
+    found = getattr(processor, "image_token_id", wanted)
+    if wanted is not None and found != wanted:
+        raise ValueError(
+            f"{type(processor).__name__} puts token {found} where an image stands, but the model expects {wanted}: it belongs to another "
+            "model; take its own."
+        )
+
+
+def _image_token_of(config: Any) -> int | None:
+    token: int | None = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return token
+
+
+def _known(config: ModelConfig) -> dict[str, Any]:
+    """Return what all of transformers' readers are told."""
+    options: dict[str, Any] = {"local_files_only": not config.download, "trust_remote_code": config.trust_remote_code}
+    return options if config.revision is None else options | {"revision": config.revision}
+
+
+def _reader(described: Any) -> Any:
+    """Return the class that reads a model of this kind with its output layer."""
+    if described.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if described.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+
+
+def _load_open_clip(config: ModelConfig) -> tuple[nn.Module, Any]:
+    open_clip = _open_clip()
+    is_file = config.weights is not None and Path(config.weights).exists()
+    if config.path.startswith("hf-hub:") and not config.download:
+        raise ValueError(f"model.path is {config.path!r}, which is on the hub; set model.download to true to fetch it.")
+    if config.weights is not None and not is_file and not config.download:
+        raise ValueError(f"model.weights is {config.weights!r}, which is no file here; give one, or set model.download to true for a tag.")
+    try:
+        precision = {"float32": "fp32", "bfloat16": "pure_bf16", "float16": "pure_fp16"}[config.dtype]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            model, _, preprocess = open_clip.create_model_and_transforms(config.path, pretrained=config.weights, precision=precision)
+        tokenizer = open_clip.get_tokenizer(config.path)
+    except UserWarning as error:
+        raise ValueError(
+            f"model.path {config.path} and model.weights {config.weights} have other activations ({error}); take the architecture "
+            "whose name ends in -quickgelu, or other weights."
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(_not_loaded(config, error)) from error
+    return model.eval(), OpenClipPairs(preprocess, tokenizer, image_dtype(model))
+
+
+def _open_clip() -> Any:
+    # Imported here: it belongs to the extra `open-clip`.
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("open_clip is not installed; run: pip install 'corda-vlm[open-clip]'") from error
+    return open_clip
+
+
+def _not_loaded(config: ModelConfig, error: Exception) -> str:
+    """Return the sentence for a model that could not be read."""
+    reason = " ".join(str(error).split())[:300]
+    if Path(config.path).exists():
+        return f"model.path {config.path} could not be read: {reason}"
+    if config.download:
+        return f"model.path {config.path} could not be fetched: {reason}; what has come stays, run again to go on."
+    return (
+        f"model.path {config.path} is no folder here and not in the cache of the hub; set model.download to true (export and eval: "
+        "--download) to fetch it."
+    )

@@ -1,0 +1,185 @@
+"""A training run as a value: which model, which data, which adapter, how it is trained and where it goes. ``configs/`` holds such."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from corda_vlm.config import CordaConfig
+from corda_vlm.data.sources import DataConfig
+from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
+from corda_vlm.yaml import read_config
+
+RECIPE = "recipe.yaml"
+"""What a run's output holds of it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Options):
+    """Where the base model comes from."""
+
+    path: Place
+    """A folder, or an id of the Hugging Face hub; for open_clip an architecture such as "ViT-B-32", or "local-dir:" and a folder."""
+
+    library: Annotated[str, one_of("transformers", "open_clip")] = "transformers"
+    """"transformers" or "open_clip"."""
+
+    weights: Place | None = None
+    """For open_clip: a file of weights, or one of its tags such as "openai"; None takes random ones."""
+
+    dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"
+    """Precision of the base: "float32", "bfloat16" or "float16"; what is trained is kept in float32."""
+
+    quantize: Annotated[str, one_of("nf4", "fp4")] | None = None
+    """"nf4" or "fp4": load the base in 4 bits (bitsandbytes), as QLoRA does; the adapter is made from the dequantised weights."""
+
+    attention: str | None = None
+    """transformers' ``attn_implementation``: "sdpa", "eager" or "flash_attention_2"; None lets it choose."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    download: bool = False
+    """Whether models and data may be fetched from the hub; else all must be on this disk."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be right.
+
+        Raises:
+            ValueError: If an option has an impossible value; the text names it.
+        """
+        super().__post_init__()
+        if self.library == "open_clip" and (self.quantize or self.attention or self.revision):
+            raise ValueError("quantize, attention and revision are for library: transformers; leave them out for open_clip.")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Options):
+    """How the adapter is trained."""
+
+    steps: Count | None = None
+    """Optimiser steps; None goes over the data ``epochs`` times."""
+
+    epochs: Annotated[float, Field(gt=0, le=LARGEST)] = 1.0
+    """How often to go over the data where ``steps`` is None."""
+
+    batch_size: Count = 16
+    """Samples in one optimiser step, over all processes: the same samples in the same order however many there are."""
+
+    micro_batch_size: Count | None = None
+    """Samples that one process takes through the model at once; None takes its whole share of the batch."""
+
+    learning_rate: Positive = 2e-4
+    """Peak rate; LLaVA's own for LoRA, which ``protect: strict`` bears and gains by raising. The papers' form (``protect: start``,
+    ``split: paper``) takes their 2e-5."""
+
+    projector_learning_rate: Positive | None = None
+    """Peak rate of what trains in the projector; None takes ``learning_rate``."""
+
+    vision_learning_rate: Positive | None = None
+    """Peak rate of what trains in the vision tower; None takes ``learning_rate``."""
+
+    weight_decay: NotNegative = 0.0
+    """AdamW's; it pulls A and B to zero, not to where they started, so ``protect: start`` drifts by it."""
+
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Part of the steps in which the rate rises."""
+
+    schedule: Annotated[str, one_of("cosine", "linear", "constant", "constant_with_warmup")] = "cosine"
+    """"cosine", "linear", "constant" or "constant_with_warmup"."""
+
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+
+    bf16: bool = False
+    """Compute in bfloat16 (autocast), whatever precision the weights have."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them, in the language model and the vision tower."""
+
+    save_every: Count = 200
+    """Steps between checkpoints; a multiple of ``log_every``, so that none holds weights of a loss that was not looked at."""
+
+    keep_checkpoints: Annotated[int, Field(ge=2, le=LARGEST)] = 2
+    """How many stay; two at least, so that one is whole whenever the process dies."""
+
+    log_every: Count = 1
+    """Steps between records of the loss, which is also when it is looked at for NaN."""
+
+    log_to: Annotated[str, one_of("tensorboard", "wandb", "none")] = "tensorboard"
+    """"tensorboard" (in the output's ``runs/``), "wandb" or "none"; the losses are in ``training.json`` in any case."""
+
+    evaluate_every: Count | None = None
+    """Steps between losses on ``evaluation``; None takes it at the end only."""
+
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that read images beside the training one."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be right.
+
+        Raises:
+            ValueError: If an option has an impossible value; the text names it.
+        """
+        super().__post_init__()
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
+
+
+@dataclass(frozen=True)
+class Recipe(Options):
+    """One training run."""
+
+    model: ModelConfig
+    """The base."""
+
+    data: DataConfig
+    """What is learned: questions and answers or conversations; for CLIP images and captions."""
+
+    output: Place
+    """Folder for the adapter, its checkpoints and its records."""
+
+    context: DataConfig | None = None
+    """Samples of what is to be kept (``corda.mode: kpm``), or learned (ipm); None takes ``data``, for ipm only."""
+
+    evaluation: DataConfig | None = None
+    """Held-out samples whose loss is measured: the mean over samples of each one's mean over its tokens; for CLIP over batches."""
+
+    corda: CordaConfig = field(default_factory=CordaConfig)
+    """How the adapter is prepared."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+
+    seed: Seed = 0
+    """Of the order of the data, and all else that is random; the draw of the context has ``corda.seed``."""
+
+    def __post_init__(self) -> None:
+        """Refuse a run that cannot be meant.
+
+        Raises:
+            ValueError: If KPM has no context of what is to be kept, or there is nothing to evaluate on.
+        """
+        super().__post_init__()
+        if self.context is None and self.corda.mode == "kpm":
+            raise ValueError(
+                "corda.mode is kpm, but there is no context: name samples of what the model is to keep, or set corda.mode to ipm."
+            )
+        if self.evaluation is None and self.training.evaluate_every is not None:
+            raise ValueError(
+                f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."
+            )
+
+
+def read_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Return the recipe in a YAML file, with ``key.key=value`` overrides put in.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If an option is unknown, missing or has an impossible value.
+    """
+    return read_config(path, Recipe, overrides)

@@ -1,0 +1,192 @@
+"""A run's output folder: whose it is, and which of its checkpoints are whole and can be gone on from."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import yaml
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from corda_core import attachment_of
+from corda_core.files import flush, read_json, write_whole
+from corda_core.layers import from_first_process, process_rank
+from corda_core.store import ATTACHMENT, check_saved_together, put_weights_, read_adapter, read_attachment, save_attachment
+from corda_vlm.outputs import clear_partial, locked
+from corda_vlm.training.processes import processes
+from corda_vlm.training.recipe import RECIPE, Recipe
+from corda_vlm.yaml import read_yaml
+
+logger = logging.getLogger(__name__)
+
+FREE = {
+    *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
+    *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
+}
+"""Options that may be others when a run is resumed: the losses stay the same, but for what is skipped, or up to rounding."""
+STATE = "trainer_state.json"
+DAMAGED = "damaged-"
+"""How checkpoints are called that were whole once, and are set aside."""
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of an output while this one, of however many processes, lives.
+
+    Raises:
+        BlockingIOError: If another run has it.
+    """
+    with ExitStack() as held:
+        problem = None
+        if process_rank() == 0:
+            try:
+                held.enter_context(locked(output))
+            except BlockingIOError as error:
+                problem = str(error)
+        problem = from_first_process(problem)
+        if problem is not None:
+            raise BlockingIOError(problem)
+        yield
+
+
+def claim(recipe: Recipe, output: Path, resume: bool) -> None:
+    """Write the recipe into an output of its own; or check that what is there is a run of this recipe, and drop what is half written.
+
+    Raises:
+        FileExistsError: If there is another run, or what another program wrote.
+        ValueError: If the run that is to be gone on with has another recipe.
+    """
+    asked = yaml.safe_load(yaml.safe_dump(_plain(recipe)))
+    has_begun = from_first_process((output / ATTACHMENT).exists() and (output / RECIPE).exists())
+    foreign = from_first_process(
+        sorted(file.name for file in output.glob("*") if file.name.startswith(("checkpoint-", "adapter_", "corda.")))
+    )
+    if not has_begun:
+        if foreign:
+            raise FileExistsError(f"{output} holds {foreign[0]}, which no run of a recipe left there; name another output.")
+        if resume:
+            logger.warning("%s holds no run to go on with: starting one.", output)
+    elif not resume:
+        raise FileExistsError(f"{output} holds a run already; go on with it (--resume), or name another output.")
+    else:
+        found = read_yaml(output / RECIPE, "name another output, or put that run's recipe there again")
+        if not isinstance(found, dict):
+            raise ValueError(f"{output / RECIPE} holds no options; name another output, or put that run's recipe there again.")
+        different = _first_difference(found, asked)
+        if different:
+            raise ValueError(
+                f"{output / RECIPE} has another {different}, on which plan or losses depend; resume with the recipe that was started, or "
+                "name another output."
+            )
+    processes().wait_for_everyone()
+    if process_rank() == 0:
+        write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
+        for checkpoint in list(output.glob("checkpoint-*")):
+            clear_partial(checkpoint)
+            _put_away_if_not_whole(checkpoint)
+    processes().wait_for_everyone()
+
+
+def last_whole(output: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written; under several processes the first one's answer counts."""
+    numbered = {int(number): folder for folder in output.glob("checkpoint-*") if (number := folder.name.rpartition("-")[2]).isdecimal()}
+    return next((numbered[number] for number in sorted(numbered, reverse=True) if not _what_is_wrong(numbered[number])), None)
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / STATE))
+    return state.global_step >= state.max_steps
+
+
+def restore_(trainer: Trainer, checkpoint: Path) -> None:
+    """Give a Trainer that has nothing left to do the weights and losses of a checkpoint; its own resuming would take one step more."""
+    _, trained = read_adapter(checkpoint)
+    put_weights_(trainer.model, trained)
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks checkpoints as whole by the last file that goes into them."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.attachment = attachment_of(model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what ``load`` needs beside the Trainer's files, when all processes have written theirs and they are on the disk."""
+        processes().wait_for_everyone()
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            for path in (*checkpoint.rglob("*"), checkpoint):
+                flush(path)
+            save_attachment(self.attachment, checkpoint / ATTACHMENT, saved_with=checkpoint)
+
+
+def _put_away_if_not_whole(checkpoint: Path) -> None:
+    """Remove a checkpoint that a process left half written or half removed; set one aside that has another content than it had."""
+    wrong = _what_is_wrong(checkpoint)
+    if isinstance(wrong, FileNotFoundError):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    elif wrong is not None:
+        aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        logger.warning("%s is damaged (%s): it is kept as %s, and an earlier checkpoint is taken.", checkpoint, wrong, aside.name)
+
+
+def _what_is_wrong(checkpoint: Path) -> Exception | None:
+    """Return why a checkpoint cannot be resumed from; None if it is as it was written."""
+    try:
+        _, beside = read_attachment(checkpoint / ATTACHMENT)
+        if beside is None:
+            _check_unsealed(checkpoint)
+        else:
+            check_saved_together(checkpoint, beside)
+    except (OSError, ValueError) as error:
+        return error
+    return None
+
+
+def _check_unsealed(checkpoint: Path) -> None:
+    """Check what can be of a checkpoint of corda-vlm 0.1.0, which has no digests but those of torch's zip files.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged.
+    """
+    read_adapter(checkpoint)
+    if not isinstance(read_json(checkpoint / STATE), dict):
+        raise ValueError(f"{checkpoint / STATE} holds no state.")
+    for file in {checkpoint / "scheduler.pt", *checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")}:
+        try:
+            with ZipFile(file) as archive:
+                broken = archive.testzip()
+        except BadZipFile as error:
+            raise ValueError(f"{file} is not whole ({error}).") from error
+        if broken is not None:
+            raise ValueError(f"{file} is damaged in {broken}.")
+
+
+def _plain(value: Any) -> Any:
+    """Return a recipe as what YAML holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _first_difference(found: Any, asked: Any, at: str = "") -> str:
+    """Return the name of the first option in which two recipes differ, or nothing."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for key in {**asked, **found}:
+            name = _first_difference(found.get(key), asked.get(key), f"{at}.{key}" if at else key)
+            if name:
+                return name
+        return ""
+    return "" if found == asked or at in FREE else f"{at} ({found!r}, asked for is {asked!r})"

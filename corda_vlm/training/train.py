@@ -1,0 +1,261 @@
+"""Fine-tune an adapted model with transformers' Trainer, on questions and answers or on images and captions."""
+
+import copy
+import inspect
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from corda_core import Covariance, context_drift
+from corda_core.linears import base_of, evaluating, hold_statistics_
+from corda_core.lora import output_energies
+from corda_vlm.context import collator_for
+from corda_vlm.data.pairs import PairCollator
+from corda_vlm.data.rows import Numbered
+from corda_vlm.data.samples import Collator, Item
+from corda_vlm.towers import family_of
+from corda_vlm.training.contrastive import ContrastiveTrainer, check_pairs
+
+
+def fine_tune(
+    model: nn.Module,
+    items: Sequence[Item],
+    processor: Any,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[tuple[int, float]]:
+    """Train what is trainable on the items, and return the loss step by step.
+
+    The loss is the cross-entropy of the responses (nats per token); for models with two towers the contrastive loss
+    (``corda_vlm.training.contrastive``) of images and captions.
+
+    AdamW without weight decay, cosine decay after 3 % warm-up, gradients clipped to norm 1: the papers' recipe. The order of
+    the items depends on ``seed`` and their number only, so methods that are compared see the same data.
+
+    Args:
+        model: The adapted model; trained in place, left in evaluation mode.
+        items: As ``images_texts`` of ``prepare``; each needs a response, or for two towers an image and a caption, and then at least
+            ``batch_size`` are needed.
+        processor: The model's processor or tokenizer; for open_clip ``OpenClipPairs(preprocess, tokenizer)``.
+        steps: Optimiser steps.
+        batch_size: Items a step.
+        learning_rate: Peak rate.
+        seed: Of the order of the items.
+        callbacks: The Trainer's, such as ``DriftLog``.
+
+    Raises:
+        NotFiniteError: If loss, gradients or weights are no longer finite; a ``FloatingPointError`` and a ``ValueError``.
+        ValueError: If an item has no response, or there are fewer pairs than one batch.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            save_strategy="no",
+            report_to=[],
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=0.0,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, round(0.03 * steps)),
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+            data_seed=seed,
+        )
+        trainer = trainer_for(model, items, processor, arguments, callbacks=callbacks)
+        trainer.train()
+    model.eval()
+    return losses_of(trainer)
+
+
+def trainer_for(
+    model: nn.Module,
+    items: Any,
+    processor: Any,
+    arguments: TrainingArguments,
+    *,
+    evaluation: Any = None,
+    rates: Mapping[str, float] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Return transformers' Trainer for the loss of this model, with a bar that shows the loss and the time left.
+
+    Args:
+        model: The adapted model.
+        items: As in ``fine_tune``; a ``torch.utils.data.Dataset`` of such will do.
+        processor: As in ``fine_tune``.
+        arguments: The Trainer's.
+        evaluation: Held-out items, or None.
+        rates: Peak learning rate of what trains in each part ("vision", "projector"); all else has that of the arguments.
+        callbacks: The Trainer's.
+
+    Raises:
+        ValueError: If there are fewer pairs than one batch.
+
+    Note:
+        The contrastive loss is that of whole batches, held-out ones too: fewer pairs than that at the end are left out.
+    """
+    base = base_of(model)
+    collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
+    kind: type[Trainer] = ContrastiveTrainer if isinstance(collate, PairCollator) else ResponseTrainer
+    if isinstance(collate, Collator):
+        trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+        collate = replace(collate, with_labels=True, trim_logits=trims)
+    if isinstance(collate, PairCollator):
+        arguments = _of_whole_batches(arguments, items, evaluation)
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    groups = parameter_groups(model, rates or {}, arguments.weight_decay)
+    trainer = kind(
+        model,
+        arguments,
+        train_dataset=Numbered(items, "items"),
+        eval_dataset=None if evaluation is None else Numbered(evaluation, "evaluation"),
+        data_collator=partial(collate),  # the Trainer would save a collator's own tokenizer, which open_clip's cannot
+        optimizer_cls_and_kwargs=(optimizer, options | {"params": groups}),
+    )
+    trainer.remove_callback(ProgressCallback)
+    for callback in (FiniteLosses(), *callbacks, _LossBar()):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def _of_whole_batches(arguments: TrainingArguments, items: Any, evaluation: Any) -> TrainingArguments:
+    """Return the arguments with smaller batches left out: a pair is told apart from fewer others there, which is another loss."""
+    check_pairs(len(items), arguments.train_batch_size * arguments.world_size, "items")
+    if evaluation is not None:
+        check_pairs(len(evaluation), arguments.eval_batch_size * arguments.world_size, "evaluation")
+    arguments = copy.copy(arguments)
+    arguments.dataloader_drop_last = True
+    return arguments
+
+
+def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Return what trains as groups for an optimiser: by part of the model where that has its own rate, biases and norms without decay."""
+    family = family_of(base_of(model))
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = family.part_of(name.removeprefix("base_model.model."))
+            groups.setdefault((rates.get(part or ""), parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0} | ({} if rate is None else {"lr": rate})
+        for (rate, decays), parameters in groups.items()
+    ]
+
+
+def losses_of(trainer: Trainer) -> list[tuple[int, float]]:
+    """Return the losses that a Trainer logged: (step, mean since the last one)."""
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+class ResponseTrainer(Trainer):
+    """transformers' Trainer, whose held-out loss is the mean of its batches' means.
+
+    The Trainer weighs by tokens within what all processes read at once, so its held-out loss depends on how many they are.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the loss of a batch."""
+        hold_statistics_(model)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the Trainer does, with 4-bit layers left as they train: else bitsandbytes packs them anew on CPUs."""
+        with evaluating(base_of(model)):
+            return super().prediction_step(model, *args, **kwargs)
+
+
+class NotFiniteError(FloatingPointError, ValueError):
+    """Training came to infinities or to what is no number."""
+
+
+class FiniteLosses(TrainerCallback):
+    """Stops training at a loss, a gradient or weights that are not finite; no checkpoint is written of such."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the last step too, after which weights are kept."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Refuse to go on; where weights are to be kept, which a checkpoint does after its log, those too."""
+        logs = logs or {}
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise _not_finite(f"{key} is {logs[key]}", state, f", learning rate {logs.get('learning_rate')}")
+        if control.should_save or state.global_step >= state.max_steps:
+            for name, parameter in kwargs["model"].named_parameters():
+                if parameter.requires_grad and not _own(parameter).isfinite().all():
+                    raise _not_finite(f"{name} has weights that are not finite", state)
+
+
+def _not_finite(what: str, state: TrainerState, rate: str = "") -> NotFiniteError:
+    return NotFiniteError(f"{what} at step {state.global_step}{rate}: lower the rate, or look at the samples of that step")
+
+
+def _own(parameter: nn.Parameter) -> torch.Tensor:
+    """Return what this process holds of a parameter that may be sharded."""
+    return getattr(parameter, "to_local", lambda: parameter)()
+
+
+class DriftLog(TrainerCallback):
+    """Logs the adapter's context drift while it trains: forgetting comes into sight without a benchmark.
+
+    ``context_drift`` in the Trainer's logs is the mean over the layers of ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``: by what part the outputs on
+    the context have changed.
+    """
+
+    def __init__(self, covariances: Mapping[str, Covariance], every: int = 10) -> None:
+        """Take the covariances, as from ``corda_vlm.collect_context``, and how many steps lie between two measurements."""
+        self.covariances, self.every = covariances, every
+        self.energies: dict[str, float] = {}
+        self.history: list[tuple[int, float]] = []
+        """(step, drift) so far."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the drift to what is logged."""
+        if logs is None or "loss" not in logs or state.global_step % self.every:
+            return
+        model = kwargs["model"]
+        self.energies = self.energies or output_energies(model, self.covariances)
+        with torch.no_grad():
+            drifts = context_drift(model, self.covariances, energies=self.energies).values()
+        logs["context_drift"] = sum(drifts) / len(drifts)
+        state.log_history[-1]["context_drift"] = logs["context_drift"]
+        self.history.append((state.global_step, logs["context_drift"]))
+
+
+class _LossBar(ProgressCallback):
+    """The Trainer's bar with the time left, showing the loss beside it instead of a line a step."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the last loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            drift = {"drift": f"{logs['context_drift']:.2%}"} if "context_drift" in logs else {}
+            self.training_bar.set_postfix(loss=logs["loss"], **drift)
+
+
+def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:
+    """Return the model with PEFT's plain LoRA (A Kaiming, B = 0, alpha = rank) on the named layers: the baseline."""
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(names), lora_dropout=0.0))

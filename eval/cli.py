@@ -1,0 +1,108 @@
+"""``corda-vlm``, all of it: the commands of ``corda_vlm.cli``, and those that measure and compare."""
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from corda_vlm.cli import DOWNLOAD, OVERRIDES, TRUST, app, command
+from corda_vlm.training.recipe import ModelConfig
+from corda_vlm.yaml import read_config
+
+
+@command("demo", "the same command starts it anew")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for report.html, summary.json, predictions.jsonl and the adapters.")] = Path(
+        "demo-report"
+    ),
+    config: Annotated[Path | None, typer.Option(help="Another YAML file than the shipped configs/demo.yaml.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes to see that everything runs; the scores mean nothing.")] = False,
+) -> None:
+    """Teach a small LLaVA to read digits with LoRA and with CorDA, and report what each gained and forgot."""
+    # Imported here: these belong to the extra `demo` and take seconds.
+    from corda_eval.demo.demo import DemoConfig, require_demo_packages, run_demo
+    from corda_vlm.report import draw_headline, write_report
+
+    shipped = Path(str(files("corda_vlm.configs"))) / ("demo_quick.yaml" if quick else "demo.yaml")
+    require_demo_packages()
+    summary = run_demo(read_config(config or shipped, DemoConfig), output, _typed())
+    write_report(summary, output / "report.html")
+    draw_headline(summary, output / "headline.png")
+    for sentence in summary["verdict"]["sentences"]:
+        typer.echo(sentence)
+    typer.echo(f"Report: {output / 'report.html'} ({summary['seconds']:.0f} s, {summary['peak_memory_gb']:.1f} GB)")
+
+
+@command("eval", "the same command goes on with what is not done yet")
+def evaluate(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the untouched base; for open_clip see --library.")],
+    adapter: Annotated[list[Path], typer.Option(help="Folder of `train`, or of an ordinary LoRA; may be given several times.")],
+    suite: Annotated[Path, typer.Option(help="YAML file with a list of tasks, such as configs/suite_lab.yaml.")],
+    output: Annotated[Path, typer.Option(help="Folder for results, predictions and report; tasks done there are not run again.")],
+    dtype: Annotated[str, typer.Option(help="Precision of the base: that which the adapter was made in.")] = "bfloat16",
+    library: Annotated[str, typer.Option(help="transformers or open_clip.")] = "transformers",
+    weights: Annotated[str | None, typer.Option(help="For open_clip: file or tag of the weights.")] = None,
+    check_batch_invariance: Annotated[
+        int,
+        typer.Option(
+            min=0, help="First ask the base this many questions of each benchmark one by one too, and tell how many answers differ."
+        ),
+    ] = 0,
+    download: DOWNLOAD = False,
+    trust_remote_code: TRUST = False,
+) -> None:
+    """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
+    # Imported here: the evaluation's packages are extras, and take seconds.
+    from corda_eval.suite.measure import batch_checks
+    from corda_eval.suite.measure import evaluate as run
+    from corda_eval.suite.tasks import read_suite
+
+    names = [folder.resolve().name for folder in adapter]
+    if len(set(names)) < len(names) or {"base", ""} & set(names):
+        raise ValueError(f"The adapters' folders are called {names}; expected different names, none of them base: they name the rows.")
+    model = ModelConfig(base, library=library, weights=weights, dtype=dtype, download=download, trust_remote_code=trust_remote_code)
+    if check_batch_invariance:
+        for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
+            typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
+    found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, _typed())
+    for name, its in found.get("sentences", {}).items():
+        typer.echo(f"{name}: {'; '.join(its)}.")
+    if found:
+        typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({found['seconds']:.0f} s)")
+
+
+@command("compare", "the same command makes the runs that are missing")
+def compare(
+    config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
+    overrides: OVERRIDES = None,
+    output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
+    only_report: Annotated[bool, typer.Option("--only-report", help="Run nothing: report on the runs that are finished.")] = False,
+) -> None:
+    """Run methods at several rates and seeds on tasks with kept tasks: which forgets less at equal gain? Finished runs are kept."""
+    # Imported here: the evaluation's packages are extras, and take seconds.
+    from corda_eval.study.grid import StudyConfig, check, complete, finished
+    from corda_eval.study.report import write_study
+
+    study = read_config(config, StudyConfig, overrides or [])
+    check(study)
+    failures = [] if only_report else complete(study, typer.echo)
+    for failure in failures:
+        typer.echo(f"corda-vlm compare: {failure}", err=True)
+    runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
+    if not runs:
+        raise ValueError(f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results.")
+    write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
+    typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _typed() -> str:
+    """Return what was typed, for records."""
+    return " ".join(["corda-vlm", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    app()

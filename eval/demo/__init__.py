@@ -1,0 +1,1 @@
+"""The demo: a small LLaVA learns to read digits."""

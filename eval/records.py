@@ -1,0 +1,138 @@
+"""What every evaluation comes to, whatever it asked: figures, one score an example, and what was predicted."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corda_core.files import DIGEST, json_digest, read_json, write_whole
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task done with one model."""
+
+    task: str
+    """Its usual name, such as "vqav2" or "imagenet1k"."""
+
+    metrics: Mapping[str, float]
+    """By their usual names; fractions from 0 to 1, perplexities as they are."""
+
+    headline: str
+    """Which of them is compared; higher is better, except for "perplexity" and "word_perplexity"."""
+
+    scores: Sequence[float]
+    """Each example's part of the headline, in the order of the data: what paired intervals are drawn from."""
+
+    records: Sequence[Mapping[str, Any]]
+    """One each time that something was asked, JSON values: its id, what was predicted, what is right. As many as scores, but of benchmarks
+    that ask an example in several ways (MMBench)."""
+
+    examples_per_second: float
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples were scored."""
+        return len(self.scores)
+
+
+LIBRARIES = ("corda-vlm", "torch", "transformers", "peft")
+"""What answers may depend on."""
+PACKAGES = (*LIBRARIES, "accelerate", "safetensors", "lm_eval")
+
+
+def describe_run(config: Any, command: str, start: float) -> dict[str, Any]:
+    """Return plain values that stand in every summary.
+
+    Args:
+        config: The run's options, a dataclass with a ``seed``.
+        command: The shell command that makes the result again.
+        start: ``time.time()`` when the run began.
+    """
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "machine": {"cpu": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "seconds": round(time.time() - start, 1),
+        # Linux counts in KiB.
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that answers may depend on."""
+    return {package: version(package) for package in LIBRARIES}
+
+
+def _commit() -> str:
+    """Return the commit of the checkout this file is in, or "not a checkout"."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "not a checkout"
+
+
+def _processor() -> str:
+    """Return the processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def escaped(text: str) -> str:
+    """Return Markdown that shows a text as it is, on one line: no column, tag, code, emphasis or link comes of it."""
+    # An ampersand counts only where it begins an entity, a bracket only where a link's target follows.
+    return re.sub(r"[\\`|<*]|&(?=#?\w+;)|(?<=\])\(", r"\\\g<0>", " ".join(text.split(sep="\n")))
+
+
+def code(text: str) -> str:
+    """Return Markdown that shows a text as code."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    padding = " " if "`" in text else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines, the last of them empty."""
+    lines = [f"| {' | '.join(map(escaped, line))} |" for line in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
+    write_whole(path, (json.dumps({**value, DIGEST: json_digest(value)}, indent=1) + "\n").encode())
+
+
+def read_sealed(path: Path, cure: str) -> dict[str, Any]:
+    """Return an object that ``write_sealed`` wrote, or corda-vlm 0.1.0, which gave it no digest.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or no object.
+    """
+    value = read_json(path, cure)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no object of JSON, as corda-vlm writes; {cure}.")
+    found = value.pop(DIGEST, None)
+    if found is None:
+        # Without the name: one warning for all that an old output holds.
+        warnings.warn("What corda-vlm 0.1.0 wrote as JSON has no digest: damage to it would not be seen.", stacklevel=3)
+    elif found != json_digest(value):
+        raise ValueError(f"{path} is damaged: its content is not that which its digest was taken of; {cure}.")
+    return value

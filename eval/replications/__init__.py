@@ -1,0 +1,1 @@
+"""Other papers' experiments, beside the study."""

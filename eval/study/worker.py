@@ -1,0 +1,112 @@
+"""One run of a study, in a process of its own: ``python -m corda_eval.study.worker SPEC.json RESULT.json CACHE``."""
+
+import dataclasses
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corda_core import Covariance
+from corda_core.bases import base_digest
+from corda_eval.records import library_versions, write_sealed
+from corda_eval.study.change import interpolated, linear_copies, relative_changes
+from corda_eval.study.method import Adapted
+from corda_eval.study.methods import METHODS
+from corda_eval.study.settings import SETTINGS
+from corda_eval.study.task import Score, Task
+from corda_eval.study.train import train
+from corda_vlm.options import NotNegative, Options, Seed
+from corda_vlm.yaml import from_mapping
+
+
+@dataclass(frozen=True)
+class RunSpec(Options):
+    """All that decides a run's outcome."""
+
+    setting: Mapping[str, Any]
+    """``kind`` and its options."""
+
+    method: Mapping[str, Any] | None
+    """``method`` and its options; None measures the base."""
+
+    rate: NotNegative
+    """Peak learning rate."""
+
+    seed: Seed
+    alphas: Sequence[float]
+    """Interpolations with the base that are measured too (WiSE-FT)."""
+
+
+def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
+    """Return what one run found: scores, size of the change, losses on the way, parameters, seconds and memory.
+
+    Raises:
+        ValueError: If setting or method are unknown, or their options wrong.
+    """
+    torch.manual_seed(spec.seed)
+    task = made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
+    versions = {"python": platform.python_version(), **library_versions()}
+    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions}
+    if spec.method is None:
+        scores = _plain(task.measure(task.model))
+        found = about | {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
+        return found | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
+    originals = linear_copies(task.model, task.layers)
+    kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
+    start = time.perf_counter()
+    adapted: Adapted = made(spec.method, "method", METHODS, "method").adapt(task)
+    prepared = time.perf_counter() - start
+    trained = train(adapted, task, spec.rate)
+    found = about | {
+        "trainable_parameters": sum(p.numel() for p in adapted.model.parameters() if p.requires_grad),
+        "diverged": trained.diverged,
+        "training_losses": [round(loss, 5) for loss in trained.training_losses],
+        "validation_losses": [[step, round(loss, 5)] for step, loss in trained.validation_losses],
+        "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
+    }
+    return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
+
+
+def _measured(
+    adapted: Adapted, task: Task, originals: Mapping[str, torch.nn.Linear], kept: Mapping[str, Covariance], alphas: Sequence[float]
+) -> dict[str, Any]:
+    """Return the scores of the trained model, of its interpolations with the base, and the size of the change."""
+    scores = _plain(task.measure(adapted.model))
+    between = {}
+    for alpha in alphas:
+        with interpolated(adapted.model, originals, alpha):
+            between[str(alpha)] = _plain(task.measure(adapted.model)) | {"validation": task.validate(adapted.model)}
+    on_context, plain = relative_changes(adapted.model, originals, kept)
+    return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
+
+
+def made(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
+    """Return the dataclass that a mapping names, filled with its other values."""
+    options = dict(values)
+    name = options.pop(key, None)
+    if name not in table:
+        raise ValueError(f"The {what} {name!r} is unknown; expected {key}: one of {', '.join(sorted(table))}.")
+    return from_mapping(options, table[name], f"{what} {name}")
+
+
+def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(score) for name, score in scores.items()}
+
+
+def main(spec: Path, result: Path, cache: Path) -> None:
+    """Run what a JSON file specifies and write the result whole."""
+    found = run(RunSpec(**json.loads(spec.read_text())), cache)
+    write_sealed(result, found)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

