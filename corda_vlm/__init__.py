@@ -9,11 +9,10 @@ from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.plan_report import write_plan_report
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.towers import select_layers
-from corda_vlm.training.train import DriftLog, attach_lora, fine_tune
+from corda_vlm.training.train import attach_lora, fine_tune
 
 __all__ = [
     "CordaConfig",
-    "DriftLog",
     "OpenClipPairs",
     "ZeroShotClassifier",
     "attach",

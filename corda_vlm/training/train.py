@@ -14,9 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from corda_core import Covariance, context_drift
 from corda_core.linears import base_of, evaluating, hold_statistics_
-from corda_core.lora import output_energies
 from corda_vlm.context import collator_for
 from corda_vlm.data.pairs import PairCollator
 from corda_vlm.data.rows import Numbered
@@ -53,7 +51,7 @@ def fine_tune(
         batch_size: Items a step.
         learning_rate: Peak rate.
         seed: Of the order of the items.
-        callbacks: The Trainer's, such as ``DriftLog``.
+        callbacks: The Trainer's.
 
     Raises:
         NotFiniteError: If loss, gradients or weights are no longer finite; a ``FloatingPointError`` and a ``ValueError``.
@@ -215,35 +213,6 @@ def _own(parameter: nn.Parameter) -> torch.Tensor:
     return getattr(parameter, "to_local", lambda: parameter)()
 
 
-class DriftLog(TrainerCallback):
-    """Logs the adapter's context drift while it trains: forgetting comes into sight without a benchmark.
-
-    ``context_drift`` in the Trainer's logs is the mean over the layers of ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``: by what part the outputs on
-    the context have changed.
-    """
-
-    def __init__(self, covariances: Mapping[str, Covariance], every: int = 10) -> None:
-        """Take the covariances, as from ``corda_vlm.collect_context``, and how many steps lie between two measurements."""
-        self.covariances, self.every = covariances, every
-        self.energies: dict[str, float] = {}
-        self.history: list[tuple[int, float]] = []
-        """(step, drift) so far."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Add the drift to what is logged."""
-        if logs is None or "loss" not in logs or state.global_step % self.every:
-            return
-        model = kwargs["model"]
-        self.energies = self.energies or output_energies(model, self.covariances)
-        with torch.no_grad():
-            drifts = context_drift(model, self.covariances, energies=self.energies).values()
-        logs["context_drift"] = sum(drifts) / len(drifts)
-        state.log_history[-1]["context_drift"] = logs["context_drift"]
-        self.history.append((state.global_step, logs["context_drift"]))
-
-
 class _LossBar(ProgressCallback):
     """The Trainer's bar with the time left, showing the loss beside it instead of a line a step."""
 
@@ -252,8 +221,7 @@ class _LossBar(ProgressCallback):
     ) -> None:
         """Show the last loss."""
         if self.training_bar is not None and logs and "loss" in logs:
-            drift = {"drift": f"{logs['context_drift']:.2%}"} if "context_drift" in logs else {}
-            self.training_bar.set_postfix(loss=logs["loss"], **drift)
+            self.training_bar.set_postfix(loss=logs["loss"])
 
 
 def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:

@@ -65,21 +65,6 @@ def test_the_default_trains_no_protected_direction(processor: Any, samples: list
     assert {name.split(".")[-3] for name, parameter in adapted.named_parameters() if parameter.requires_grad} == {"lora_B"}
 
 
-@pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
-def test_drift_is_logged_while_training(protect: str, processor: Any, samples: list[Any]) -> None:
-    from corda_core import context_drift
-
-    config = corda_vlm.CordaConfig(rank=4, protect=protect)
-    covariances = corda_vlm.collect_context(tiny_llava(), samples * 4, config, processor)
-    adapted = corda_vlm.prepare(tiny_llava(), samples * 4, processor=processor, rank=4, protect=protect)
-    log = corda_vlm.DriftLog(covariances, every=4)
-    corda_vlm.fine_tune(adapted, samples, processor, steps=12, batch_size=6, learning_rate=1e-2, seed=0, callbacks=[log])
-    assert [step for step, _ in log.history] == [4, 8, 12]
-    drifts = context_drift(adapted, covariances).values()
-    assert log.history[-1][1] == pytest.approx(sum(drifts) / len(drifts), rel=1e-4)
-    assert 0 < log.history[0][1] < 1
-
-
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_dead_vision_blocks_are_left_out(llava: Any, processor: Any, samples: list[Any]) -> None:
     config = corda_vlm.CordaConfig(parts=["vision"])
