@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_config, tiny_llama, tiny_llava
-from test_adapter import logits, planned, trained
+from test_attach import logits, planned, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 

@@ -12,7 +12,7 @@ import torch
 from conftest import llama_config, tiny_llama, tiny_llava
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_adapter import FAMILIES, IDS, logits, planned, trained
+from test_attach import FAMILIES, IDS, logits, planned, trained
 from torch import nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 

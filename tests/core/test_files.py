@@ -1,7 +1,5 @@
-"""Files appear whole or not at all, damaged ones are told by name, and one run at a time has a folder."""
+"""Files appear whole or not at all, and damaged ones are told by name."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from corda_core import files
 from corda_core.files import read_json, read_tensors, replacing_in, write_tensors, write_whole
 from corda_eval.records import read_sealed, write_sealed
-from corda_vlm.outputs import locked
 from corda_vlm.yaml import read_yaml
 
 
@@ -119,30 +115,3 @@ def test_sealed_json_comes_back_or_is_refused(tmp_path: Path) -> None:
     path.write_text('{"score": 1}')
     with pytest.warns(UserWarning, match="What corda-vlm 0.1.0 wrote"):
         assert read_sealed(path, "remove it") == {"score": 1}
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from corda_core.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_one_process_at_a_time_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(BlockingIOError, match="a is in use by another run; wait"), locked(tmp_path / "a"):
-        pass
-    with locked(tmp_path / "b"):
-        pass
-    holder.kill()
-    holder.communicate()
-    (tmp_path / "a" / ".partial-1").mkdir()
-    (tmp_path / "a" / "run" / ".partial-2").mkdir(parents=True)
-    with locked(tmp_path / "a"):  # a lock goes with its process; what is written below it may be another's
-        assert [left.name for left in (tmp_path / "a").rglob(".partial-*")] == [".partial-2"]

@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_adapter import FAMILIES, IDS, logits, planned, trained
+from test_attach import FAMILIES, IDS, logits, planned, trained
 
 from corda_core import attach, attachment_of, export, load, lora_layers, merge, save
 from corda_core.files import read_tensors

@@ -8,7 +8,7 @@ from conftest import tiny_llama
 from torch import Tensor, nn
 
 from corda_core import select_linears
-from corda_vlm import probe
+from corda_vlm.probe import probe
 
 
 class Maze(nn.Module):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from corda_core import files
 from corda_core.files import write_whole
+from corda_eval.records import write_sealed
 from corda_eval.study import grid
 from corda_eval.study.grid import BASE, Planned, StudyConfig, check, complete, finished, missing, planned
+from corda_vlm import outputs
 from corda_vlm.yaml import read_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -228,9 +229,9 @@ def test_other_seeds_run_although_an_arm_failed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_study_at_a_time_makes_runs_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    monkeypatch.setattr(outputs, "LOCK_WAIT", 0.1)
     config = study(tmp_path)
-    with files.locked(tmp_path), pytest.raises(BlockingIOError, match="is in use by another run"):
+    with outputs.locked(tmp_path), pytest.raises(BlockingIOError, match="is in use by another run"):
         complete(config, lambda line: None)
 
 
@@ -241,7 +242,7 @@ def test_results_are_as_they_were_written_or_refused(tmp_path: Path) -> None:
     path = tmp_path / one.file_name
     with pytest.warns(UserWarning, match="has no digest"):  # of version 0.1.0
         unsealed = finished(config, "sums")
-    files.write_sealed(path, json.loads(path.read_text()))
+    write_sealed(path, json.loads(path.read_text()))
     assert [run.result for run in finished(config, "sums")] == [run.result for run in unsealed]
     path.write_text(path.read_text().replace("1", "2", 1))
     with pytest.raises(ValueError, match=r"base-.*\.json is damaged: .*; remove it: the run is made again"):

@@ -53,7 +53,7 @@ def lab() -> Iterator[Any]:
             pytest.skip(str(error))
     loaded = load_lab(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("corda_eval.bench.cases", "corda_eval.study.settings.lab_llava"):
+        for module in ("corda_eval.lab.smollm2", "corda_eval.study.settings.lab_llava"):
             patch.setattr(import_module(module), "load_lab", lambda dtype: loaded)
         patch.setattr(lab_llava, "load_easy_vqa", cache(load_easy_vqa))
         yield loaded

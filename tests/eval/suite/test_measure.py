@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_core import files
 from corda_eval.cli import app
 from corda_eval.records import library_versions
 from corda_eval.suite import measure as run
 from corda_eval.suite.tasks import read_suite
+from corda_vlm import outputs
 from corda_vlm.training.recipe import ModelConfig
 
 for package in ("lm_eval", "sklearn", "jinja2", "matplotlib", "open_clip"):
@@ -191,8 +191,8 @@ def test_a_foreign_lora_that_does_not_fit_is_a_sentence(key: str, value: Any, se
 
 
 def test_two_at_once_do_not_share_an_output(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
-    with files.locked(place / "out"):
+    monkeypatch.setattr(outputs, "LOCK_WAIT", 0.1)
+    with outputs.locked(place / "out"):
         done = called(place, "tuned")
     assert done.exit_code == 1
     assert "out is in use by another run" in done.output

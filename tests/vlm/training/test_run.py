@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from typer.testing import CliRunner
 
 import corda_core
-from corda_core import files
 from corda_core.files import read_tensors
+from corda_vlm import outputs
 from corda_vlm.cli import app
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import run
@@ -182,9 +182,9 @@ def test_a_run_is_not_resumed_on_other_samples(section: str, processor: Any, tmp
 
 
 def test_one_run_at_a_time_has_an_output(processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(files, "LOCK_WAIT", 0.1)
+    monkeypatch.setattr(outputs, "LOCK_WAIT", 0.1)
     path = write_recipe(tmp_path, processor)
-    with files.locked(tmp_path / "output"):
+    with outputs.locked(tmp_path / "output"):
         for command in (["train"], ["train", "--resume"], ["prepare"]):
             result = CliRunner().invoke(app, [command[0], "--config", str(path), *command[1:]])
             assert result.exit_code == 1
