@@ -12,7 +12,7 @@ from corda_core.attach import Attachment, attach_again
 from corda_core.files import read_json, read_tensors
 from corda_core.store import WEIGHTS
 from corda_vlm.attention import fuse_attention, split_attention
-from corda_vlm.data.sources import one_line
+from corda_vlm.failures import one_line
 from corda_vlm.towers import is_open_clip
 from corda_vlm.training.models import network_only_if
 

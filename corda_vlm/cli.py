@@ -13,24 +13,34 @@ from typing import Annotated, Any
 import typer
 
 from corda_core.layers import process_rank
-from corda_vlm.outputs import is_disk_full
-from corda_vlm.training.processes import is_lost_process
+from corda_vlm.failures import is_disk_full, is_lost_process
 from corda_vlm.training.stopping import stoppable
 
 app = typer.Typer(help="Fine-tune vision-language models without forgetting (CorDA).", no_args_is_help=True, pretty_exceptions_enable=False)
 
-
 Command = Callable[..., None]
+CONFIG = Annotated[Path, typer.Option(help="A recipe: a YAML file such as those in configs/.")]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(help="Options of the recipe to change: training.steps=100 model.path=my-model", metavar="[OPTION=VALUE]..."),
+]
+DOWNLOAD = Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")]
+TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base; no folder's word counts for it.")]
 
 
-def command(name: str, going_on: str) -> Callable[[Command], Command]:
-    """Return what makes a function a command, whose errors and stops are sentences; ``going_on`` says what to do after a stop."""
+def command(name: str, after_a_stop: str) -> Callable[[Command], Command]:
+    """Return a decorator that makes a function a command, whose errors and stops are told in a sentence.
+
+    Args:
+        name: Of the command.
+        after_a_stop: How to continue after a stop.
+    """
 
     def register(function: Command) -> Command:
         @app.command(name)
         @wraps(function)
         def run(**options: Any) -> None:
-            with _sentences(name, going_on):
+            with _sentences(name, after_a_stop):
                 function(**{option: _at_home(value) for option, value in options.items()})
 
         return run
@@ -41,7 +51,7 @@ def command(name: str, going_on: str) -> Callable[[Command], Command]:
 def _at_home(value: Any) -> Any:
     """Return an option's value with the home folder for ``~``, which shells leave in --output=~/runs."""
     if isinstance(value, list):
-        return [_at_home(one) for one in value]
+        return [_at_home(item) for item in value]
     return value.expanduser() if isinstance(value, Path) else value
 
 
@@ -53,52 +63,41 @@ def main() -> None:
         logging.getLogger("corda_vlm").setLevel(logging.INFO)
 
 
-CONFIG = Annotated[Path, typer.Option(help="A recipe: a YAML file such as those in configs/.")]
-OVERRIDES = Annotated[
-    list[str] | None,
-    typer.Argument(help="Options of the recipe to change: training.steps=100 model.path=my-model", metavar="[OPTION=VALUE]..."),
-]
-
-
-DOWNLOAD = Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")]
-TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base; no folder's word counts for it.")]
-
-
 @command("train", "with --resume it goes on from the last whole checkpoint, or from the start if there is none yet")
 def train(
     config: CONFIG,
     overrides: OVERRIDES = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint in the output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell layers, ranks, memory, FLOPs and time; reads no weights.")] = False,
 ) -> None:
     """Prepare an adapter and train it as the recipe says; under `accelerate launch -m corda_vlm.cli train` on several devices."""
     from corda_vlm.training.estimate import describe, estimate
     from corda_vlm.training.recipe import read_recipe
-    from corda_vlm.training.run import train as run
+    from corda_vlm.training.run import run_recipe
 
     recipe = read_recipe(config, overrides or [])
     if dry_run:
         typer.echo(describe(estimate(recipe)))
         return
-    trained = run(recipe, resume=resume)
+    summary = run_recipe(recipe, resume=resume)
     if process_rank() == 0:
-        first, last = trained.losses[0][1], trained.losses[-1][1]
-        typer.echo(f"Trained {trained.losses[-1][0]} steps in {trained.seconds:.0f} s: loss {first:.3f} -> {last:.3f}.")
-        for step, loss in trained.evaluation[-1:]:
+        first, last = summary.losses[0][1], summary.losses[-1][1]
+        typer.echo(f"Trained {summary.losses[-1][0]} steps in {summary.seconds:.0f} s: loss {first:.3f} -> {last:.3f}.")
+        for step, loss in summary.evaluation[-1:]:
             typer.echo(f"Loss on held-out samples at step {step}: {loss:.3f}.")
-        if trained.num_broken:
-            typer.echo(f"Skipped {trained.num_broken} samples whose images could not be read.")
-        typer.echo(f"Adapter: {trained.output} (corda-vlm export --adapter {trained.output} --output my-lora makes an ordinary LoRA of it)")
+        if summary.num_broken:
+            typer.echo(f"Skipped {summary.num_broken} samples whose images could not be read.")
+        typer.echo(f"Adapter: {summary.output} (corda-vlm export --adapter {summary.output} --output my-lora makes an ordinary LoRA of it)")
 
 
 @command("prepare", "the same command starts it anew")
 def prepare(config: CONFIG, overrides: OVERRIDES = None) -> None:
-    """Do the first half of `train` only: collect, decompose, write the plan; `train --resume` goes on from there."""
+    """Do the first half of `train` only: collect, decompose, write the plan; `train --resume` does the rest."""
     from corda_vlm.training.recipe import read_recipe
-    from corda_vlm.training.run import prepare as run
+    from corda_vlm.training.run import prepare_recipe
 
     recipe = read_recipe(config, overrides or [])
-    plan = run(recipe)
+    plan = prepare_recipe(recipe)
     if process_rank() == 0:
         typer.echo(f"{len(plan.layers)} layers, {plan.num_parameters:,} parameters of A and B: {Path(recipe.output) / 'corda.safetensors'}")
 
@@ -120,7 +119,7 @@ def export(
     """Write a trained adapter as an ordinary LoRA for the untouched base, or as a plain model."""
     from corda_vlm.training.deploy import deploy
 
-    said = deploy(
+    sentence = deploy(
         adapter,
         output,
         base=base,
@@ -131,16 +130,16 @@ def export(
         download=download,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(said)
+    typer.echo(sentence)
 
 
 @contextmanager
-def _sentences(name: str, going_on: str) -> Iterator[None]:
+def _sentences(name: str, after_a_stop: str) -> Iterator[None]:
     """Turn stops, and errors that users can do something about, into one sentence; errors into exit code 1."""
 
     def say_stopped(number: signal.Signals) -> None:
         if process_rank() == 0:
-            typer.echo(f"\ncorda-vlm {name}: stopped by {number.name}; {going_on}.", err=True)
+            typer.echo(f"\ncorda-vlm {name}: stopped by {number.name}; {after_a_stop}.", err=True)
 
     try:
         with stoppable(say_stopped):

@@ -1,33 +1,49 @@
-"""Folders that one run at a time writes to."""
+"""Folders that one run at a time writes to, however many processes it has."""
 
-import errno
-import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from corda_core.files import PARTIAL
+from corda_core.layers import from_first_process, process_rank
 
 LOCK = ".lock"
 """What the run that writes to a folder holds; the file stays, the lock goes with the process."""
-
-
 LOCK_WAIT = 6.0
 """Seconds that a lock is waited for: workers of a DataLoader share it, and outlive a killed process by up to five."""
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that there was no room to write."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Words: safetensors has an error of its own for it, and torch.save one of its container's position.
-        if getattr(seen, "errno", None) == errno.ENOSPC or re.search("No space left on device|unexpected pos", str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def processes() -> PartialState:
+    """Return the group of processes that `accelerate launch` or `torchrun` started, or this one alone; the first call joins it.
+
+    On a machine without accelerators it must be told that there is nothing else, or it takes this process for alone.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this run, of however many processes, lives.
+
+    Raises:
+        BlockingIOError: If another run has it.
+    """
+    with ExitStack() as stack:
+        refusal = None
+        if process_rank() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except BlockingIOError as error:
+                refusal = str(error)
+        refusal = from_first_process(refusal)
+        if refusal is not None:
+            raise BlockingIOError(refusal)
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corda_vlm.data.sources import one_line
+from corda_vlm.failures import one_line
 
 PLACEHOLDER = "<image>"
 """What stands for an image in the text of a sample, whatever the model's own token is."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from corda_vlm.data.sources import one_line
+from corda_vlm.failures import one_line
 
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow's readers raise on broken files."""

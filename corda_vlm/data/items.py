@@ -20,7 +20,8 @@ from corda_vlm.data.digest import digest_of_rows
 from corda_vlm.data.images import BrokenImageError, read_image
 from corda_vlm.data.media import image_field, image_sources
 from corda_vlm.data.rows import Row
-from corda_vlm.data.sources import FIELDS, ArrowRows, DataConfig, load_rows, one_line
+from corda_vlm.data.sources import FIELDS, ArrowRows, DataConfig, load_rows
+from corda_vlm.failures import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from corda_vlm.data.conversation import tokenizer_of
 from corda_vlm.data.media import image_field
 from corda_vlm.data.rows import Item, read_each
 from corda_vlm.data.samples import fields_of, read_images
-from corda_vlm.data.sources import one_line
+from corda_vlm.failures import one_line
 
 
 class PairCollator(ABC):

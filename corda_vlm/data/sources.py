@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Annotated, Any
 
 from corda_core.files import read_json
+from corda_vlm.failures import one_line
 from corda_vlm.options import Count, Options, Place, one_of
 
 FIELDS = ("text", "question", "answer", "conversations", "image")
@@ -303,8 +304,3 @@ def _refuse_subset(config: DataConfig) -> None:
     """Refuse a configuration of what is no id."""
     if config.subset is not None:
         raise ValueError(f"subset is {config.subset!r}, but {config.source} is no id of the hub; leave `subset` out.")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's text for the middle of a sentence."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from corda_vlm.data.conversation import Segment, image_token, reads_images, tokenizer_of
-from corda_vlm.data.sources import one_line
+from corda_vlm.failures import one_line
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 """What processors give beside the tokens, one value a token."""

@@ -1,10 +1,9 @@
-"""A run's output folder: whose it is, and which of its checkpoints are whole and can be gone on from."""
+"""A run's output folder: whose it is, and which of its checkpoints are whole, so that a run can resume from them."""
 
 import dataclasses
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -17,8 +16,7 @@ from corda_core import attachment_of
 from corda_core.files import flush, read_json, write_whole
 from corda_core.layers import from_first_process, process_rank
 from corda_core.store import ATTACHMENT, check_saved_together, put_weights_, read_adapter, read_attachment, save_attachment
-from corda_vlm.outputs import clear_partial, locked
-from corda_vlm.training.processes import processes
+from corda_vlm.outputs import clear_partial, processes
 from corda_vlm.training.recipe import RECIPE, Recipe
 from corda_vlm.yaml import read_yaml
 
@@ -34,58 +32,29 @@ DAMAGED = "damaged-"
 """How checkpoints are called that were whole once, and are set aside."""
 
 
-@contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Keep other runs out of an output while this one, of however many processes, lives.
-
-    Raises:
-        BlockingIOError: If another run has it.
-    """
-    with ExitStack() as held:
-        problem = None
-        if process_rank() == 0:
-            try:
-                held.enter_context(locked(output))
-            except BlockingIOError as error:
-                problem = str(error)
-        problem = from_first_process(problem)
-        if problem is not None:
-            raise BlockingIOError(problem)
-        yield
-
-
 def claim(recipe: Recipe, output: Path, resume: bool) -> None:
     """Write the recipe into an output of its own; or check that what is there is a run of this recipe, and drop what is half written.
 
     Raises:
         FileExistsError: If there is another run, or what another program wrote.
-        ValueError: If the run that is to be gone on with has another recipe.
+        ValueError: If the run to resume has another recipe.
     """
-    asked = yaml.safe_load(yaml.safe_dump(_plain(recipe)))
+    wanted = json.loads(json.dumps(dataclasses.asdict(recipe), sort_keys=True))
     has_begun = from_first_process((output / ATTACHMENT).exists() and (output / RECIPE).exists())
     foreign = from_first_process(
         sorted(file.name for file in output.glob("*") if file.name.startswith(("checkpoint-", "adapter_", "corda.")))
     )
-    if not has_begun:
-        if foreign:
-            raise FileExistsError(f"{output} holds {foreign[0]}, which no run of a recipe left there; name another output.")
-        if resume:
-            logger.warning("%s holds no run to go on with: starting one.", output)
-    elif not resume:
+    if has_begun and not resume:
         raise FileExistsError(f"{output} holds a run already; go on with it (--resume), or name another output.")
-    else:
-        found = read_yaml(output / RECIPE, "name another output, or put that run's recipe there again")
-        if not isinstance(found, dict):
-            raise ValueError(f"{output / RECIPE} holds no options; name another output, or put that run's recipe there again.")
-        different = _first_difference(found, asked)
-        if different:
-            raise ValueError(
-                f"{output / RECIPE} has another {different}, on which plan or losses depend; resume with the recipe that was started, or "
-                "name another output."
-            )
+    if has_begun:
+        _check_same_recipe(output / RECIPE, wanted)
+    elif foreign:
+        raise FileExistsError(f"{output} holds {foreign[0]}, which no run of a recipe left there; name another output.")
+    elif resume:
+        logger.warning("%s holds no run to resume: starting one.", output)
     processes().wait_for_everyone()
     if process_rank() == 0:
-        write_whole(output / RECIPE, yaml.safe_dump(asked, sort_keys=False).encode())
+        write_whole(output / RECIPE, yaml.safe_dump(wanted).encode())
         for checkpoint in list(output.glob("checkpoint-*")):
             clear_partial(checkpoint)
             _put_away_if_not_whole(checkpoint)
@@ -106,8 +75,8 @@ def has_ended(checkpoint: Path) -> bool:
 
 def restore_(trainer: Trainer, checkpoint: Path) -> None:
     """Give a Trainer that has nothing left to do the weights and losses of a checkpoint; its own resuming would take one step more."""
-    _, trained = read_adapter(checkpoint)
-    put_weights_(trainer.model, trained)
+    _, weights = read_adapter(checkpoint)
+    put_weights_(trainer.model, weights)
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
 
 
@@ -153,12 +122,7 @@ def _what_is_wrong(checkpoint: Path) -> Exception | None:
 
 
 def _check_unsealed(checkpoint: Path) -> None:
-    """Check what can be of a checkpoint of corda-vlm 0.1.0, which has no digests but those of torch's zip files.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged.
-    """
+    """Check what can be of a checkpoint of corda-vlm 0.1.0, which has no digests but those of torch's zip files."""
     read_adapter(checkpoint)
     if not isinstance(read_json(checkpoint / STATE), dict):
         raise ValueError(f"{checkpoint / STATE} holds no state.")
@@ -172,21 +136,23 @@ def _check_unsealed(checkpoint: Path) -> None:
             raise ValueError(f"{file} is damaged in {broken}.")
 
 
-def _plain(value: Any) -> Any:
-    """Return a recipe as what YAML holds."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+def _check_same_recipe(path: Path, wanted: dict[str, Any]) -> None:
+    """Refuse to resume with other options than a run began with, where losses depend on them."""
+    cure = "name another output, or put that run's recipe there again"
+    recorded = read_yaml(path, cure)
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} holds no options; {cure}.")
+    difference = _first_difference(recorded, wanted)
+    if difference:
+        raise ValueError(
+            f"{path} has another {difference}, on which plan or losses depend; resume with the recipe that was started, or name another "
+            "output."
+        )
 
 
-def _first_difference(found: Any, asked: Any, at: str = "") -> str:
-    """Return the name of the first option in which two recipes differ, or nothing."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for key in {**asked, **found}:
-            name = _first_difference(found.get(key), asked.get(key), f"{at}.{key}" if at else key)
-            if name:
-                return name
-        return ""
-    return "" if found == asked or at in FREE else f"{at} ({found!r}, asked for is {asked!r})"
+def _first_difference(recorded: Any, wanted: Any, option: str = "") -> str:
+    """Return the name of the first option in which two recipes differ, with both values; or nothing."""
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        names = ((key, f"{option}.{key}" if option else key) for key in {**wanted, **recorded})
+        return next(filter(None, (_first_difference(recorded.get(key), wanted.get(key), name) for key, name in names)), "")
+    return "" if recorded == wanted or option in FREE else f"{option} ({recorded!r}, asked for is {wanted!r})"

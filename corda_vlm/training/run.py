@@ -1,4 +1,4 @@
-"""Run a recipe: load, prepare, train with transformers' Trainer, keep what can be gone on from, write the adapter.
+"""Run a recipe: load, prepare, train with transformers' Trainer, keep checkpoints to resume from, write the adapter.
 
 output/recipe.yaml                      the options, all of them
 output/corda.safetensors                plan and options of the adapter, from before the first step
@@ -11,17 +11,19 @@ import errno
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.files import write_whole
 from corda_core.layers import from_first_process, num_processes, process_rank
+from corda_core.linears import base_of
 from corda_core.lora import whole_modules
 from corda_core.quantize import check_quantizable
 from corda_core.store import ATTACHMENT, load_attachment, save_attachment
@@ -29,14 +31,15 @@ from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts, image_reader
 from corda_vlm.data.items import Items, load_items
 from corda_vlm.data.sources import DataConfig
-from corda_vlm.outputs import is_disk_full
+from corda_vlm.failures import is_disk_full
+from corda_vlm.outputs import alone_in
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.training.arguments import training_arguments
 from corda_vlm.training.contrastive import check_pairs
 from corda_vlm.training.models import load_base, network_only_if
 from corda_vlm.training.recipe import Recipe
-from corda_vlm.training.resume import WholeCheckpoints, alone_in, claim, has_ended, last_whole, restore_
+from corda_vlm.training.resume import WholeCheckpoints, claim, has_ended, last_whole, restore_
 from corda_vlm.training.train import NotFiniteError, losses_of, trainer_for
 
 logger = logging.getLogger(__name__)
@@ -47,8 +50,8 @@ FINGERPRINTS = "samples"
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a training run came to."""
+class RunSummary:
+    """What a run came to."""
 
     output: Path
     losses: list[tuple[int, float]]
@@ -62,15 +65,15 @@ class Trained:
     """How many samples were skipped, as their images could not be read."""
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> Trained:
+def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
     """Run a recipe and write the adapter into its output folder.
 
     Under ``accelerate launch`` (DDP or FSDP2) all processes call; the samples are the same whatever their number.
 
     Args:
         recipe: What to do.
-        resume: Go on from the last whole checkpoint, or from the start if there is none: with the same data order, optimiser, schedule,
-            random state and frozen start, so that the losses are those of a run that was never stopped.
+        resume: Resume from the last whole checkpoint, or start if there is none: with the same data order, optimiser, schedule, random
+            state and frozen start, so that the losses are those of a run that was never stopped.
 
     Raises:
         FileExistsError: If the output holds another run and ``resume`` is not set.
@@ -78,84 +81,99 @@ def train(recipe: Recipe, *, resume: bool = False) -> Trained:
         OSError: If the disk is full; what was whole before still is.
         ValueError: If an option, a sample, a file or the model is not right.
     """
-    with network_only_if(recipe.model.download):
-        return _train(recipe, resume)
-
-
-def _train(recipe: Recipe, resume: bool) -> Trained:
-    arguments = training_arguments(recipe)  # before all else: joins the group of processes
-    output = Path(recipe.output)
-    with alone_in(output):
-        claim(recipe, output, resume)
-        return _trained(recipe, arguments, output, resume)
-
-
-def _trained(recipe: Recipe, arguments: TrainingArguments, output: Path, resume: bool) -> Trained:
-    """Train in an output that is this run's own."""
     start = time.time()
-    model, processor, samples = _loaded(recipe, arguments)
-    items, evaluation = samples["data"], samples.get("evaluation")
-    if not has_two_towers(model):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
-        arguments.per_device_eval_batch_size = 1
-    adapted = _adapted(model, processor, samples, recipe, output)
-    rates = {
-        part: rate
-        for part, rate in (("projector", recipe.training.projector_learning_rate), ("vision", recipe.training.vision_learning_rate))
-        if rate is not None
-    }
-    set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
-    trainer = trainer_for(adapted, items, processor, arguments, evaluation=evaluation, rates=rates, callbacks=[WholeCheckpoints(adapted)])
-    try:
-        checkpoint = from_first_process(last_whole(output) if resume and process_rank() == 0 else None)
-        if checkpoint is not None and has_ended(checkpoint):
-            restore_(trainer, checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if evaluation is not None and recipe.training.evaluate_every is None:
-            trainer.evaluate()
-        save(trainer.model, output)
-    except NotFiniteError as error:
-        raise NotFiniteError(f"{error}; the last whole checkpoint is {last_whole(output) or 'none yet'}.") from error
-    except Exception as error:
-        if is_disk_full(error):
-            kept = last_whole(output)
-            raise OSError(
-                errno.ENOSPC,
-                f"The disk of {output} is full at step {trainer.state.global_step}; the last whole checkpoint is "
-                f"{kept or 'none yet'}: make room and run again with --resume",
-            ) from error
-        raise
-    trained = Trained(
-        output,
-        losses_of(trainer),
-        [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
-        round(time.time() - start, 1),
-        items.num_broken,
-    )
-    if process_rank() == 0:
-        summary = dataclasses.asdict(trained) | {"output": str(output), "num_processes": num_processes()}
-        write_whole(output / SUMMARY, json.dumps(summary, indent=1).encode())
-    return trained
+    with _own_output(recipe, resume) as (output, arguments):
+        adapted, processor, samples = _prepare(recipe, arguments, output)
+        trainer = _trainer(adapted, processor, samples, recipe, arguments)
+        with _naming_what_is_kept(trainer, output):
+            _train_(trainer, output, resume)
+            if "evaluation" in samples and recipe.training.evaluate_every is None:
+                trainer.evaluate()
+            save(trainer.model, output)
+        summary = RunSummary(
+            output,
+            losses_of(trainer),
+            [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
+            round(time.time() - start, 1),
+            samples["data"].num_broken,
+        )
+        if process_rank() == 0:
+            record = dataclasses.asdict(summary) | {"output": str(output), "num_processes": num_processes()}
+            write_whole(output / SUMMARY, json.dumps(record, indent=1).encode())
+    return summary
 
 
-def prepare(recipe: Recipe) -> AdapterPlan:
-    """Do what ``train`` does before its first step, and return the adapter plan; ``train(recipe, resume=True)`` goes on from there.
+def prepare_recipe(recipe: Recipe) -> AdapterPlan:
+    """Do what ``run_recipe`` does before its first step, and return the adapter plan; ``run_recipe(recipe, resume=True)`` does the rest.
 
     Raises:
         FileExistsError: If the output holds a run already.
         ValueError: If an option, a sample, a file or the model is not right.
     """
+    with _own_output(recipe, resume=False) as (output, arguments):
+        return attachment_of(_prepare(recipe, arguments, output)[0]).plan
+
+
+@contextmanager
+def _own_output(recipe: Recipe, resume: bool) -> Iterator[tuple[Path, TrainingArguments]]:
+    """Keep a recipe's output for this run alone.
+
+    Yields:
+        The output, and the Trainer's arguments.
+    """
     output = Path(recipe.output)
     with network_only_if(recipe.model.download):
-        arguments = training_arguments(recipe)
+        arguments = training_arguments(recipe)  # before all else: joins the group of processes
         with alone_in(output):
-            claim(recipe, output, resume=False)
-            model, processor, samples = _loaded(recipe, arguments)
-            return attachment_of(_adapted(model, processor, samples, recipe, output)).plan
+            claim(recipe, output, resume)
+            yield output, arguments
 
 
-def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, Any, dict[str, Items]]:
-    """Return base, processor and what the losses depend on: the training data, and the held-out samples if there are any."""
+def _trainer(adapted: PeftModel, processor: Any, samples: Mapping[str, Items], recipe: Recipe, arguments: TrainingArguments) -> Trainer:
+    options = recipe.training
+    if not has_two_towers(base_of(adapted)):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
+        arguments.per_device_eval_batch_size = 1
+    rates = {"projector": options.projector_learning_rate, "vision": options.vision_learning_rate}
+    set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
+    return trainer_for(
+        adapted,
+        samples["data"],
+        processor,
+        arguments,
+        evaluation=samples.get("evaluation"),
+        rates={part: rate for part, rate in rates.items() if rate is not None},
+        callbacks=[WholeCheckpoints(adapted)],
+    )
+
+
+def _train_(trainer: Trainer, output: Path, resume: bool) -> None:
+    """Train, from the last whole checkpoint if that is to be resumed from."""
+    checkpoint = from_first_process(last_whole(output) if resume and process_rank() == 0 else None)
+    if checkpoint is not None and has_ended(checkpoint):
+        restore_(trainer, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+@contextmanager
+def _naming_what_is_kept(trainer: Trainer, output: Path) -> Iterator[None]:
+    """Add the last whole checkpoint to what stops a training: values that are not finite, or a full disk."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; the last whole checkpoint is {last_whole(output) or 'none yet'}.") from error
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk of {output} is full at step {trainer.state.global_step}; the last whole checkpoint is "
+            f"{last_whole(output) or 'none yet'}: make room and run again with --resume",
+        ) from error
+
+
+def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tuple[PeftModel, Any, dict[str, Items]]:
+    """Return the model with its adapter at its start, its processor, and the samples on which the losses depend."""
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
     sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
@@ -163,15 +181,11 @@ def _loaded(recipe: Recipe, arguments: TrainingArguments) -> tuple[nn.Module, An
     _check_fits(model, recipe, arguments, {name: len(items) for name, items in samples.items()})
     if recipe.model.quantize is None:  # else it is where it is to be
         model.to(arguments.device)
-    return model, processor, samples
+    return _adapted(model, processor, samples, recipe, output), processor, samples
 
 
 def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: Mapping[str, int]) -> None:
-    """Refuse, before hours of preparation, what would fail or silently train something else after it.
-
-    Raises:
-        ValueError: If options do not go with each other or with the model.
-    """
+    """Refuse, before hours of preparation, what would fail or silently train something else after it."""
     corda, options = recipe.corda, recipe.training
     modules_of(model, corda.train_fully)
     if has_two_towers(model) and arguments.gradient_accumulation_steps > 1:
@@ -203,7 +217,7 @@ def _items(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -
 
 def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
-    fingerprints = from_first_process({name: its.fingerprint() for name, its in samples.items()} if process_rank() == 0 else {})
+    fingerprints = from_first_process({name: items.fingerprint() for name, items in samples.items()} if process_rank() == 0 else {})
     if from_first_process((output / ATTACHMENT).exists()):
         attachment = load_attachment(output / ATTACHMENT)
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
@@ -226,18 +240,14 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], rec
     return adapted
 
 
-def _check_same_samples(recorded: Mapping[str, str] | None, found: Mapping[str, str], output: Path) -> None:
-    """Refuse to resume on other samples than a run began with.
-
-    Raises:
-        ValueError: If their fingerprints differ; the text says of which.
-    """
+def _check_same_samples(recorded: Mapping[str, str] | None, present: Mapping[str, str], output: Path) -> None:
+    """Refuse to resume on other samples than a run began with: their fingerprints differ."""
     if recorded is None:  # of corda-vlm 0.1.0
         logger.warning(
             "%s does not tell what its run was trained on: whether the data are still the same is not known.", output / ATTACHMENT
         )
         return
-    changed = [name for name in found if recorded.get(name) != found[name]]
+    changed = [name for name in present if recorded.get(name) != present[name]]
     if changed:
         raise ValueError(
             f"{changed[0]}: the samples are not those that the run in {output} began with (rows that on_broken: skip leaves out change "

@@ -29,11 +29,9 @@ from corda_eval.suite.page import html, markdown, sentences, summary
 from corda_eval.suite.tasks import BENCHMARKS, Suite, examples_of, run_task
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_vlm.adapted import check_lora_config, load, load_lora
-from corda_vlm.outputs import clear_partial
+from corda_vlm.outputs import alone_in, clear_partial, processes
 from corda_vlm.training.models import load_base, network_only_if
-from corda_vlm.training.processes import processes
 from corda_vlm.training.recipe import ModelConfig
-from corda_vlm.training.resume import alone_in
 
 BASE = "base"
 

@@ -20,7 +20,7 @@ from corda_eval.suite.measure import evaluate
 from corda_eval.suite.tasks import read_suite
 from corda_vlm.training.deploy import deploy
 from corda_vlm.training.recipe import ModelConfig, read_recipe
-from corda_vlm.training.run import train
+from corda_vlm.training.run import run_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -89,7 +89,9 @@ def _write_data(folder: Path, prefix: str) -> None:
 def _write_runs(place: Place, prefix: str, seed: int) -> None:
     """Write a run, the same run as it is before its last save, and a LoRA that it was exported to."""
     whole, died, lora = (place.folder / f"{prefix}{name}" for name in ("whole", "died", "lora"))
-    train(read_recipe(place.recipe, [f"output={whole}", f"seed={seed}", f"corda.seed={seed}", f"training.learning_rate=0.00{5 - seed}"]))
+    run_recipe(
+        read_recipe(place.recipe, [f"output={whole}", f"seed={seed}", f"corda.seed={seed}", f"training.learning_rate=0.00{5 - seed}"])
+    )
     shutil.copytree(whole, died, ignore=lambda folder, names: LAST if folder == str(whole) else [])
     deploy(whole, lora, base=place.base, dtype="float32")
     (place.folder / f"{prefix}recipe").mkdir()

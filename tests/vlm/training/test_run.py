@@ -32,8 +32,8 @@ from corda_vlm.training.train import parameter_groups
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
 
 
-def trained(path: Path, *overrides: str, resume: bool = False) -> run.Trained:
-    return run.train(read_recipe(path, list(overrides)), resume=resume)
+def trained(path: Path, *overrides: str, resume: bool = False) -> run.RunSummary:
+    return run.run_recipe(read_recipe(path, list(overrides)), resume=resume)
 
 
 def launch(path: Path, *options: str) -> subprocess.Popen[str]:
