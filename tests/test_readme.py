@@ -1,20 +1,35 @@
-"""The README's commands and code are real."""
+"""The README's commands and code are real, the READMEs' links lead somewhere, and the table of options is what the options are.
 
+    python tests/test_readme.py
+
+writes that table anew.
+"""
+
+import ast
+import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_llava
+
+import corda_vlm.config
+from corda_vlm import CordaConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
+READMES = sorted(path for folder in ("corda_core", "corda_vlm", "configs", "eval", "tests") for path in (ROOT / folder).rglob("README.md"))
+SET_UP = "python3 -m venv"
+"""How the two lines begin that set up and run all: long ones, to be copied whole."""
+OPTIONS = re.compile(r"(?<=-->\n)\| option .*?(?=<!-- end of options -->)", re.S)
 
 
 def test_two_set_up_commands_of_one_line_each() -> None:
-    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    commands = [line for line in README.splitlines() if line.startswith(SET_UP)]
     assert len(commands) == 2
     assert commands[0].endswith(".venv/bin/corda-vlm demo")
     assert commands[1].endswith(".venv/bin/pytest -n 2 --dist loadfile")
@@ -26,9 +41,23 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert ".venv/bin/pytest -n 2 --dist loadfile -m slow\n" in ci  # what that command leaves out
 
 
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.encode()) <= 8192
+    assert not [line for line in README.splitlines() if len(line) > 140 and not line.startswith(SET_UP)]
+
+
+@pytest.mark.parametrize("path", READMES, ids=str)
+def test_prose_fits_a_screen(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert not [line for line in lines if len(line) > 140 and not line.startswith("|")]
+
+
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python example of the README, word for word, on a tiny LLaVA saved where it looks for its model."""
+    from conftest import tiny_llava
+
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "prepare(" in block)
     monkeypatch.chdir(tmp_path)
     tiny_llava().save_pretrained(tmp_path / "my-llava")
@@ -40,4 +69,86 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
 
 def test_help_lists_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "corda_eval.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "demo" in done.stdout
+    named = {command for text in map(Path.read_text, [PAGE, *READMES]) for command in re.findall(r"^corda-vlm (\w+)", text, re.M)}
+    assert named
+    assert not {command for command in named | {"demo"} if f" {command} " not in done.stdout}
+
+
+@pytest.mark.parametrize("path", [PAGE, *READMES], ids=str)
+def test_links_lead_somewhere(path: Path) -> None:
+    broken = [link for link in links(path.read_text()) if not leads_somewhere(link, path)]
+    assert not broken
+
+
+@pytest.mark.parametrize("path", [PAGE, *READMES], ids=str)
+def test_what_is_run_by_its_name_exists(path: Path) -> None:
+    modules = set(re.findall(r"-m (corda_[a-z]+(?:\.[a-z_]+)+)", path.read_text()))
+    roots = {"corda_core": "corda_core", "corda_vlm": "corda_vlm", "corda_eval": "eval"}
+    files = {module: ROOT.joinpath(roots[module.split(".")[0]], *module.split(".")[1:]) for module in modules}
+    assert not [module for module, file in files.items() if not (file.with_suffix(".py").exists() or (file / "__main__.py").exists())]
+
+
+def test_the_table_of_options_is_made_from_their_fields() -> None:
+    found = OPTIONS.search((ROOT / "corda_vlm/README.md").read_text())
+    wanted = options_table()
+    assert found is not None
+    assert found[0] == wanted, f"python tests/test_readme.py writes it:\n{wanted}"
+
+
+def without_code(text: str) -> str:
+    """Return Markdown without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def links(text: str) -> Iterator[str]:
+    """Yield where links and pictures lead, but for addresses on the network."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if not target.startswith(("http:", "https:")):
+            yield target
+
+
+def leads_somewhere(link: str, page: Path) -> bool:
+    """Return whether the file is there, and has the heading."""
+    name, _, anchor = link.partition("#")
+    path = page.parent / name if name else page
+    return path.exists() and (not anchor or anchor in anchors(path.read_text()))
+
+
+def anchors(text: str) -> set[str]:
+    """Return what GitHub calls a page's headings: lower case, without punctuation, joined by hyphens."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def options_table() -> str:
+    """Return the options of ``prepare`` for users: what is written at each field of ``CordaConfig``."""
+    tree = ast.parse(Path(corda_vlm.config.__file__).read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "CordaConfig")
+    meanings = {
+        field.target.id: ast.literal_eval(below.value)
+        for field, below in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr)
+    }
+    rows = [f"| `{field.name}` | `{shown(field)}` | {in_markdown(meanings[field.name])} |" for field in dataclasses.fields(CordaConfig)]
+    return "\n".join(["| option | default | what it does |", "|---|---|---|", *rows, ""])
+
+
+def shown(field: "dataclasses.Field[Any]") -> str:
+    """Return a field's default as one would write it."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return f'"{default}"' if isinstance(default, str) else str(default)
+
+
+def in_markdown(docstring: str) -> str:
+    """Return a docstring as one cell of a table."""
+    return " ".join(docstring.split()).replace("``", "`").replace("|", "\\|")
+
+
+def write_options() -> None:
+    """Put the table of options into its page."""
+    page = ROOT / "corda_vlm/README.md"
+    page.write_text(re.sub(r"(?<=-->\n).*(?=<!-- end of options -->)", lambda _: options_table(), page.read_text(), flags=re.S))
+
+
+if __name__ == "__main__":
+    write_options()

@@ -20,7 +20,7 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
     found = (tmp_path / "study.md").read_text()
     assert found == (ROOT / "eval/results/compare/study.md").read_text()
     _title, headline, _rest = found.split("\n\n", 2)
-    assert headline in (ROOT / "README.md").read_text()
+    assert headline in (ROOT / "eval/results/README.md").read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
         "study.html",
         "study.json",
