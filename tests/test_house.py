@@ -3,7 +3,7 @@
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,14 @@ def functions(path: Path) -> Iterator[tuple[str, int, int]]:
             yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", lines, len([name for name in names if name not in ("self", "cls")])
 
 
+def in_circles(uses: Mapping[str, Set[str]]) -> list[str]:
+    """Return what needs itself by way of others, and what needs such."""
+    free: set[str] = set()
+    while ready := {name for name, others in uses.items() if name not in free and others <= free}:
+        free |= ready
+    return sorted(uses.keys() - free)
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_uses_only_those_below_it(package: str) -> None:
     above = list(PACKAGES)[list(PACKAGES).index(package) + 1 :]
@@ -72,10 +80,16 @@ def test_no_two_files_need_each_other(package: str) -> None:
         name: {other if other in files else other.rpartition(".")[0] for other in imports(path)} & files.keys()
         for name, path in files.items()
     }
-    free: set[str] = set()
-    while ready := {name for name, others in uses.items() if name not in free and others <= free}:
-        free |= ready
-    assert sorted(uses.keys() - free) == []
+    assert in_circles(uses) == []
+
+
+def test_no_two_rooms_of_eval_need_each_other() -> None:
+    uses: dict[str, set[str]] = {}
+    for path in sources("corda_eval"):
+        room = path.relative_to(ROOT / "eval").with_suffix("").parts[0]
+        others = {name.split(".")[1] for name in imports(path) if name.startswith("corda_eval.")}
+        uses[room] = uses.get(room, set()) | others - {room}
+    assert in_circles(uses) == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)

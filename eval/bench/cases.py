@@ -56,8 +56,8 @@ def llama_block(width: int = 4096, hidden: int = 11008, tokens: int = 512) -> Ca
     model = LlamaModel(config).eval()
     for name in select_linears(model):
         weight = model.get_submodule(name).weight.data
-        weight.copy_(_heavy(weight.shape, generator) / weight.shape[1] ** 0.5)
-    samples = [{"inputs_embeds": _heavy((1, tokens, width), generator)} for _ in range(8)]
+        weight.copy_(heavy_tailed(weight.shape, generator) / weight.shape[1] ** 0.5)
+    samples = [{"inputs_embeds": heavy_tailed((1, tokens, width), generator)} for _ in range(8)]
     return Case(model, select_linears(model), samples, batch_size=8, rank=128, options={"use_cache": False})
 
 
@@ -82,7 +82,7 @@ def clip_tower(blocks: int = 6) -> Case:
         top, left = draw.integers(0, photograph.shape[0] - 300), draw.integers(0, photograph.shape[1] - 300)
         crops.append(Image.fromarray(photograph[top : top + 300, left : left + 300]))
     pixels = CLIPImageProcessor()(crops, return_tensors="pt")["pixel_values"]
-    return Case(model, select_linears(model), [{"pixel_values": one[None]} for one in pixels], batch_size=8, rank=32, options={})
+    return Case(model, select_linears(model), [{"pixel_values": image[None]} for image in pixels], batch_size=8, rank=32, options={})
 
 
 CASES: dict[str, Callable[[], Case]] = {"smollm2": smollm2, "llama_block": llama_block, "clip_tower": clip_tower}
@@ -94,7 +94,7 @@ def batched(case: Case) -> list[dict[str, torch.Tensor]]:
     return [{key: torch.cat([sample[key] for sample in group]) for key in group[0]} for group in groups]
 
 
-def _heavy(shape: Any, generator: torch.Generator) -> torch.Tensor:
-    """Return random numbers whose last axis has scales over three orders of magnitude (log-normal), as activations have."""
+def heavy_tailed(shape: Any, generator: torch.Generator) -> torch.Tensor:
+    """Return random numbers (… , n) whose last axis has scales over three orders of magnitude (log-normal), as activations have."""
     scales = torch.exp(1.2 * torch.randn(shape[-1], generator=generator))
     return torch.randn(*shape, generator=generator) * scales

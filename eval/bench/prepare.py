@@ -13,7 +13,6 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -24,8 +23,20 @@ from peft.tuners.lora.corda import preprocess_corda
 
 from corda_core import attach, collect, plan
 from corda_eval.bench.cases import CASES, Case, batched
-from corda_eval.bench.memory import reset_peak, status
-from corda_eval.bench.process import fresh_run
+from corda_eval.bench.process import by_side, fresh_run, in_turns, median_of, median_ratio, reset_peak, status
+from corda_eval.records import table
+
+SIDES = ("ours", "peft")
+FIGURES = {
+    "forward": "s",
+    "collection": "s",
+    "decomposition": "s",
+    "overhead": "s",
+    "whole": "s",
+    "forward_mb": "MB",
+    "extra_mb": "MB",
+}
+"""Of each run, by name: what it is counted in."""
 
 
 def bench(
@@ -39,12 +50,12 @@ def bench(
     if side is not None:
         print(json.dumps(run_side(side, case, mode)))
         return
-    runs = []
-    for pair in range(pairs):
-        for one in ("ours", "peft") if pair % 2 == 0 else ("peft", "ours"):
-            about = {"case": case, "mode": mode, "side": one, "pair": pair}
-            runs.append(fresh_run("corda_eval.bench.prepare", ["--case", case, "--mode", mode, "--side", one], about, output))
-    print(table(runs))
+    options = ["--case", case, "--mode", mode]
+    runs = [
+        fresh_run("corda_eval.bench.prepare", [*options, "--side", name], {"case": case, "mode": mode, "side": name, "pair": pair}, output)
+        for pair, name in in_turns(SIDES, pairs)
+    ]
+    print(comparison(runs))
 
 
 def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
@@ -76,24 +87,16 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
     }
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def comparison(runs: list[dict[str, Any]]) -> str:
     """Return the medians of both sides and of the pairs' ratios as a Markdown table."""
-    sides = {side: sorted((run for run in runs if run["side"] == side), key=lambda run: run["pair"]) for side in ("peft", "ours")}
-    lines = ["| | PEFT | ours | PEFT / ours |", "|---|---|---|---|"]
-    for key, unit in (
-        ("forward", "s"),
-        ("collection", "s"),
-        ("decomposition", "s"),
-        ("overhead", "s"),
-        ("whole", "s"),
-        ("forward_mb", "MB"),
-        ("extra_mb", "MB"),
-    ):
-        ratio = median(theirs[key] / mine[key] for theirs, mine in zip(sides["peft"], sides["ours"], strict=True))
-        theirs, mine = (median(run[key] for run in sides[side]) for side in ("peft", "ours"))
-        lines.append(f"| {key} | {theirs:.1f} {unit} | {mine:.1f} {unit} | {ratio:.2f} |")
+    ours, peft = by_side(runs, SIDES, "pair").values()
+    rows = [
+        [key, f"{median_of(peft, key):.1f} {unit}", f"{median_of(ours, key):.1f} {unit}", f"{median_ratio(peft, ours, key):.2f}"]
+        for key, unit in FIGURES.items()
+    ]
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "peft", "transformers"))
-    return "\n".join([*lines, f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {packages}"])
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {packages}"
+    return "\n".join([*table(["part", "PEFT", "ours", "PEFT / ours"], rows), machine])
 
 
 def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
@@ -102,10 +105,10 @@ def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tupl
     batches = [{**batch, **case.options} for batch in batches]
     covariances = collect(case.model, batches, case.names)
     collected = time.perf_counter() - start
-    made = plan(case.model, covariances, mode=mode, rank=case.rank)
+    adapter = plan(case.model, covariances, mode=mode, rank=case.rank)
     del covariances
-    attach(case.model, made)
-    return collected, {"fallbacks": len(made.provenance["fallbacks"])}
+    attach(case.model, adapter)
+    return collected, {"fallbacks": len(adapter.provenance["fallbacks"])}
 
 
 def _peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:

@@ -21,7 +21,6 @@ weights anew on some CPUs, and no gradient passes them afterwards.
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,6 @@ import torch
 import typer
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from corda_core import AdapterPlan, attach, collect, plan
@@ -40,7 +38,9 @@ from corda_core.quantize import quantize_linears_
 from corda_eval.bench.quantization import quantization_errors
 from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.metrics.curves import steps_to
+from corda_eval.records import add_line, read_lines, table
 from corda_eval.text.perplexity import held_out_text, text_windows
+from corda_vlm.context import progress_bar
 from corda_vlm.training.train import attach_lora
 
 BASELINE, CLAIMED = "QLoRA", "Q-CorDA"
@@ -64,18 +64,16 @@ def bench(
     rank: Annotated[int, typer.Option(help="Rank of every adapter.")] = 32,
 ) -> None:
     """Run what is missing, print the tables and draw the curves."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    lines = read_lines(output)
     study = Study(rank)
 
     def add(line: Run) -> None:
         lines.append(line)
-        with output.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(output, line)
 
-    for one in ERROR_RANKS:
-        if not any(line.get("errors_at_rank") == one for line in lines):
-            add({"errors_at_rank": one, "layers": study.errors(one)})
+    for error_rank in ERROR_RANKS:
+        if not any(line.get("errors_at_rank") == error_rank for line in lines):
+            add({"errors_at_rank": error_rank, "layers": study.errors(error_rank)})
     if not any("unquantised" in line for line in lines):
         add({"unquantised": study.unquantised()})
     settings = {"rank": rank, "steps": STEPS, "tokens": BATCH * LENGTH}
@@ -116,10 +114,10 @@ class Study:
 
     def errors(self, rank: int) -> dict[str, dict[str, float]]:
         """Return the quantisation errors layer by layer."""
-        made = self.plan(rank)
+        adapter = self.plan(rank)
         assert self.model is not None
-        found = quantization_errors(self.model, made, covariances=self.covariances, progress=_bar)
-        return {name: {key: float(f"{getattr(one, key):.5g}") for key in ERRORS} for name, one in found.items()}
+        by_layer = quantization_errors(self.model, adapter, covariances=self.covariances, progress=progress_bar)
+        return {name: {key: float(f"{getattr(error, key):.5g}") for key in ERRORS} for name, error in by_layer.items()}
 
     def unquantised(self) -> float:
         """Return the held-out loss of the base in bfloat16."""
@@ -132,14 +130,14 @@ class Study:
         self._load()
         assert self.model is not None
         if rank not in self.plans:
-            self.plans[rank] = plan(self.model, self.covariances, mode="ipm", rank=rank, progress=_bar)
+            self.plans[rank] = plan(self.model, self.covariances, mode="ipm", rank=rank, progress=progress_bar)
         return self.plans[rank]
 
     def run(self, method: str, rate: float, seed: int) -> Run:
         """Train once; return held-out losses as pairs (step, loss), the training loss of every step, and seconds."""
-        made = self.plan(self.rank)
+        adapter = self.plan(self.rank)
         torch.manual_seed(seed)
-        adapted = METHODS[method](copy.deepcopy(self.model), made)
+        adapted = METHODS[method](copy.deepcopy(self.model), adapter)
         order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(seed))
         start = time.perf_counter()
         held_out, training = train(adapted, self.windows[order].split(BATCH), self.held_out, rate, f"{method} {rate:g} seed {seed}")
@@ -155,7 +153,7 @@ class Study:
         self.windows = torch.stack(text_windows(context, tokenizer, LENGTH, STEPS * BATCH))
         self.held_out = torch.stack(text_windows(held_out, tokenizer, LENGTH, HELD_OUT))
         batches = [{"input_ids": batch} for batch in self.windows.split(8)]
-        self.covariances = collect(self.model, tqdm(batches, desc="context", disable=None), names)
+        self.covariances = collect(self.model, progress_bar(batches, "context"), names)
 
 
 def train(model: nn.Module, batches: Sequence[Tensor], held_out: Tensor, rate: float, title: str) -> tuple[list[Any], list[float]]:
@@ -166,7 +164,7 @@ def train(model: nn.Module, batches: Sequence[Tensor], held_out: Tensor, rate: f
     model.train()
     measured: list[Any] = [(0, _held_out_loss(model, held_out))]
     training = []
-    for step, batch in enumerate(tqdm(batches, desc=title, disable=None), 1):
+    for step, batch in enumerate(progress_bar(batches, title), 1):
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -184,15 +182,15 @@ def _held_out_loss(model: nn.Module, windows: Tensor) -> float:
         return round(mean(model(input_ids=batch, labels=batch, use_cache=False).loss.item() for batch in windows.split(8)), 5)
 
 
-def _qlora(model: nn.Module, made: AdapterPlan) -> PeftModel:
-    quantize_linears_(model, made.layers, "nf4")
-    return attach_lora(model, list(made.layers), made.rank)
+def _qlora(model: nn.Module, adapter: AdapterPlan) -> PeftModel:
+    quantize_linears_(model, adapter.layers, "nf4")
+    return attach_lora(model, list(adapter.layers), adapter.rank)
 
 
 METHODS: dict[str, Callable[[Any, AdapterPlan], PeftModel]] = {
     BASELINE: _qlora,
-    "CorDA-IPM": lambda model, made: attach(model, made, residual="offset", quantize="nf4"),
-    CLAIMED: lambda model, made: attach(model, made, residual="subtract", quantize="nf4"),
+    "CorDA-IPM": lambda model, adapter: attach(model, adapter, residual="offset", quantize="nf4"),
+    CLAIMED: lambda model, adapter: attach(model, adapter, residual="subtract", quantize="nf4"),
 }
 
 
@@ -210,7 +208,7 @@ def beyond_the_edge(runs: Sequence[Run]) -> list[tuple[str, float]]:
     for method, rate in best_rates(runs).items():
         place = LADDER.index(rate)
         near = LADDER[max(0, place - 1) : place + 2]
-        missing += [(method, one) for one in near if not _find(runs, method, one, 0)]
+        missing += [(method, neighbour) for neighbour in near if not _find(runs, method, neighbour, 0)]
     return missing
 
 
@@ -232,66 +230,62 @@ def readings(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 def steps_table(runs: Sequence[Run]) -> str:
     """Return steps to QLoRA's final loss, and the losses, as a Markdown table: medians over the seeds, (lowest to highest)."""
-    lines = [
-        "| reading | method | rate | seeds | loss at step 0 | final held-out loss | training, last 10 | to QLoRA's final loss | faster |",
-        "|---" * 9 + "|",
-    ]
+    rows = []
     for title, methods in readings(runs).items():
         base = {run["seed"]: run["held_out"] for run in methods[BASELINE]}
-        for method, its in methods.items():
-            targets = [(base[run["seed"]], base[run["seed"]][-1][1]) for run in its]
-            steps = [steps_to(run["held_out"], target) for run, (_, target) in zip(its, targets, strict=True)]
+        for method, repeats in methods.items():
+            targets = [(base[run["seed"]], base[run["seed"]][-1][1]) for run in repeats]
+            steps = [steps_to(run["held_out"], target) for run, (_, target) in zip(repeats, targets, strict=True)]
             ratios = [steps_to(curve, target) / own if own else NEVER for own, (curve, target) in zip(steps, targets, strict=True)]
             cells = [
-                _spread([run["held_out"][0][1] for run in its], 3),
-                _spread([run["held_out"][-1][1] for run in its], 3),
-                _spread([mean(run["training"][-10:]) for run in its], 3),
+                _spread([run["held_out"][0][1] for run in repeats], 3),
+                _spread([run["held_out"][-1][1] for run in repeats], 3),
+                _spread([mean(run["training"][-10:]) for run in repeats], 3),
                 _spread(steps, 1, {NEVER: "never"}),
                 _spread(ratios, 2, {0.0: "never", NEVER: "at once"}) + " ×",
             ]
-            lines.append(f"| {title} | {method} | {its[0]['rate']:g} | {len(its)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([title, method, f"{repeats[0]['rate']:g}", str(len(repeats)), *cells])
+    losses = ["loss at step 0", "final held-out loss", "training, last 10"]
+    return "\n".join(table(["reading", "method", "rate", "seeds", *losses, "to QLoRA's final loss", "faster"], rows)[:-1])
 
 
 def rate_table(runs: Sequence[Run]) -> str:
     """Return the first seed's final held-out losses by method and rate as a Markdown table."""
     rates = sorted({run["rate"] for run in runs})
-    lines = ["| final held-out loss, seed 0 | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    rows = []
     for method in METHODS:
-        found = [_find(runs, method, rate, 0) for rate in rates]
-        lines.append(f"| {method} | " + " | ".join(f"{run['held_out'][-1][1]:.3f}" if run else "" for run in found) + " |")
-    return "\n".join(lines)
+        first = [_find(runs, method, rate, 0) for rate in rates]
+        rows.append([method, *(f"{run['held_out'][-1][1]:.3f}" if run else "" for run in first)])
+    return "\n".join(table(["final held-out loss, seed 0", *(f"{rate:g}" for rate in rates)], rows))
 
 
 def error_table(layers: dict[str, dict[str, float]]) -> str:
     """Return the errors by kind of layer as a Markdown table: means, and how many layers have the smaller error in the residual."""
-    lines = ["| kind | nf4(W) | nf4(W − B0 A0) | better | on the context: nf4(W) | nf4(W − B0 A0) | better |", "|---" * 7 + "|"]
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    rows = []
     for kind in [*kinds, "all"]:
-        its = [errors for name, errors in layers.items() if kind in ("all", name.rpartition(".")[2])]
+        chosen = [errors for name, errors in layers.items() if kind in ("all", name.rpartition(".")[2])]
         cells = []
         for base, residual in (ERRORS[:2], ERRORS[2:]):
-            cells += [f"{mean(one[key] for one in its):.2%}" for key in (base, residual)]
-            cells.append(f"{sum(one[residual] < one[base] for one in its)} of {len(its)}")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells += [f"{mean(errors[key] for errors in chosen):.2%}" for key in (base, residual)]
+            cells.append(f"{sum(errors[residual] < errors[base] for errors in chosen)} of {len(chosen)}")
+        rows.append([kind, *cells])
+    return "\n".join(table(["kind", "nf4(W)", "nf4(W − B0 A0)", "better", "on the context: nf4(W)", "nf4(W − B0 A0)", "better"], rows))
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw held-out loss by step, one panel a reading: the median over the seeds, and the range."""
     # Imported here: it belongs to the extra `demo`.
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained", sharey=True)
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     for axes, (title, methods) in zip(panels, readings(runs).items(), strict=True):
-        for number, (method, its) in enumerate(methods.items()):
-            steps = [step for step, _ in its[0]["held_out"]]
-            losses = list(zip(*([loss for _, loss in run["held_out"]] for run in its), strict=True))
-            axes.plot(steps, [median(ones) for ones in losses], color=f"C{number}", label=f"{method}, rate {its[0]['rate']:g}")
-            axes.fill_between(steps, [min(ones) for ones in losses], [max(ones) for ones in losses], color=f"C{number}", alpha=0.2)
+        for number, (method, repeats) in enumerate(methods.items()):
+            steps = [step for step, _ in repeats[0]["held_out"]]
+            losses = list(zip(*([loss for _, loss in run["held_out"]] for run in repeats), strict=True))
+            axes.plot(steps, list(map(median, losses)), color=f"C{number}", label=f"{method}, rate {repeats[0]['rate']:g}")
+            axes.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=f"C{number}", alpha=0.2)
         final = median(run["held_out"][-1][1] for run in methods[BASELINE])
         axes.axhline(final, color="grey", linestyle="--", linewidth=1, label="QLoRA's final loss")
         axes.set(xlabel="steps", title=title[0].upper() + title[1:])
@@ -314,10 +308,6 @@ def _spread(values: Sequence[float], digits: int, words: Mapping[float, str] | N
     """Return the median and the range, some values in words."""
     shown = [(words or {}).get(value, f"{value:.{digits}f}") for value in (median(values), min(values), max(values))]
     return "{} ({} to {})".format(*shown)
-
-
-def _bar(steps: Any, title: str) -> Any:
-    return tqdm(steps, desc=title, disable=None)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,15 @@ def quantization_errors(
 
     def errors(name: str, weight: Tensor) -> QuantizationError:
         W, init = weight.float(), plan.layers[name]
-        found = []
+        lost = []
         for X in (W, W - (init.B0 @ init.A0).to(W)):
             packed, state = functional.quantize_4bit(X.contiguous(), quant_type=kind, compress_statistics=True)
-            found.append(X - functional.dequantize_4bit(packed, state).to(X))
-        parts = [float(error.norm() / W.norm()) for error in found]
+            lost.append(X - functional.dequantize_4bit(packed, state).to(X))
+        parts = [float(error.norm() / W.norm()) for error in lost]
         if covariances is None:
             return QuantizationError(*parts)
         energy = partial(_energy, covariances[name])
-        return QuantizationError(*parts, *((energy(error) / energy(W)) ** 0.5 for error in found))
+        return QuantizationError(*parts, *((energy(error) / energy(W)) ** 0.5 for error in lost))
 
     return over_layers(model, list(plan.layers), errors, progress, "quantisation error")
 

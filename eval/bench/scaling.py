@@ -9,7 +9,6 @@ each method cannot do without, at the speed of this machine's own matrix product
     IPM, iteration           8 n² r        one application of W C C Wᵀ to r vectors, float32
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from corda_core import Covariance, collect, decompose
+from corda_eval.bench.cases import heavy_tailed
+from corda_eval.records import write_json
+from corda_vlm.context import progress_bar
 
 RANK, TOKENS = 32, 8192
 SIZES = (512, 1024, 2048, 4096)
@@ -31,7 +32,7 @@ WIDTH = 1024
 def scaling(output: Annotated[Path, typer.Option(help="The plot; the figures go beside it as JSON.")] = Path("scaling.png")) -> None:
     """Measure, write the figures and draw them."""
     figures = measure()
-    output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    write_json(output.with_suffix(".json"), figures)
     draw(figures, output)
 
 
@@ -50,7 +51,7 @@ def measure() -> dict[str, Any]:
         "exact": (lambda W, C: decompose(W, C, RANK, "kpm", solver="exact"), lambda n: 3 * n**3 / rates[torch.float64]),
     }
     by_size: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bound": []} for name in methods}
-    for n in tqdm(SIZES, desc="hidden size", disable=None):
+    for n in progress_bar(SIZES, "hidden size"):
         weight, inputs = _heavy(n, n) / n**0.5, _heavy(2 * n, n)
         covariance = Covariance.of(inputs.T @ inputs / len(inputs), len(inputs))
         for name, (run, bound) in methods.items():
@@ -58,7 +59,7 @@ def measure() -> dict[str, Any]:
             by_size[name]["bound"].append(bound(n))
     layer = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     by_tokens: dict[str, list[float]] = {"seconds": [], "bound": []}
-    for tokens in tqdm(TOKEN_COUNTS, desc="tokens", disable=None):
+    for tokens in progress_bar(TOKEN_COUNTS, "tokens"):
         batches = [{"input": part} for part in _heavy(tokens, WIDTH).split(2048)]
         by_tokens["seconds"].append(_seconds(lambda batches=batches: collect(layer, batches, ["0"])))
         by_tokens["bound"].append(tokens * WIDTH**2 / rates[torch.float32])
@@ -75,12 +76,10 @@ def measure() -> dict[str, Any]:
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw both plots."""
     # Imported here: it belongs to the extra `demo`.
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for number, (name, values) in enumerate(figures["decomposition"].items()):
         left.loglog(figures["sizes"], values["seconds"], "o-", color=f"C{number}", label=name)
         left.loglog(figures["sizes"], values["bound"], "--", color=f"C{number}", linewidth=1)
@@ -113,8 +112,7 @@ def _seconds(run: Callable[..., Any], *arguments: Any) -> float:
 
 def _heavy(rows: int, columns: int) -> Tensor:
     """Return random rows whose columns have scales over three orders of magnitude."""
-    generator = torch.Generator().manual_seed(rows + columns)
-    return torch.randn(rows, columns, generator=generator) * torch.exp(1.2 * torch.randn(columns, generator=generator))
+    return heavy_tailed((rows, columns), torch.Generator().manual_seed(rows + columns))
 
 
 if __name__ == "__main__":

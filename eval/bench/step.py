@@ -17,9 +17,9 @@ import torch
 import typer
 
 from corda_core import attach, collect, plan
-from corda_eval.bench.memory import peak_megabytes
-from corda_eval.bench.process import fresh_run
+from corda_eval.bench.process import by_side, fresh_run, in_turns, median_of, median_ratio, peak_megabytes
 from corda_eval.lab.smollm2 import smollm2_model
+from corda_eval.records import table
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.training.train import attach_lora
 
@@ -40,12 +40,12 @@ def bench(
         print(json.dumps(run_side(side, steps, rank, batch_size, length)))
         return
     options = [f"--{name}={value}" for name, value in (("steps", steps), ("rank", rank), ("batch-size", batch_size), ("length", length))]
-    runs = []
-    for turn in range(rounds):
-        for one in SIDES if turn % 2 == 0 else reversed(SIDES):
-            about = {"side": one, "round": turn, "rank": rank, "tokens": batch_size * length}
-            runs.append(fresh_run("corda_eval.bench.step", [*options, "--side", one], about, output))
-    print(table(runs))
+    about = {"rank": rank, "tokens": batch_size * length}
+    runs = [
+        fresh_run("corda_eval.bench.step", [*options, "--side", name], {"side": name, "round": turn, **about}, output)
+        for turn, name in in_turns(SIDES, rounds)
+    ]
+    print(comparison(runs))
 
 
 def run_side(side: str, steps: int, rank: int, batch_size: int, length: int) -> dict[str, float]:
@@ -57,10 +57,10 @@ def run_side(side: str, steps: int, rank: int, batch_size: int, length: int) -> 
     if side == "lora":
         adapted = attach_lora(model, names, rank)
     else:
-        made = plan(model, collect(model, [{"input_ids": windows[:8]}], names), mode="kpm", rank=rank)
+        adapter = plan(model, collect(model, [{"input_ids": windows[:8]}], names), mode="kpm", rank=rank)
         residual = "subtract" if side == "subtract" else "offset"
-        adapted = attach(model, made, protect="strict" if side == "strict" else "start", residual=residual)  # type: ignore[arg-type]
-        del made
+        adapted = attach(model, adapter, protect="strict" if side == "strict" else "start", residual=residual)  # type: ignore[arg-type]
+        del adapter
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     adapted.train()
     seconds = []
@@ -74,15 +74,15 @@ def run_side(side: str, steps: int, rank: int, batch_size: int, length: int) -> 
     return {"seconds": median(seconds[2:]), "peak_mb": peak()}
 
 
-def table(runs: list[dict[str, float]]) -> str:
+def comparison(runs: list[dict[str, float]]) -> str:
     """Return medians and ratios to LoRA as a Markdown table."""
-    by_side = {side: sorted((run for run in runs if run["side"] == side), key=lambda run: run["round"]) for side in SIDES}
-    lines = ["| | s a step | to LoRA | peak memory | to LoRA |", "|---|---|---|---|---|"]
-    for side, its in by_side.items():
-        ratios = [median(run[key] / base[key] for run, base in zip(its, by_side["lora"], strict=True)) for key in ("seconds", "peak_mb")]
-        seconds, peak = (median(run[key] for run in its) for key in ("seconds", "peak_mb"))
-        lines.append(f"| {side} | {seconds:.2f} | {ratios[0]:.3f} | {peak:.0f} MB | {ratios[1]:.3f} |")
-    return "\n".join(lines)
+    sides = by_side(runs, SIDES)
+    rows = []
+    for side, runs_of_side in sides.items():
+        to_lora = [f"{median_ratio(runs_of_side, sides['lora'], key):.3f}" for key in ("seconds", "peak_mb")]
+        seconds, peak = median_of(runs_of_side, "seconds"), median_of(runs_of_side, "peak_mb")
+        rows.append([side, f"{seconds:.2f}", to_lora[0], f"{peak:.0f} MB", to_lora[1]])
+    return "\n".join(table(["side", "s a step", "to LoRA", "peak memory", "to LoRA"], rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ library, another domain.
 Note: ASVD scales by the mean of |x|; here it is the root of the mean square, which the covariance already holds.
 """
 
-import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +24,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from corda_core import Covariance, collect, decompose, select_covariances
 from corda_core.layers import over_layers
 from corda_core.linears import weight_matrix
 from corda_eval.lab.smollm2 import smollm2_model
+from corda_eval.records import table, write_json
 from corda_eval.text.perplexity import held_out_text, perplexity, text_windows
+from corda_vlm.context import progress_bar
 
 DROPPED = (0, 8, 16, 32, 64, 128)
 LENGTH, WINDOWS, SETS = 512, 24, 5
@@ -55,9 +55,9 @@ def truncation(
 ) -> None:
     """Measure, write the figures, draw them and print the table."""
     figures = measure(windows)
-    output.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    write_json(output.with_suffix(".json"), figures)
     draw(figures, output)
-    print(table(figures))
+    print(by_method(figures))
 
 
 def measure(windows: int) -> dict[str, Any]:
@@ -70,49 +70,46 @@ def measure(windows: int) -> dict[str, Any]:
     }
     drawn = text_windows(context, tokenizer, LENGTH, WINDOWS * SETS)
     sets = [[{"input_ids": window[None]} for window in drawn[number::SETS]] for number in range(SETS)]
-    first = collect(model, tqdm(sets[0], desc="context", disable=None), names)
-    others = (collect(model, tqdm(one, desc="candidate", disable=None), names) for one in sets[1:])
+    first = collect(model, progress_bar(sets[0], "context"), names)
+    others = (collect(model, progress_bar(batches, "candidate"), names) for batches in sets[1:])
     selection = select_covariances(model, chain([first], others))
     methods: dict[str, tuple[dict[str, Covariance], float]] = {
-        "plain SVD": ({name: Covariance.of(torch.eye(one.packed.n), one.num_tokens) for name, one in first.items()}, 0.0),
-        "ASVD": ({name: Covariance.of(one.packed.diagonal().pow(0.25).diag(), one.num_tokens) for name, one in first.items()}, 0.0),
+        "plain SVD": ({name: Covariance.of(torch.eye(C.packed.n), C.num_tokens) for name, C in first.items()}, 0.0),
+        "ASVD": ({name: Covariance.of(C.packed.diagonal().pow(0.25).diag(), C.num_tokens) for name, C in first.items()}, 0.0),
         "CorDA": (first, 0.01),
         "CorDA++": (dict(selection.covariances), 0.01),
     }
-    found: dict[str, dict[str, list[float]]] = {domain: {} for domain in texts}
+    perplexities: dict[str, dict[str, list[float]]] = {domain: {} for domain in texts}
     with torch.no_grad():
         base = {domain: perplexity(model, text) for domain, text in texts.items()}
         for method, (covariances, damping) in methods.items():
-            bases = over_layers(model, names, _smallest(covariances, damping), _bar, method)
+            bases = over_layers(model, names, _smallest(covariances, damping), progress_bar, method)
             for domain in texts:
-                found[domain][method] = [base[domain]]
-            for count in tqdm(DROPPED[1:], desc=f"{method}, perplexity", disable=None):
+                perplexities[domain][method] = [base[domain]]
+            for count in progress_bar(DROPPED[1:], f"{method}, perplexity"):
                 with _without(model, bases, count):
                     for domain, text in texts.items():
-                        found[domain][method].append(perplexity(model, text))
+                        perplexities[domain][method].append(perplexity(model, text))
     chosen = list(selection.chosen.values())
-    return {"dropped": DROPPED, "perplexity": found, "windows": windows, "chosen": [chosen.count(number) for number in range(SETS)]}
+    return {"dropped": DROPPED, "perplexity": perplexities, "windows": windows, "chosen": [chosen.count(number) for number in range(SETS)]}
 
 
-def table(figures: dict[str, Any]) -> str:
+def by_method(figures: dict[str, Any]) -> str:
     """Return the perplexities as Markdown tables."""
     lines = []
     for domain, methods in figures["perplexity"].items():
-        lines += [f"| {domain} | " + " | ".join(map(str, figures["dropped"])) + " |", "|---" * (1 + len(figures["dropped"])) + "|"]
-        lines += [f"| {method} | " + " | ".join(f"{value:,.1f}" for value in values) + " |" for method, values in methods.items()]
-        lines.append("")
+        rows = [[method, *(f"{value:,.1f}" for value in values)] for method, values in methods.items()]
+        lines += table([domain, *map(str, figures["dropped"])], rows)
     return "\n".join(lines)
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw one plot a domain."""
     # Imported here: it belongs to the extra `demo`.
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(figures["perplexity"]), figsize=(10, 4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(figures["perplexity"]), sharey=True)
     for axes, (domain, methods) in zip(panels, figures["perplexity"].items(), strict=True):
         for (method, values), style in zip(methods.items(), ("o-", "o-", "o-", "s--"), strict=True):  # the last two nearly coincide
             axes.plot(range(len(values)), values, style, label=method, fillstyle="none" if style[0] == "s" else "full", markersize=7)
@@ -151,10 +148,6 @@ def _without(model: nn.Module, bases: dict[str, Tensor], count: int) -> Iterator
     finally:
         for name, weight in weights.items():
             weight.copy_(before[name])
-
-
-def _bar(steps: Any, title: str) -> Any:
-    return tqdm(steps, desc=title, disable=None)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ disturbs less (all of it without ``workers``). Images are decoded, prepared, enc
 counts top-1 and top-5, ours recall by class and calibration too.
 """
 
-import json
 import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +19,8 @@ import typer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from corda_eval.bench.process import by_side, in_turns, median_of, median_ratio, told
+from corda_eval.records import table
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches
 from corda_eval.zeroshot.images import ClassifiedImages
@@ -53,18 +53,13 @@ def bench(
     for side in sides.values():
         side()
     runs = []
-    for turn in range(rounds):
-        for name in sides if turn % 2 == 0 else reversed(sides):
-            start, busy = time.perf_counter(), time.process_time()
-            accuracy = sides[name]()
-            spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - busy}
-            run = {"side": name, "round": turn, **spent, "acc1": accuracy, "images": len(data.items)}
-            runs.append({**run, **options, "threads": threads})
-            print(json.dumps(runs[-1]), flush=True)
-            if output is not None:
-                with output.open("a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
-    print(table(runs))
+    for turn, name in in_turns(list(sides), rounds):
+        start, busy = time.perf_counter(), time.process_time()
+        accuracy = sides[name]()
+        spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - busy}
+        run = {"side": name, "round": turn, **spent, "acc1": accuracy, "images": len(data.items)}
+        runs.append(told({**run, **options, "threads": threads}, output))
+    print(comparison(runs))
 
 
 def spread(data: ClassifiedImages, count: int) -> ClassifiedImages:
@@ -121,20 +116,20 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def _accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
-    found = output.topk(max(topk), 1, True, True)[1] == target[:, None]
-    return [found[:, :k].any(1).sum().item() for k in topk]
+    hits = output.topk(max(topk), 1, True, True)[1] == target[:, None]
+    return [hits[:, :k].any(1).sum().item() for k in topk]
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Return medians and the ratio of the pairs as a Markdown table."""
-    ours, theirs = (sorted((run for run in runs if run["side"] == side), key=lambda run: run["round"]) for side in ("ours", "open_clip"))
-    ratios = [median(one[key] / other[key] for one, other in zip(ours, theirs, strict=True)) for key in ("seconds", "processor_seconds")]
-    lines = ["| | s | to open_clip | processor s | to open_clip | images/s | acc1 |", "|---|---|---|---|---|---|---|"]
-    for name, its, (wall, busy) in (("ours", ours, ratios), ("open_clip", theirs, (1.0, 1.0))):
-        seconds, processor = (median(run[key] for run in its) for key in ("seconds", "processor_seconds"))
-        rate = its[0]["images"] / seconds
-        lines.append(f"| {name} | {seconds:.2f} | {wall:.3f} | {processor:.2f} | {busy:.3f} | {rate:.0f} | {its[0]['acc1']:.4f} |")
-    return "\n".join(lines)
+def comparison(runs: list[dict[str, Any]]) -> str:
+    """Return medians and the ratios of the rounds as a Markdown table."""
+    sides = by_side(runs, ("ours", "open_clip"))
+    rows = []
+    for name, runs_of_side in sides.items():
+        seconds, busy = (median_of(runs_of_side, key) for key in ("seconds", "processor_seconds"))
+        ratios = [f"{median_ratio(runs_of_side, sides['open_clip'], key):.3f}" for key in ("seconds", "processor_seconds")]
+        rate, accuracy = runs_of_side[0]["images"] / seconds, runs_of_side[0]["acc1"]
+        rows.append([name, f"{seconds:.2f}", ratios[0], f"{busy:.2f}", ratios[1], f"{rate:.0f}", f"{accuracy:.4f}"])
+    return "\n".join(table(["side", "s", "to open_clip", "processor s", "to open_clip", "images/s", "acc1"], rows))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ from corda_core.files import write_whole
 from corda_core.linears import weight_matrix
 from corda_eval.demo.exports import REFERENCE, check_exports
 from corda_eval.demo.lab_suite import WINDOW, Measurement, Suite, load_suite, measure, questions_of
-from corda_eval.lab.assets import package_folder
 from corda_eval.lab.base import lab_folder, load_lab
 from corda_eval.metrics.intervals import drop, paired_interval, perplexity_interval
 from corda_eval.records import describe_run
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
+from corda_eval.vqa.files import package_folder
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters
 from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count, Options, Positive, Seed, one_of

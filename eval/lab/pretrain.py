@@ -9,12 +9,11 @@
 Writes ``vision_projector.safetensors`` (bfloat16), ``pretrain_log.jsonl`` and ``scores.json`` (whole test split).
 """
 
-import json
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -24,9 +23,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer, TrainingArguments, set_seed
 
+from corda_core.files import replacing_in
 from corda_eval.lab.base import assemble_lab, vision_state
 from corda_eval.lab.score import score_easy_vqa
 from corda_eval.lab.shapes import COLOURS, SHAPES, named_images
+from corda_eval.records import timed_log, write_json
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.data.samples import Collator
@@ -47,14 +48,7 @@ def pretrain(
     """Train tower and projector, score them on the test split and write the weights."""
     start = time.time()
     set_seed(seed)
-    output.mkdir(parents=True, exist_ok=True)
-    log = output / "pretrain_log.jsonl"
-    log.write_text("")
-
-    def record(**entry: Any) -> None:
-        with log.open("a") as file:
-            file.write(json.dumps({"seconds": round(time.time() - start), **entry}) + "\n")
-
+    record = timed_log(output / "pretrain_log.jsonl")
     model, processor = assemble_lab(None)
     model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel at 40 tokens
     model.requires_grad_(False)
@@ -63,12 +57,11 @@ def pretrain(
     examples = load_easy_vqa("train")
     learn_names(model, processor, examples, epochs=epochs, learning_rate=naming_rate, record=record)
     learn_to_answer(model, processor, examples, steps=steps, batch_size=batch_size, learning_rate=answering_rate, seed=seed, record=record)
-    weights = output / "vision_projector.safetensors"
-    save_file(vision_state(model), weights.with_suffix(".part"))
-    weights.with_suffix(".part").rename(weights)
+    with replacing_in(output) as fresh:
+        save_file(vision_state(model), fresh / "vision_projector.safetensors")
     model.to(torch.bfloat16)
     scores = score_easy_vqa(model, processor) | {"minutes": round((time.time() - start) / 60, 1), "seed": seed}
-    (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    write_json(output / "scores.json", scores)
     print(scores)
 
 

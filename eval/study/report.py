@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from corda_core.files import write_whole
-from corda_eval.records import code, escaped, table
+from corda_eval.records import code, escaped, table, write_json
 from corda_eval.study.frontier import (
     BASE,
     BASELINE,
@@ -87,7 +87,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     names = meanings(runs)
     heading = headline({setting: kinds["matched"] for setting, kinds in tables.items()}, never)
     stored = _without_infinities({"facts": dict(facts), "settings": summary})
-    write_whole(output / "study.json", (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
+    write_json(output / "study.json", stored)
     write_whole(output / "study.md", (markdown(heading, tables, short, steps) + glossary(names)).encode())
     write_whole(output / "study.html", html(heading, tables, short, steps, names, facts, output).encode())
     return summary

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import platform
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 
 from corda_core import Covariance
 from corda_core.bases import base_digest
-from corda_eval.records import library_versions, write_sealed
+from corda_eval.records import library_versions, peak_memory_gb, write_sealed
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
 from corda_eval.study.method import Adapted
 from corda_eval.study.methods import METHODS
@@ -71,7 +70,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "training_losses": [round(loss, 5) for loss in trained.training_losses],
         "validation_losses": [[step, round(loss, 5)] for step, loss in trained.validation_losses],
         "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),  # Linux counts in KiB
+        "peak_memory_gb": round(peak_memory_gb(), 3),
     }
     return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
 

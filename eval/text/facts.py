@@ -6,7 +6,6 @@ Guessing gives 25: the right answer stands equally often in each of the four pla
 Note: in bfloat16 padding moves the scores by up to 0.2 nats, a question or so in a hundred; compare runs of one batch size.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda_eval.records import TaskResult
+from corda_eval.records import TaskResult, read_lines
 from corda_eval.text.harness import result_of, run_tasks
 
 FACTS_FILE = Path(__file__).parent / "facts.jsonl"
@@ -47,8 +46,7 @@ class FactsResult:
 
 def load_facts() -> list[Fact]:
     """Return the questions in file order."""
-    rows = [json.loads(line) for line in FACTS_FILE.read_text(encoding="utf-8").splitlines()]
-    return [Fact(row["question"], tuple(row["choices"]), row["answer"]) for row in rows]
+    return [Fact(row["question"], tuple(row["choices"]), row["answer"]) for row in read_lines(FACTS_FILE)]
 
 
 def facts_scores(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32, limit: int | None = None) -> FactsResult:

@@ -4,13 +4,11 @@ Data: the wheel ``easy-vqa`` (MIT, Victor Zhou), installed by the ``demo`` extra
 Prompt: the question as it stands. Score: exact match of the lower-cased answer without its final period.
 """
 
-import json
 from collections.abc import Sequence
 
-from corda_eval.lab.assets import package_folder
 from corda_eval.metrics import exact_match
 from corda_eval.vqa.example import VqaExample, VqaTask
-from corda_eval.vqa.files import first
+from corda_eval.vqa.files import first, package_folder, read_json
 from corda_vlm.data.images import open_image
 
 
@@ -26,7 +24,7 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
     if split not in ("train", "test"):
         raise ValueError(f'easy-VQA has the splits "train" and "test", not "{split}".')
     folder = package_folder("easy_vqa") / "data" / split
-    rows = json.loads((folder / "questions.json").read_text())
+    rows = read_json(folder / "questions.json")
     chosen = range(len(rows)) if indices is None else [range(len(rows))[i] for i in indices]
     images = {number: open_image(folder / "images" / f"{number}.png") for number in {rows[i][2] for i in chosen}}
     return [VqaExample(images[rows[i][2]], rows[i][0], rows[i][1], question_id=str(i)) for i in chosen]

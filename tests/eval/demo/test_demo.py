@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from corda_eval.demo.demo import LABELS, TASKS, verdict
-from corda_eval.lab.assets import package_folder
+from corda_eval.vqa.files import package_folder
 
 README = Path(__file__).parents[3] / "README.md"
 

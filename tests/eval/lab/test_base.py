@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corda_eval.lab.assets import package_folder
 from corda_eval.lab.base import lab_folder, load_lab
+from corda_eval.vqa.files import package_folder
 
 
 def needs_lab() -> None:
@@ -64,5 +64,5 @@ def test_a_missing_data_package_is_named() -> None:
 def _named(module: str) -> None:
     from unittest.mock import patch
 
-    with patch("corda_eval.lab.assets.find_spec", return_value=None):
+    with patch("corda_eval.vqa.files.find_spec", return_value=None):
         package_folder(module)

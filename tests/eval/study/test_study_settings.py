@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from corda_core import lora_layers
 from corda_eval.lab import clip
-from corda_eval.lab.assets import package_folder
 from corda_eval.lab.base import load_lab
 from corda_eval.metrics import exact_match
 from corda_eval.study.methods.lalora import Lalora
@@ -33,6 +32,7 @@ from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.study.worker import RunSpec, run
 from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
+from corda_eval.vqa.files import package_folder
 from corda_eval.zeroshot.classify import evaluate
 from corda_vlm import attach_lora
 from corda_vlm.data.pairs import OpenClipPairs
