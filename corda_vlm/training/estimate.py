@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,25 +77,21 @@ def estimate(recipe: Recipe) -> Estimate:
         ValueError: If the model is not here, or an option does not fit it.
     """
     model = describe_base(recipe.model)
-    corda, family = recipe.corda, family_of(model)
+    corda, training = recipe.corda, recipe.training
     names = select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude)
     shapes = {name: weight_shape(model, name) for name in names}
+    parts = _parts(model, shapes, recipe)
     budget = corda.total_budget(shapes.values())
-    grouped: dict[str, list[tuple[int, int]]] = {}
-    for name, shape in shapes.items():
-        grouped.setdefault(family.part_of(name) or "model", []).append(shape)
-    parts = {part: _part(ofs, recipe) for part, ofs in grouped.items()}
-    whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     adapters = sum(part.num_parameters for part in parts.values()) if budget is None else budget
     trained = adapters if corda.protection != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
+    whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     num_base = sum(parameter.numel() for parameter in model.parameters())
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
     context_length = length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
-    steps = recipe.training.steps or (None if samples is None else -(-samples * recipe.training.epochs // recipe.training.batch_size))
-    tokens = corda.num_samples * corda.num_candidates * context_length
-    distinct = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
-    passes_backward = 3 if recipe.training.gradient_checkpointing else 2
+    steps = training.steps or (None if samples is None else int(-(-samples * training.epochs // training.batch_size)))
+    step_flops = training.batch_size * length * (2 * num_base * (3 if training.gradient_checkpointing else 2) + 6 * adapters)
+    inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
     return Estimate(
         model=type(model).__name__,
         num_base=num_base,
@@ -104,55 +101,61 @@ def estimate(recipe: Recipe) -> Estimate:
         num_samples=samples,
         num_tokens=length,
         num_context_tokens=context_length,
-        steps=None if steps is None else int(steps),
+        steps=steps,
         base_bytes=int(num_base * bits / 8),
         training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
-        covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in distinct), corda.max_bytes or 1 << 62),
-        context_flops=tokens * (2 * num_base + sum(n * n for _, n in distinct)),
+        covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62),
+        context_flops=corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs)),
         # The products with C, and the iteration or factorisation: some multiples of them.
         decomposition_flops=sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
-        training_flops=None
-        if steps is None
-        else steps * recipe.training.batch_size * length * (2 * num_base * passes_backward + 6 * adapters),
+        training_flops=None if steps is None else steps * step_flops,
         flops_per_second=_speed(getattr(torch, recipe.model.dtype)),
     )
 
 
-def describe(found: Estimate) -> str:
+def describe(estimate: Estimate) -> str:
     """Return an estimate as text for a terminal."""
-    lines = [f"{found.model}, {found.num_base / 1e6:,.1f} M parameters, {_size(found.base_bytes)}"]
-    for part, its in found.parts.items():
-        low, high = its.ranks
+    lines = [f"{estimate.model}, {estimate.num_base / 1e6:,.1f} M parameters, {_size(estimate.base_bytes)}"]
+    for name, part in estimate.parts.items():
+        low, high = part.ranks
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        lines.append(f"  {part}: {its.num_layers} layers, {ranks}, {its.num_parameters:,} parameters of A and B")
+        lines.append(f"  {name}: {part.num_layers} layers, {ranks}, {part.num_parameters:,} parameters of A and B")
     lines += [
-        str(found.coverage),
-        f"trainable: {found.num_trainable:,} ({found.num_trainable / found.num_base:.2%} of the base)",
-        f"memory beside the base, without activations: covariances {_size(found.covariance_bytes)} while preparing; "
-        f"adapters, gradients and optimiser {_size(found.training_bytes)} while training",
-        f"context: {_work(found.context_flops, found)}",
-        f"decomposition: {_work(found.decomposition_flops, found)}",
+        str(estimate.coverage),
+        f"trainable: {estimate.num_trainable:,} ({estimate.num_trainable / estimate.num_base:.2%} of the base)",
+        f"memory beside the base, without activations: covariances {_size(estimate.covariance_bytes)} while preparing; "
+        f"adapters, gradients and optimiser {_size(estimate.training_bytes)} while training",
+        f"context: {_work(estimate.context_flops, estimate)}",
+        f"decomposition: {_work(estimate.decomposition_flops, estimate)}",
     ]
-    if found.steps is None:
+    if estimate.steps is None:
         lines.append("training: the data are not here, so the number of steps is not known; training.steps would set it")
     else:
-        samples = "" if found.num_samples is None else f", {found.num_samples:,} samples"
-        lines.append(f"training: {found.steps:,} steps{samples}, {_work(found.training_flops or 0, found)}")
+        samples = "" if estimate.num_samples is None else f", {estimate.num_samples:,} samples"
+        lines.append(f"training: {estimate.steps:,} steps{samples}, {_work(estimate.training_flops or 0, estimate)}")
     lines.append(
-        f"(times: {found.flops_per_second / 1e9:,.0f} GFLOP/s, measured just now for one process; {found.num_tokens} tokens a sample, "
-        f"{found.num_context_tokens} of context)"
+        f"(times: {estimate.flops_per_second / 1e9:,.0f} GFLOP/s, measured just now for one process; {estimate.num_tokens} tokens a "
+        f"sample, {estimate.num_context_tokens} of context)"
     )
     return "\n".join(lines)
 
 
-def _part(shapes: list[tuple[int, int]], recipe: Recipe) -> Part:
+def _parts(model: nn.Module, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> dict[str, Part]:
+    """Return the layers of these shapes by the part of the model that they belong to."""
+    family = family_of(model)
+    grouped: dict[str, list[tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        grouped.setdefault(family.part_of(name) or "model", []).append(shape)
+    return {name: _part(members, recipe) for name, members in grouped.items()}
+
+
+def _part(shapes: Sequence[tuple[int, int]], recipe: Recipe) -> Part:
     ranks = [min(recipe.corda.rank, *shape) for shape in shapes]
+    limits = min(ranks), max(ranks)
     if recipe.corda.spreads:
-        limits = recipe.corda.min_rank, max(min(shape) for shape in shapes)
-        spread = (limits[0], min(limits[1], recipe.corda.max_rank or limits[1]))
-    else:
-        spread = (min(ranks), max(ranks))
-    return Part(len(shapes), spread, sum((m + n) * rank for (m, n), rank in zip(shapes, ranks, strict=True)))
+        largest = max(min(shape) for shape in shapes)
+        limits = recipe.corda.min_rank, min(largest, recipe.corda.max_rank or largest)
+    return Part(len(shapes), limits, sum((m + n) * rank for (m, n), rank in zip(shapes, ranks, strict=True)))
 
 
 def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | None, int]:
@@ -188,8 +191,8 @@ def _speed(dtype: torch.dtype) -> float:
     return 2 * 1024**3 / best
 
 
-def _work(flops: float, found: Estimate) -> str:
-    seconds = flops / found.flops_per_second
+def _work(flops: float, estimate: Estimate) -> str:
+    seconds = flops / estimate.flops_per_second
     span = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
     return f"{flops / 1e12:,.1f} TFLOP, about {span}"
 
