@@ -1,4 +1,4 @@
-"""What is looked at before anything is computed, however the model came: by the API or by the command line."""
+"""What is refused or told before anything is computed: of a model, and of the processor that reads its samples."""
 
 import warnings
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 
 from corda_core.bases import check_untouched
 from corda_core.linears import unwrapped
+from corda_vlm.data.conversation import reads_images, tokenizer_of
 
 WRAPPED = ("module", "_fsdp_wrapped_module")
 """What wrappers call the one module that they hold."""
@@ -58,10 +59,47 @@ def warn_of_resized(model: nn.Module) -> None:
         known = type(config).from_pretrained(path, local_files_only=True)
     except (OSError, ValueError):
         return
-    before, now = (getattr(one.get_text_config(), "vocab_size", None) for one in (known, config))
-    if before != now:
+    before, present = (getattr(version.get_text_config(), "vocab_size", None) for version in (known, config))
+    if before != present:
         warnings.warn(
-            f"The embeddings have {now} rows, those of {path} {before}: new rows are random each time, and the adapter depends on "
+            f"The embeddings have {present} rows, those of {path} {before}: new rows are random each time, and the adapter depends on "
             "them; save this base with save_pretrained, to load the adapter on it.",
             stacklevel=4,
         )
+
+
+def check_processor(model: Any, processor: Any) -> None:
+    """Refuse a processor of another model, before it makes tokens that the model does not know.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model, the two mean other tokens by an image, or images cannot be read.
+    """
+    kind, tokenizer = type(processor).__name__, tokenizer_of(processor)
+    config = getattr(model, "config", None)
+    size = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    if size is not None and tokens > size:
+        raise ValueError(f"The {kind} has {tokens} tokens, but the model knows {size}: it belongs to another model; take the model's own.")
+    if _image_token_of(config) is not None and not reads_images(processor):
+        raise ValueError(f"{kind} reads no images, but {type(model).__name__} takes them; pass the model's own processor.")
+    check_image_token(model, processor)
+
+
+def check_image_token(model: Any, processor: Any) -> None:
+    """Refuse a processor that puts another token where an image stands than the model looks for.
+
+    Raises:
+        ValueError: If the tokens differ.
+    """
+    expected = _image_token_of(getattr(model, "config", None))
+    token = getattr(processor, "image_token_id", expected)
+    if expected is not None and token != expected:
+        raise ValueError(
+            f"{type(processor).__name__} puts token {token} where an image stands, but the model expects {expected}: it belongs to another "
+            "model; take its own."
+        )
+
+
+def _image_token_of(config: Any) -> int | None:
+    token: int | None = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    return token

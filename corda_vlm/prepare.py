@@ -16,13 +16,12 @@ from corda_core.allocate import Candidate, resolved
 from corda_core.collect import collect_in_passes, split_layers
 from corda_core.linears import unwrapped, weight_shape
 from corda_vlm.attention import split_attention
-from corda_vlm.checks import checked_base, warn_of_resized
+from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
 from corda_vlm.coverage import coverage, tell
 from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.towers import image_dtype, is_open_clip, learnable_layers, modules_of, select_layers, token_weights
-from corda_vlm.training.models import check_image_token
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from corda_vlm.checks import check_processor
 from corda_vlm.context import with_sizes_of
-from corda_vlm.data.conversation import tokenizer_of
 from corda_vlm.data.pairs import OpenClipPairs
+from corda_vlm.failures import one_line
 from corda_vlm.towers import image_dtype, is_text_only
 from corda_vlm.training.recipe import ModelConfig
 
@@ -42,16 +43,16 @@ def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
 @contextmanager
 def network_only_if(allowed: bool) -> Iterator[None]:
     """Keep the libraries of the hub off the network, unless it is allowed; PEFT and open_clip would ask it by themselves."""
-    before = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    was_offline, variable = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
     if not allowed:
         constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before[0]
+        constants.HF_HUB_OFFLINE = was_offline
         os.environ.pop("HF_HUB_OFFLINE", None)
-        if before[1] is not None:
-            os.environ["HF_HUB_OFFLINE"] = before[1]
+        if variable is not None:
+            os.environ["HF_HUB_OFFLINE"] = variable
 
 
 def _load_transformers(config: ModelConfig) -> tuple[nn.Module, Any]:
@@ -109,45 +110,8 @@ def read_processor(config: ModelConfig, model: nn.Module) -> Any:
     return with_sizes_of(model, (AutoTokenizer if is_text_only(model) else AutoProcessor).from_pretrained(config.path, **_known(config)))
 
 
-def check_processor(model: Any, processor: Any) -> None:
-    """Refuse a processor of another model, before it makes tokens that the model does not know.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than the model, the two mean other tokens by an image, or images cannot be read.
-    """
-    kind = type(processor).__name__
-    config = getattr(model, "config", None)
-    text = getattr(config, "text_config", config)
-    size, tokens = getattr(text, "vocab_size", None), len(tokenizer_of(processor)) if hasattr(tokenizer_of(processor), "__len__") else 0
-    if size is not None and tokens > size:
-        raise ValueError(f"The {kind} has {tokens} tokens, but the model knows {size}: it belongs to another model; take the model's own.")
-    if _image_token_of(config) is not None and not hasattr(processor, "image_processor"):
-        raise ValueError(f"{kind} reads no images, but {type(model).__name__} takes them; pass the model's own processor.")
-    check_image_token(model, processor)
-
-
-def check_image_token(model: Any, processor: Any) -> None:
-    """Refuse a processor that puts another token where an image stands than the model looks for.
-
-    Raises:
-        ValueError: If the tokens differ.
-    """
-    wanted = _image_token_of(getattr(model, "config", None))
-    found = getattr(processor, "image_token_id", wanted)
-    if wanted is not None and found != wanted:
-        raise ValueError(
-            f"{type(processor).__name__} puts token {found} where an image stands, but the model expects {wanted}: it belongs to another "
-            "model; take its own."
-        )
-
-
-def _image_token_of(config: Any) -> int | None:
-    token: int | None = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    return token
-
-
 def _known(config: ModelConfig) -> dict[str, Any]:
-    """Return what all of transformers' readers are told."""
+    """Return the arguments of all of transformers' ``from_pretrained``."""
     options: dict[str, Any] = {"local_files_only": not config.download, "trust_remote_code": config.trust_remote_code}
     return options if config.revision is None else options | {"revision": config.revision}
 
@@ -193,7 +157,7 @@ def _open_clip() -> Any:
 
 def _not_loaded(config: ModelConfig, error: Exception) -> str:
     """Return the sentence for a model that could not be read."""
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)[:300]
     if Path(config.path).exists():
         return f"model.path {config.path} could not be read: {reason}"
     if config.download:
