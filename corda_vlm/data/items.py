@@ -1,5 +1,7 @@
 """Rows of a source -> the items that collators take: texts as fields, images opened when they are asked for."""
 
+import hashlib
+import json
 import logging
 import os
 from collections import defaultdict
@@ -15,12 +17,12 @@ from torch.utils.data import Dataset
 
 from corda_core.layers import gathered, num_processes, process_rank
 from corda_vlm.context import progress_bar
+from corda_vlm.data.arrow import ArrowRows
 from corda_vlm.data.conversation import TURN_KEYS, answer_of, text_of, turns_of
-from corda_vlm.data.digest import digest_of_rows
 from corda_vlm.data.images import BrokenImageError, read_image
 from corda_vlm.data.media import image_field, image_sources
 from corda_vlm.data.rows import Row
-from corda_vlm.data.sources import FIELDS, ArrowRows, DataConfig, load_rows
+from corda_vlm.data.sources import FIELDS, DataConfig, load_rows
 from corda_vlm.failures import one_line
 
 logger = logging.getLogger(__name__)
@@ -77,11 +79,20 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         return f"{self.config.source}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return a digest of the rows that count, in their order.
+        """Return the SHA-256 of the rows that count, in their order: of their values, whatever files hold them.
 
         Pictures count by their names, and by their sizes where the rows hold them: a file that is mended is no other data.
         """
-        return digest_of_rows(self.rows, self.places)
+        digest = hashlib.sha256()
+        rows: Iterable[Mapping[str, Any]] = self.rows
+        if isinstance(self.rows, ArrowRows):
+            digest.update(_as_line({name: list(names) for name, names in self.rows.class_names.items()}))
+            rows = self.rows.with_lengths()
+        places = self.places if isinstance(self.places, range) else set(self.places)
+        for place, row in enumerate(rows):
+            if place in places:
+                digest.update(_as_line(row))
+        return digest.hexdigest()
 
     def sources(self, row: int) -> tuple[dict[str, Any], list[Any], bool]:
         """Return a row's fields without its images, what each image is opened from, and whether they are a list.
@@ -163,6 +174,11 @@ def load_items(
     return Items(rows, columns, folder, config, needs_images, broken)
 
 
+def _as_line(row: Mapping[str, Any]) -> bytes:
+    in_short = json.dumps(row, sort_keys=True, default=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value))
+    return in_short.encode() + b"\n"
+
+
 @contextmanager
 def _telling_what_to_do() -> Iterator[None]:
     """Make of a broken image an error of the options."""
@@ -173,11 +189,7 @@ def _telling_what_to_do() -> Iterator[None]:
 
 
 def _check_rows(items: Items) -> None:
-    """Refuse rows that can be seen to be wrong without opening their images.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuse rows that can be seen to be wrong without opening their images."""
     for row, values in enumerate(items.rows):
         if items.config.on_broken == "stop":
             with _telling_what_to_do():
@@ -203,11 +215,11 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
             return None
         return None
 
-    mine = range(process_rank(), len(items.rows), num_processes())
+    share = range(process_rank(), len(items.rows), num_processes())
     with _one_thread_each(), ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        reasons = pool.imap(why, mine, chunksize=16)
-        found = {row: reason for row in progress_bar(mine, "images") if (reason := next(reasons)) is not None}
-    return dict(sorted((row, reason) for one in gathered(found) for row, reason in one.items()))
+        reasons = pool.imap(why, share, chunksize=16)
+        broken = {row: reason for row in progress_bar(share, "images") if (reason := next(reasons)) is not None}
+    return dict(sorted((row, reason) for part in gathered(broken) for row, reason in part.items()))
 
 
 @contextmanager
@@ -226,16 +238,12 @@ def _check_accepted(image: Image.Image, accepts: Callable[[Image.Image], Any] | 
         return
     try:
         accepts(image)
-    except Exception as error:  # what processors raise is their own affair
+    except Exception as error:  # processors raise what they like
         raise BrokenImageError(f"{where}: the model's processor refuses the image ({one_line(error)})") from error
 
 
 def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str, str]:
-    """Return the column of each field that the source has.
-
-    Raises:
-        ValueError: If a column that an option names is missing, or there is no text.
-    """
+    """Return the column of each field that the source has."""
     there = list(names)
     wanted = [(f"columns.{name}", column) for name, column in config.columns.items()]
     wanted += [("prompt", config.columns.get(name, name)) for name in config.placeholders]
@@ -255,11 +263,7 @@ def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str,
 
 
 def _text_fields(row: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig, where: str) -> dict[str, Any]:
-    """Return the fields of a row other than its image.
-
-    Raises:
-        ValueError: If the row has no text, or a value is of an unknown form.
-    """
+    """Return the fields of a row other than its image."""
     fields: dict[str, Any] = {}
     values = {name: row.get(column) for name, column in columns.items()}
     if config.prompt is not None:

@@ -42,14 +42,8 @@ class PairCollator(ABC):
         try:
             return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
         except Exception:  # what reads images raises what it likes, and of a batch it does not say which
-            pairs = read_each(self._taken, items)
-        return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
-
-    def _taken(self, item: Item) -> tuple[Image.Image, str]:
-        """Return an item's image, which can be read, and caption."""
-        image, caption = read_pair(item)
-        _try(self.read, image)
-        return image, caption
+            _read_alone(self.read, lambda item: read_pair(item)[:1], items)
+            raise
 
 
 @dataclass(frozen=True)
@@ -93,23 +87,17 @@ class TransformersImages:
         Raises:
             ValueError: If an item has no image.
         """
-        images = [image for found in read_each(_images_of, items) for image in found]
+        images = [image for images in read_each(_images_of, items) for image in images]
         try:
             return self.read(images)
         except Exception:  # as in PairCollator
-            images = [image for found in read_each(self._taken, items) for image in found]
-        return self.read(images)
+            _read_alone(self.read, _images_of, items)
+            raise
 
     def read(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """Return ``pixel_values`` and what else the image processor gives."""
         reader = getattr(self.processor, "image_processor", self.processor)
         return dict(reader(images=images, return_tensors="pt"))
-
-    def _taken(self, item: Item) -> tuple[Image.Image, ...]:
-        images = _images_of(item)
-        for image in images:
-            _try(self.read, image)
-        return images
 
 
 @dataclass(frozen=True)
@@ -158,9 +146,16 @@ def _images_of(item: Item) -> tuple[Image.Image, ...]:
     return images
 
 
-def _try(read: Callable[[list[Image.Image]], Any], image: Image.Image) -> None:
-    """Refuse an image that cannot be read."""
-    try:
-        read([image])
-    except Exception as error:
-        raise ValueError(f"the image of {image.width} x {image.height} pixels cannot be read ({one_line(error)})") from error
+def _read_alone(
+    read: Callable[[list[Image.Image]], Any], images_of: Callable[[Item], tuple[Image.Image, ...]], items: Sequence[Item]
+) -> None:
+    """Refuse the first item with an image that cannot be read by itself."""
+
+    def check(item: Item) -> None:
+        for image in images_of(item):
+            try:
+                read([image])
+            except Exception as error:
+                raise ValueError(f"the image of {image.width} x {image.height} pixels cannot be read ({one_line(error)})") from error
+
+    read_each(check, items)

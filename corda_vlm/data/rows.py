@@ -54,13 +54,13 @@ def read_each(read: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
     Raises:
         ValueError: If one cannot be read; the text says which.
     """
-    found = []
+    values = []
     for number, item in enumerate(items):
         try:
-            found.append(read(item))
+            values.append(read(item))
         except ValueError as error:
             raise ValueError(f"{getattr(item, 'where', f'Sample {number} of the batch')}: {error}") from error
-    return found
+    return values
 
 
 def fields_of(item: Item) -> Mapping[str, Any]:

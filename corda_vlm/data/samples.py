@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from corda_vlm.data.conversation import (
     PLACEHOLDER,
@@ -27,8 +28,6 @@ from corda_vlm.data.limits import TextLimits
 from corda_vlm.data.media import image_field, image_sources
 from corda_vlm.data.rows import Item, fields_of, read_each
 from corda_vlm.data.tokens import PER_TOKEN, Sample, encode
-
-__all__ = ["IGNORED_LABEL", "Collator", "Item", "Sample", "encode", "fields_of", "has_image", "read_images", "read_sample"]
 
 IGNORED_LABEL = -100
 
@@ -61,26 +60,24 @@ class Collator:
                 if it has no response. The text says which item.
         """
         encoded = read_each(self._encoded, items)
-        length = max(len(one["input_ids"]) for one in encoded)
-        if self.limits.padding_shifts and any(len(one["input_ids"]) < length for one in encoded):
+        if self.limits.padding_shifts and len({len(sample["input_ids"]) for sample in encoded}) > 1:
             raise ValueError(
                 "This model counts positions from the left of a batch, padding included, and cannot be told others: samples of several "
                 "lengths would shift each other; set batch_size to 1."
             )
-        pad_id = tokenizer_of(self.processor).pad_token_id
         batch: dict[str, Any] = {
-            "input_ids": torch.stack([_pad_left(one["input_ids"], length, pad_id or 0) for one in encoded]),
-            "attention_mask": torch.stack([_pad_left(torch.ones_like(one["input_ids"]), length, 0) for one in encoded]),
+            "input_ids": _padded([sample["input_ids"] for sample in encoded], tokenizer_of(self.processor).pad_token_id or 0),
+            "attention_mask": _padded([torch.ones_like(sample["input_ids"]) for sample in encoded]),
         }
-        for key in {key for one in encoded for key in one} - {"input_ids", "is_response"}:
+        for key in {key for sample in encoded for key in sample} - {"input_ids", "is_response"}:
             if key in PER_TOKEN:
-                batch[key] = torch.stack([_pad_left(one.get(key, torch.zeros_like(one["input_ids"])), length, 0) for one in encoded])
+                batch[key] = _padded([sample.get(key, torch.zeros_like(sample["input_ids"])) for sample in encoded])
             else:
-                batch[key] = _joined([one[key] for one in encoded if key in one])
+                batch[key] = _joined([sample[key] for sample in encoded if key in sample])
         if self.limits.needs_positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if self.with_labels:
-            batch |= self._labels(batch["input_ids"], [one["is_response"] for one in encoded])
+            batch |= self._labels(batch["input_ids"], _padded([sample["is_response"] for sample in encoded]).bool())
         return batch
 
     def _encoded(self, item: Item) -> dict[str, Tensor]:
@@ -92,14 +89,13 @@ class Collator:
             )
         return encoded
 
-    def _labels(self, input_ids: Tensor, is_response: list[Tensor]) -> dict[str, Any]:
-        length = input_ids.shape[1]
-        mask = torch.stack([_pad_left(one, length, 0) for one in is_response]).bool()
-        labels = torch.where(mask, input_ids, IGNORED_LABEL)
+    def _labels(self, input_ids: Tensor, is_response: Tensor) -> dict[str, Any]:
+        labels = torch.where(is_response, input_ids, IGNORED_LABEL)
         if not self.trim_logits:
             return {"labels": labels}
         # One position more than the longest response: the logits that predict its first token.
-        keep = min(length, 1 + length - int(mask.any(0).int().argmax()))
+        length = input_ids.shape[1]
+        keep = min(length, 1 + length - int(is_response.any(0).int().argmax()))
         # As positions, not as a number: hidden[:, -keep:] is not contiguous, and torch then copies the output layer's weight per sample.
         return {"labels": labels[:, -keep:].contiguous(), "logits_to_keep": torch.arange(length - keep, length)}
 
@@ -163,15 +159,15 @@ def read_images(value: Any) -> tuple[Image.Image, ...]:
     return tuple(read_image(source) for source in image_sources(value))
 
 
-def _pad_left(values: Tensor, length: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(values, (length - len(values), 0), value=fill)
+def _padded(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Return rows (T,) of several lengths as one tensor (batch, longest), filled up on the left."""
+    length = max(map(len, rows))
+    return torch.stack([F.pad(row, (length - len(row), 0), value=fill) for row in rows])
 
 
-def _joined(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Return the tensors one behind the other along an axis; where their other axes differ (images of more tiles), zeros fill up."""
-    sizes = [max(one.shape[place] for one in tensors) for place in range(tensors[0].ndim)]
-    filled = []
-    for one in tensors:
-        missing = [size - have if place != axis else 0 for place, (size, have) in enumerate(zip(sizes, one.shape, strict=True))]
-        filled.append(torch.nn.functional.pad(one, [amount for size in reversed(missing) for amount in (0, size)]) if any(missing) else one)
-    return torch.cat(filled, dim=axis)
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors one behind the other along the first axis; where other axes differ (images of more tiles), zeros fill up."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    missing = [[size - there for size, there in zip(largest, tensor.shape[1:], strict=True)] for tensor in tensors]
+    paddings = [[amount for size in reversed(sizes) for amount in (0, size)] for sizes in missing]
+    return torch.cat([F.pad(tensor, padding) if any(padding) else tensor for tensor, padding in zip(tensors, paddings, strict=True)])

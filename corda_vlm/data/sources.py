@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Annotated, Any
 
 from corda_core.files import read_json
+from corda_vlm.data.arrow import ArrowRows
 from corda_vlm.failures import one_line
 from corda_vlm.options import Count, Options, Place, one_of
 
@@ -58,11 +59,7 @@ class DataConfig(Options):
     """How many pixels an image may have at most, as a small file may fill the memory; None takes Pillow's limit, 89,478,485."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be right.
-
-        Raises:
-            ValueError: If an option has an impossible value; the text names it.
-        """
+        """Refuse values that contradict each other."""
         super().__post_init__()
         if not self.source:
             raise ValueError(f"source is {self.source!r}; expected a file, a folder or an id of the datasets hub.")
@@ -79,11 +76,7 @@ class DataConfig(Options):
 
     @property
     def placeholders(self) -> Sequence[str]:
-        """The columns that ``prompt`` names.
-
-        Raises:
-            ValueError: If its braces do not match.
-        """
+        """The columns that ``prompt`` names."""
         try:
             names = [name for _, name, _, _ in Formatter().parse(self.prompt or "") if name is not None]
         except ValueError as error:
@@ -107,10 +100,10 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
     rows: Sequence[Mapping[str, Any]]
     if path.exists():
         is_json = path.is_file() and path.suffix in (".json", ".jsonl")
-        rows = _json_rows(path, config) if is_json else ArrowRows.of(_local_table(path, config), config)
+        rows = _json_rows(path, config) if is_json else ArrowRows.of(_local_table(path, config), config.limit)
         folder = path if path.is_dir() else path.parent
     elif HUB_ID.fullmatch(config.source) and path.suffix not in SUFFIXES:
-        rows, folder = ArrowRows.of(_hub_table(config, download), config), Path()
+        rows, folder = ArrowRows.of(_hub_table(config, download), config.limit), Path()
     else:
         raise FileNotFoundError(f"source is {config.source!r}, but there is no such file or folder; correct the path.")
     if config.images is not None:
@@ -120,36 +113,6 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
     if not rows:
         raise ValueError(f"{config.source} holds no rows; expected at least one.")
     return rows, folder
-
-
-@dataclass(frozen=True)
-class ArrowRows(Sequence[Mapping[str, Any]]):
-    """Rows of a table of ``datasets`` as plain values: images stay bytes or paths, classes become their names."""
-
-    table: Any
-    class_names: Mapping[str, Sequence[str]]
-
-    @classmethod
-    def of(cls, table: Any, config: DataConfig) -> "ArrowRows":
-        """Take the first rows of a table."""
-        if config.limit is not None:
-            table = table.select(range(min(config.limit, len(table))))
-        names = {name: feature.names for name, feature in table.features.items() if hasattr(feature, "int2str")}
-        return cls(table.with_format("arrow"), names)
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The columns."""
-        return list(self.table.column_names)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = self.table[index].to_pylist()[0]
-        # -1 stands for no class, in test splits.
-        classes = {name: names[row[name]] if row[name] not in (None, -1) else None for name, names in self.class_names.items()}
-        return row | classes
 
 
 def _json_rows(path: Path, config: DataConfig) -> list[Mapping[str, Any]]:
@@ -178,11 +141,7 @@ def _json_line(line: bytes, where: str) -> Any:
 
 
 def _local_table(path: Path, config: DataConfig) -> Any:
-    """Return the table of a parquet file or a folder.
-
-    Raises:
-        ValueError: If it cannot be read, or is neither.
-    """
+    """Return the table of a parquet file or a folder."""
     datasets = _import_datasets(config)
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _saved_table(datasets, path, config)
@@ -252,11 +211,7 @@ def _check_whole(file: Path) -> None:
 
 
 def _hub_table(config: DataConfig, download: bool) -> Any:
-    """Return the table of an id of the datasets hub.
-
-    Raises:
-        ValueError: If it cannot be had.
-    """
+    """Return the table of an id of the datasets hub."""
     datasets = _import_datasets(config)
     name = f"source {config.source!r} (subset {config.subset!r}, split {config.split!r})"
     if download:
@@ -271,10 +226,10 @@ def _hub_table(config: DataConfig, download: bool) -> Any:
 
     try:
         # Not load_dataset: it asks the hub first, unless a variable was set before it was imported.
-        found = Cache(
+        cache = Cache(
             repo_id=config.source, dataset_name=config.source.split("/")[-1], config_name=config.subset, version="auto", hash="auto"
         )
-        return found.as_dataset(split=config.split)
+        return cache.as_dataset(split=config.split)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{name} is neither a local path nor whole in the cache of datasets ({one_line(error)}); set `download: true`, or correct it."

@@ -11,8 +11,9 @@ from torch import nn
 from corda_core.linears import weight_shape
 from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data.items import load_items
-from corda_vlm.data.samples import encode, read_sample
+from corda_vlm.data.samples import read_sample
 from corda_vlm.data.sources import DataConfig
+from corda_vlm.data.tokens import encode
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
 from corda_vlm.training.models import describe_base, read_processor
 from corda_vlm.training.recipe import Recipe

@@ -17,8 +17,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from corda_core.linears import base_of, evaluating, hold_statistics_
 from corda_vlm.context import collator_for
 from corda_vlm.data.pairs import PairCollator
-from corda_vlm.data.rows import Numbered
-from corda_vlm.data.samples import Collator, Item
+from corda_vlm.data.rows import Item, Numbered
+from corda_vlm.data.samples import Collator
 from corda_vlm.towers import family_of
 from corda_vlm.training.contrastive import ContrastiveTrainer, check_pairs
 

@@ -26,8 +26,8 @@ from corda_eval.zeroshot.captions import karpathy
 from corda_eval.zeroshot.images import ClassifiedImages
 from corda_eval.zeroshot.transplant import transplanted
 from corda_vlm.context import collator_for, progress_bar
+from corda_vlm.data.conversation import tokenizer_of
 from corda_vlm.data.pairs import PairCollator
-from corda_vlm.data.samples import tokenizer_of
 from corda_vlm.options import Count, Options, Place, plain_file_name
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.models import load_base

@@ -9,8 +9,9 @@ from PIL import Image
 from corda_core.linears import base_of, evaluating
 from corda_eval.vqa.example import VqaExample
 from corda_vlm.context import collator_for
+from corda_vlm.data.conversation import tokenizer_of
 from corda_vlm.data.limits import limits_of
-from corda_vlm.data.samples import Collator, tokenizer_of
+from corda_vlm.data.samples import Collator
 
 
 def answer_questions(

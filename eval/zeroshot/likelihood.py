@@ -20,7 +20,8 @@ from corda_eval.zeroshot.classify import Progress, precision
 from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.context import with_sizes_of
-from corda_vlm.data.samples import Collator, encode, read_sample
+from corda_vlm.data.samples import Collator, read_sample
+from corda_vlm.data.tokens import encode
 
 QUESTION = "What is in the image?\nAnswer the question using a single word or phrase."
 
