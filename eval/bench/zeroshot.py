@@ -23,7 +23,7 @@ from corda_eval.bench.process import by_side, in_turns, median_of, median_ratio,
 from corda_eval.records import table
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches
-from corda_eval.zeroshot.images import ClassifiedImages
+from corda_eval.zeroshot.images import ClassifiedImages, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.data.pairs import OpenClipPairs
 
@@ -80,10 +80,11 @@ def random_model() -> tuple[Any, OpenClipPairs]:
 
 
 def run_ours(model: Any, head: Tensor, data: ClassifiedImages, pairs: OpenClipPairs, *, batch_size: int, workers: int) -> float:
-    """Return the accuracy as ``corda_eval.zeroshot.classify.evaluate`` finds it, given the head."""
+    """Return the accuracy as ``classify_images`` does, given the head."""
     tally, start = Tally(), time.perf_counter()
     scales = {"ece": model.logit_scale.exp().item(), "ece_scale_100": 100.0}
-    for ids, labels, cosines in cosine_batches(model, head, data, pairs, batch_size=batch_size, workers=workers):
+    batches = image_batches(data.items, pairs.read, batch_size=batch_size, workers=workers)
+    for ids, labels, cosines in cosine_batches(model, head, data, batches):
         tally.add(ids, labels, cosines, scales)
     return tally.result(data.task, len(data.class_names), time.perf_counter() - start).metrics["acc1"]
 

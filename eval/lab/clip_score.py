@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from corda_eval.lab.clip import load_lab_clip
 from corda_eval.lab.clip_sets import drawings, icons, shapes
-from corda_eval.zeroshot import imagenet, retrieval
+from corda_eval.zeroshot import imagenet
 from corda_eval.zeroshot.cifar import cifar10
-from corda_eval.zeroshot.classify import evaluate
+from corda_eval.zeroshot.classify import classify_images
 from corda_eval.zeroshot.folders import table
+from corda_eval.zeroshot.retrieval import retrieve
 from corda_vlm.data.pairs import OpenClipPairs
 
 
@@ -35,11 +36,11 @@ def score(
     if imagenet_table is not None:
         sets.append(table(imagenet_table, class_names=imagenet.names(), templates=imagenet.templates(), task="imagenet"))
     scores: dict[str, Any] = {}
-    for one in sets:
-        result = evaluate(towers, one, pairs, progress=partial(tqdm, desc=one.task))
+    for images in sets:
+        result = classify_images(towers, images, pairs, progress=partial(tqdm, desc=images.task))
         percent = {key: round(100 * result.metrics[key], 2) for key in ("acc1", "acc5")}
-        scores[one.task] = percent | {"images": len(one.items), "classes": len(one.class_names)}
-    result = retrieval.evaluate(towers, drawings(data), pairs)
+        scores[images.task] = percent | {"images": len(images.items), "classes": len(images.class_names)}
+    result = retrieve(towers, drawings(data), pairs)
     scores["drawings"] = {key: round(100 * value, 2) for key, value in result.metrics.items() if "recall" in key} | {
         "captions": result.num_examples
     }

@@ -21,9 +21,12 @@ from corda_eval.text.perplexity import held_out_text, text_windows, window_losse
 from corda_eval.vqa import benchmark as vqa
 from corda_eval.vqa import digits
 from corda_eval.vqa.example import VqaExample, VqaTask
-from corda_eval.zeroshot import cifar, classify, folders, imagenet, likelihood, objectnet, retrieval
+from corda_eval.zeroshot import cifar, folders, imagenet, objectnet
 from corda_eval.zeroshot.captions import karpathy
+from corda_eval.zeroshot.classify import classify_images
 from corda_eval.zeroshot.images import ClassifiedImages
+from corda_eval.zeroshot.likelihood import classify_by_likelihood
+from corda_eval.zeroshot.retrieval import retrieve
 from corda_eval.zeroshot.transplant import transplanted
 from corda_vlm.context import collator_for, progress_bar
 from corda_vlm.data.conversation import tokenizer_of
@@ -232,8 +235,8 @@ def _zero_shot(task: SuiteTask, model: nn.Module, processor: Any, batch_size: in
     if task.limit is not None:
         data = dataclasses.replace(data, items=Subset(data.items, range(min(task.limit, len(data.items)))))
     if has_two_towers(base_of(model)):
-        return classify.evaluate(model, data, _pairs(model, processor), batch_size=batch_size, progress=bar)
-    return likelihood.evaluate(model, data, processor, batch_size=batch_size, progress=bar)
+        return classify_images(model, data, _pairs(model, processor), batch_size=batch_size, progress=bar)
+    return classify_by_likelihood(model, data, processor, batch_size=batch_size, progress=bar)
 
 
 def _retrieval(task: SuiteTask, model: nn.Module, processor: Any, batch_size: int, bar: Any) -> TaskResult:
@@ -244,7 +247,7 @@ def _retrieval(task: SuiteTask, model: nn.Module, processor: Any, batch_size: in
         )
     data = Path(_data_of(task)).expanduser()
     captioned = karpathy(data, task.images or data.parent, split=task.split or "test", limit=task.limit)
-    return retrieval.evaluate(model, captioned, _pairs(model, processor), batch_size=batch_size, progress=bar)
+    return retrieve(model, captioned, _pairs(model, processor), batch_size=batch_size, progress=bar)
 
 
 def _pairs(model: nn.Module, processor: Any) -> PairCollator:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from corda_eval.metrics.choice import LETTERS
 from corda_vlm.data.images import UNREADABLE, open_image, why_unreadable
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -94,4 +95,4 @@ class VqaTask:
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """Return a question with a lettered line for each choice."""
-    return question + "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", choices, strict=False))
+    return question + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))

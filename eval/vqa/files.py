@@ -99,7 +99,7 @@ def people(value: Any, where: str) -> tuple[str, ...]:
     Raises:
         ValueError: If it is neither, or has fewer than two.
     """
-    given = [one.get("answer") if isinstance(one, Mapping) else one for one in value] if isinstance(value, list) else []
+    given = [person.get("answer") if isinstance(person, Mapping) else person for person in value] if isinstance(value, list) else []
     answers = [answer for answer in given if isinstance(answer, str)]
     if len(answers) < 2 or len(answers) < len(given):
         raise ValueError(f"{where} has the answers {str(value)[:80]}; expected those of at least two people; mend the annotations.")
@@ -121,7 +121,8 @@ def checked(examples: Sequence[VqaExample], where: object) -> list[VqaExample]:
     if not examples:
         raise ValueError(f"{where} has no questions; expected at least one.")
     _check_unique([example.question_id for example in examples], "question id", where)
-    missing = [(one.question_id, one.image) for one in examples if isinstance(one.image, Path) and not one.image.is_file()]
+    files = [(example.question_id, example.image) for example in examples if isinstance(example.image, Path)]
+    missing = [(number, image) for number, image in files if not image.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(examples)} questions of {where} have no image, the first is question {missing[0][0]!r} with "
@@ -131,7 +132,7 @@ def checked(examples: Sequence[VqaExample], where: object) -> list[VqaExample]:
 
 
 def _check_unique(ids: Sequence[str], key: str, where: object) -> None:
-    twice = [one for one, count in Counter(ids).items() if count > 1]
+    twice = [value for value, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(
             f"{where} has {len(twice)} value(s) of {key} more than once, first {twice[0]!r}; expected each once; remove copies."

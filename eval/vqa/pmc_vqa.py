@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.metrics import multiple_choice_answer
+from corda_eval.metrics.choice import LETTERS
 from corda_eval.vqa.example import LETTER_ANSWER, VqaExample, VqaTask, with_choices
 from corda_eval.vqa.files import checked, existing, first, rows_of
 from corda_eval.vqa.tables import Table, is_table
@@ -31,8 +32,8 @@ def load(source: str | Path, *, split: str | None = None, limit: int | None = No
         ValueError: If a file is broken.
     """
     if is_table(source):
-        found = TABLE.rows(source, split=split, limit=limit, download=download)
-        return checked([_example(row, place, source, row["answer label"]) for place, row in enumerate(found)], source)
+        rows = TABLE.rows(source, split=split, limit=limit, download=download)
+        return checked([_example(row, place, source, row["answer label"]) for place, row in enumerate(rows)], source)
     folder, part = Path(source).expanduser(), split or "test_2"
     path, images = folder / f"{part}.csv", folder / ("figures" if part.endswith("_2") else "images")
     with existing(path).open(encoding="utf-8", newline="") as file:
@@ -62,7 +63,7 @@ def _example(row: Mapping[str, Any], place: int, where: object, label: str) -> V
 def choice_score(answer: str, example: VqaExample) -> float:
     """Return 1 if the answer names the right choice, else 0."""
     place = multiple_choice_answer(answer, example.choices)
-    return float(place is not None and "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[place] == example.answer)
+    return float(place is not None and LETTERS[place] == example.answer)
 
 
 TASK = VqaTask("pmc_vqa", load, "accuracy", choice_score)

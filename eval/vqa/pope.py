@@ -33,7 +33,7 @@ def load(source: str | Path, *, split: str = "all", limit: int | None = None, do
     chosen = CATEGORIES if split == "all" else (split,)
     if not is_table(source):
         folder = Path(source).expanduser()
-        return [one for name in chosen for one in _examples(_rows(folder, name), name, limit, folder / f"coco_pope_{name}.json")]
+        return [example for name in chosen for example in _examples(_rows(folder, name), name, limit, folder / f"coco_pope_{name}.json")]
     rows = TABLE.rows(source, download=download)
     strange = [row for row in rows if row["category"] not in CATEGORIES]
     if strange:
@@ -41,7 +41,7 @@ def load(source: str | Path, *, split: str = "all", limit: int | None = None, do
             f"{source} has {len(strange)} row(s) of {len(rows)} of other categories than {list(CATEGORIES)}, first question "
             f"{strange[0]['question_id']} of {strange[0]['category']!r}; get the benchmark's own table, or mend it."
         )
-    return [one for name in chosen for one in _examples([row for row in rows if row["category"] == name], name, limit, source)]
+    return [example for name in chosen for example in _examples([row for row in rows if row["category"] == name], name, limit, source)]
 
 
 def _rows(folder: Path, category: str) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_eval.metrics import scienceqa_answer
+from corda_eval.metrics.choice import LETTERS
 from corda_eval.vqa.example import LETTER_ANSWER, VqaExample, VqaTask, with_choices
 from corda_eval.vqa.files import checked, first, read_json, rows_of
 from corda_eval.vqa.tables import Table, is_table
@@ -68,7 +69,7 @@ def _example(number: str, problem: Mapping[str, Any], where: object) -> VqaExamp
     return VqaExample(
         problem.get("image"),
         with_choices(context + problem["question"], choices) + LETTER_ANSWER,
-        "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[answer],
+        LETTERS[answer],
         question_id=number,
         choices=choices,
         kind="image" if problem.get("image") else "text",

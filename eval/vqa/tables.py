@@ -55,7 +55,9 @@ class Table:
             ValueError: If the table is broken, has no such split, or lacks a column or a value; the text counts the rows.
         """
         path = Path(source).expanduser()
-        has_splits = not path.exists() or (path / "dataset_dict.json").exists() or any(SHARD.fullmatch(one.name) for one in path.glob("*"))
+        has_splits = (
+            not path.exists() or (path / "dataset_dict.json").exists() or any(SHARD.fullmatch(part.name) for part in path.glob("*"))
+        )
         subset = None if path.exists() else self.subset or SUBSETS.get(str(source))
         config = DataConfig(str(source), split or (self.split if has_splits else "train"), subset, limit=limit)
         rows, folder = load_rows(config, download=download)
@@ -78,5 +80,5 @@ def _image(rows: Sequence[Any], place: int, value: Any, folder: Path, where: str
 
 
 def _stored_image(rows: Sequence[Any], place: int) -> bytes:
-    found: bytes = rows[place]["image"]["bytes"]
-    return found
+    stored: bytes = rows[place]["image"]["bytes"]
+    return stored

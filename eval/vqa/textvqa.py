@@ -36,8 +36,8 @@ def load(
     rows = first(_data(path, ("question_id", "image_id", "question", "answers")), limit)
     tokens = _ocr_tokens(folder / f"TextVQA_Rosetta_OCR_v0.2_{split or 'val'}.json", rows) if ocr else {}
     images = [folder / "train_images" / f"{row['image_id']}.jpg" for row in rows]
-    found = [{**row, "image": image, "ocr_tokens": tokens.get(str(row["image_id"]))} for row, image in zip(rows, images, strict=True)]
-    return checked([_example(row, path, ocr) for row in found], path)
+    asked = [{**row, "image": image, "ocr_tokens": tokens.get(str(row["image_id"]))} for row, image in zip(rows, images, strict=True)]
+    return checked([_example(row, path, ocr) for row in asked], path)
 
 
 def _example(row: Mapping[str, Any], where: object, ocr: bool) -> VqaExample:
@@ -46,14 +46,14 @@ def _example(row: Mapping[str, Any], where: object, ocr: bool) -> VqaExample:
 
 
 def _ocr_tokens(path: Path, rows: Sequence[Any]) -> dict[str, list[str]]:
-    found = by_key(_data(path, ("image_id", "ocr_tokens")), "image_id", path)
-    missing = [row for row in rows if str(row["image_id"]) not in found]
+    rows_of_images = by_key(_data(path, ("image_id", "ocr_tokens")), "image_id", path)
+    missing = [row for row in rows if str(row["image_id"]) not in rows_of_images]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(rows)} questions have no OCR in {path}, first question {missing[0]['question_id']}; get the "
             "file of this split."
         )
-    return {image: row["ocr_tokens"] for image, row in found.items()}
+    return {image: row["ocr_tokens"] for image, row in rows_of_images.items()}
 
 
 def _data(path: Path, keys: tuple[str, ...]) -> list[Any]:

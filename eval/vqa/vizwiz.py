@@ -31,8 +31,8 @@ def load(source: str | Path, *, split: str | None = None, limit: int | None = No
         folder, part = Path(source).expanduser(), split or "val"
         where = folder / "Annotations" / f"{part}.json"
         where = where if where.exists() else folder / f"{part}.json"
-        found = first(rows_of(read_json(where), ("image", "question", "answers"), where), limit)
-        rows = [{**row, "question_id": row["image"], "image": folder / part / row["image"]} for row in found]
+        annotated = first(rows_of(read_json(where), ("image", "question", "answers"), where), limit)
+        rows = [{**row, "question_id": row["image"], "image": folder / part / row["image"]} for row in annotated]
     asked = [{**row, "question": row["question"].capitalize()} for row in rows]
     return checked([people_example(row, where, UNANSWERABLE + SHORT_ANSWER) for row in asked], where)
 

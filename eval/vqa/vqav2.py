@@ -19,45 +19,41 @@ from corda_eval.vqa.tables import Table, is_table
 
 COLUMNS = ("question_id", "question", "answers", "image")
 """What a table of questions that several people answered must have."""
-TABLE = Table(COLUMNS, "validation")
+FILES = ("v2_OpenEnded_mscoco_{}2014_questions.json", "v2_mscoco_{}2014_annotations.json")
 
 
-def load(source: str | Path, *, split: str | None = None, limit: int | None = None, download: bool = False) -> list[VqaExample]:
+def coco_questions(
+    files: tuple[str, str], table: Table, source: str | Path, *, split: str | None = None, limit: int | None = None, download: bool = False
+) -> list[VqaExample]:
     """Return the questions of a split (validation) in the source's order, all or the first.
+
+    Args:
+        files: Names of the two files in VQA's format, questions and annotations, with ``{}`` for the split.
+        table: How the benchmark stands in a table.
+        source: The folder, or the table.
+        split: "val" or "train" of the files, or a split of the table; None takes the one that is reported.
+        limit: How many.
+        download: Whether an id may be fetched.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is broken, or a question has no annotation.
     """
     if is_table(source):
-        rows = TABLE.rows(source, split=split, limit=limit, download=download)
-        return checked([people_example(row, source) for row in rows], source)
-    part = split or "val"
-    names = f"v2_OpenEnded_mscoco_{part}2014_questions.json", f"v2_mscoco_{part}2014_annotations.json"
-    return coco_questions(Path(source).expanduser(), *names, split=part, limit=limit)
-
-
-def coco_questions(folder: Path, questions: str, annotations: str, *, split: str, limit: int | None) -> list[VqaExample]:
-    """Return the questions of a pair of files in VQA's format.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is broken, or a question has no annotation.
-    """
-    asked = first(_part(folder / questions, "questions", ("question_id", "image_id", "question")), limit)
-    annotated = by_key(_part(folder / annotations, "annotations", ("question_id", "answers")), "question_id", folder / annotations)
+        return checked([people_example(row, source) for row in table.rows(source, split=split, limit=limit, download=download)], source)
+    folder, part = Path(source).expanduser(), split or "val"
+    questions, annotations = (folder / name.format(part) for name in files)
+    asked = first(_part(questions, "questions", ("question_id", "image_id", "question")), limit)
+    annotated = by_key(_part(annotations, "annotations", ("question_id", "answers")), "question_id", annotations)
     bare = [row["question_id"] for row in asked if str(row["question_id"]) not in annotated]
     if bare:
         raise ValueError(
-            f"{len(bare)} of {len(asked)} questions of {folder / questions} have no annotation in {annotations}, first question {bare[0]}; "
+            f"{len(bare)} of {len(asked)} questions of {questions} have no annotation in {annotations.name}, first question {bare[0]}; "
             "get the two files of one split."
         )
-    images = [folder / f"{split}2014" / f"COCO_{split}2014_{int(row['image_id']):012d}.jpg" for row in asked]
-    examples = [
-        people_example({**annotated[str(row["question_id"])], **row, "image": image}, folder / annotations)
-        for row, image in zip(asked, images, strict=True)
-    ]
-    return checked(examples, folder / questions)
+    images = [folder / f"{part}2014" / f"COCO_{part}2014_{int(row['image_id']):012d}.jpg" for row in asked]
+    rows = [{**annotated[str(row["question_id"])], **row, "image": image} for row, image in zip(asked, images, strict=True)]
+    return checked([people_example(row, annotations) for row in rows], questions)
 
 
 def people_example(row: Mapping[str, Any], where: object, prompt: str = SHORT_ANSWER) -> VqaExample:
@@ -80,6 +76,10 @@ def people_example(row: Mapping[str, Any], where: object, prompt: str = SHORT_AN
 def people_task(name: str, load: Callable[..., list[VqaExample]], variant: str) -> VqaTask:
     """Return a task whose answers are scored by how many people gave them, under the variant's name."""
     return VqaTask(name, load, f"vqa_accuracy_{variant}", partial(_score, variant=variant))
+
+
+load = partial(coco_questions, FILES, Table(COLUMNS, "validation"))
+"""Return VQAv2's questions: ``load(source, split=…, limit=…, download=…)``."""
 
 
 def task(variant: str = "official_2017") -> VqaTask:

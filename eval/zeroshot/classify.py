@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from corda_core.linears import base_of, evaluating
 from corda_eval.records import TaskResult
-from corda_eval.zeroshot.images import ClassifiedImages, image_batches
+from corda_eval.zeroshot.images import ClassifiedImages, ImageBatch, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.classifier import zero_shot_head
 from corda_vlm.data.pairs import PairCollator
@@ -23,7 +23,7 @@ from corda_vlm.data.pairs import PairCollator
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-def evaluate(
+def classify_images(
     model: nn.Module,
     data: ClassifiedImages,
     pairs: PairCollator,
@@ -53,9 +53,8 @@ def evaluate(
     tally = Tally()
     head = class_head(model, data, pairs, dtype=dtype)
     start = time.perf_counter()
-    for ids, labels, cosines in cosine_batches(
-        model, head, data, pairs, batch_size=batch_size, workers=workers, dtype=dtype, progress=progress
-    ):
+    batches = image_batches(data.items, pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
+    for ids, labels, cosines in cosine_batches(model, head, data, progress(batches), dtype=dtype):
         tally.add(ids, labels.to(cosines.device), cosines, {"ece": scale, "ece_scale_100": 100.0})
     num_answers = len(data.class_names if data.groups is None else data.groups)
     return tally.result(data.task, num_answers, time.perf_counter() - start)
@@ -71,21 +70,12 @@ def class_head(model: nn.Module, data: ClassifiedImages, pairs: PairCollator, *,
 
 
 def cosine_batches(
-    model: nn.Module,
-    head: Tensor,
-    data: ClassifiedImages,
-    pairs: PairCollator,
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    dtype: torch.dtype | None = None,
-    progress: Progress = iter,
+    model: nn.Module, head: Tensor, data: ClassifiedImages, batches: Iterable[ImageBatch], *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
-    """Yield ids, labels (batch,) and cosines (batch, answers) of images with classes, the highest of a group where there are groups."""
+    """Yield ids, labels (batch,) and cosines (batch, answers) of the data's batches (``image_batches``), the highest of each group."""
     unique, inverse = torch.unique(head, dim=0, return_inverse=True)
-    batches = image_batches(data.items, pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
     with evaluating(model):
-        for ids, labels, inputs in progress(batches):
+        for ids, labels, inputs in batches:
             # Equal rows are multiplied once: a product's rounding depends on a row's place.
             cosines = (image_features(model, inputs, dtype) @ unique.T)[:, inverse]
             if data.groups is not None:

@@ -30,12 +30,12 @@ def image_folder(
         FileNotFoundError: If there are no class folders or no images.
         ValueError: If ``class_names`` lacks a folder.
     """
-    found = class_folders(folder)
-    unnamed = [one.name for one in found if class_names is not None and one.name not in class_names]
+    classes = class_folders(folder)
+    unnamed = [path.name for path in classes if class_names is not None and path.name not in class_names]
     if unnamed:
         raise ValueError(f"class_names has no name for the folder {unnamed[0]!r} of {folder}; expected one for each; add it.")
-    chosen = [one.name.replace("_", " ") if class_names is None else class_names[one.name] for one in found]
-    items = labelled_files(folder, {one: number for number, one in enumerate(found)})
+    chosen = [path.name.replace("_", " ") if class_names is None else class_names[path.name] for path in classes]
+    items = labelled_files(folder, {path: number for number, path in enumerate(classes)})
     return ClassifiedImages(task or Path(folder).name, items, chosen, tuple(templates))
 
 

@@ -34,10 +34,10 @@ def imagenet_v2(folder: str | Path) -> ClassifiedImages:
         ValueError: If a folder's name is no number of a class.
     """
     labels = {}
-    for one in class_folders(folder):
-        if not one.name.isdecimal() or int(one.name) >= 1000:
-            raise ValueError(f"{one} is not named by a class's number; expected 0 to 999, as ImageNet-V2 has; name the folder of these.")
-        labels[one] = int(one.name)  # not its place in the sorted names, where 10 comes before 2
+    for path in class_folders(folder):
+        if not path.name.isdecimal() or int(path.name) >= 1000:
+            raise ValueError(f"{path} is not named by a class's number; expected 0 to 999, as ImageNet-V2 has; name the folder of these.")
+        labels[path] = int(path.name)  # not its place in the sorted names, where 10 comes before 2
     return _filled("imagenetv2", folder, labels, names(), 10_000)
 
 
@@ -81,11 +81,11 @@ def _open_clip() -> Any:
 def _by_wnid(folder: str | Path) -> dict[Path, int]:
     """Return the class folders and the numbers of their classes among the 1,000."""
     numbers = {wnid: number for number, wnid in enumerate(wnids())}
-    found = class_folders(folder)
-    strange = [one for one in found if one.name not in numbers]
+    classes = class_folders(folder)
+    strange = [path for path in classes if path.name not in numbers]
     if strange:
         raise ValueError(f"{strange[0]} is not named by an id of ImageNet-1k's classes, such as n01440764; name the folder of these.")
-    return {one: numbers[one.name] for one in found}
+    return {path: numbers[path.name] for path in classes}
 
 
 def _all_classes(task: str, folder: str | Path, num_images: int) -> ClassifiedImages:
@@ -100,7 +100,7 @@ def _subset(task: str, folder: str | Path, num_images: int) -> ClassifiedImages:
             f"{folder} has folders of {len(labels)} classes; expected the {NUM_SUBSET} of {task}, which say what is told apart; unpack all."
         )
     chosen = sorted(labels.values())
-    places = {one: chosen.index(number) for one, number in labels.items()}
+    places = {path: chosen.index(number) for path, number in labels.items()}
     return _filled(task, folder, places, tuple(names()[number] for number in chosen), num_images)
 
 

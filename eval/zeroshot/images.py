@@ -101,10 +101,10 @@ def class_folders(folder: str | Path) -> list[Path]:
         FileNotFoundError: If there is no such folder, or none in it.
     """
     path = Path(folder).expanduser()
-    found = sorted(one for one in path.iterdir() if one.is_dir() and not _is_hidden(one.name)) if path.is_dir() else []
-    if not found:
+    classes = sorted(part for part in path.iterdir() if part.is_dir() and not _is_hidden(part.name)) if path.is_dir() else []
+    if not classes:
         raise FileNotFoundError(f"{path} has no subfolders; expected one for each class, with its images inside; name the folder of these.")
-    return found
+    return classes
 
 
 def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int = 0) -> ImageFiles:
@@ -113,13 +113,13 @@ def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int =
     Raises:
         FileNotFoundError: If there are none.
     """
-    found = [(file, label) for one, label in labels.items() for file in _visible_files(one)]
-    pairs = [(file, label) for file, label in found if file.suffix.lower() in suffixes()]
+    visible = [(file, label) for part, label in labels.items() for file in _visible_files(part)]
+    pairs = [(file, label) for file, label in visible if file.suffix.lower() in suffixes()]
     if not pairs:
         raise FileNotFoundError(
             f"The folders of {folder} hold no images; expected files that end as {sorted(suffixes())} do; unpack or convert them."
         )
-    left = [file for file, _ in found if file.suffix.lower() not in suffixes() and (guess_type(file.name)[0] or "").startswith("image/")]
+    left = [file for file, _ in visible if file.suffix.lower() not in suffixes() and (guess_type(file.name)[0] or "").startswith("image/")]
     if left:
         warnings.warn(f"{len(left)} picture(s) such as {left[0]} are of a kind that Pillow does not read, and do not count.", stacklevel=3)
     return ImageFiles(Path(folder).expanduser(), [file for file, _ in pairs], [label for _, label in pairs], border)

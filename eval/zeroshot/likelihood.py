@@ -26,7 +26,7 @@ from corda_vlm.data.tokens import encode
 QUESTION = "What is in the image?\nAnswer the question using a single word or phrase."
 
 
-def evaluate(
+def classify_by_likelihood(
     model: nn.Module,
     data: ClassifiedImages,
     processor: Any,
@@ -58,7 +58,7 @@ def evaluate(
     place = {name: number for number, name in enumerate(unique)}
     inverse = torch.tensor([place[name] for name in data.class_names])
     names = name_tokens(unique, processor, question)
-    lengths = torch.tensor([len(one) for one in names])
+    lengths = torch.tensor([len(tokens) for tokens in names])
     tally, by_token = Tally(), Tally()
     start = time.perf_counter()
     collate = _Prompts(Collator(with_sizes_of(base_of(model), processor)), question)
@@ -75,11 +75,8 @@ def evaluate(
 
 def name_tokens(names: Sequence[str], processor: Any, question: str = QUESTION) -> list[Tensor]:
     """Return the tokens of each name as an answer, those that end it included."""
-    found = []
-    for name in names:
-        sample = encode(read_sample({"question": question, "answer": name}, processor), processor)
-        found.append(sample["input_ids"][sample["is_response"].bool()])
-    return found
+    samples = [encode(read_sample({"question": question, "answer": name}, processor), processor) for name in names]
+    return [sample["input_ids"][sample["is_response"].bool()] for sample in samples]
 
 
 @torch.inference_mode()
@@ -126,8 +123,8 @@ def _continued(model: nn.Module, prefix: Any, mask: Tensor, tokens: Tensor) -> T
     positions = _positions(whole)[:, mask.shape[1] :]
     logits = model(input_ids=given, attention_mask=whole, position_ids=positions, past_key_values=cache, use_cache=True).logits
     wanted = tokens[:, 1:].clamp(min=0).repeat(images, 1)
-    found = logits.float().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
-    return (found * real[:, 1:].repeat(images, 1)).sum(1).reshape(images, count)
+    log_probabilities = logits.float().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+    return (log_probabilities * real[:, 1:].repeat(images, 1)).sum(1).reshape(images, count)
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -38,11 +38,11 @@ def objectnet(folder: str | Path, *, answers: str = "objects", border: int = 2) 
     kept = sorted(object_of)
     places = {name: place for place, name in enumerate(kept)}
     items = labelled_files(
-        path / "images", {one: places[one.name] for one in class_folders(path / "images") if one.name in places}, border=border
+        path / "images", {part: places[part.name] for part in class_folders(path / "images") if part.name in places}, border=border
     )
     if (len(kept), len(items)) != (NUM_OBJECTS, NUM_IMAGES):
         warnings.warn(
-            f"{folder} has {len(items)} images of {len(kept)} objects, ObjectNet {NUM_IMAGES} of {NUM_OBJECTS}: the figures are not its.",
+            f"{folder} has {len(items)} images of {len(kept)} objects, not {NUM_IMAGES} of {NUM_OBJECTS}: the figures are not ObjectNet's.",
             stacklevel=2,
         )
     labels = [object_of[name] for name in kept]

@@ -40,7 +40,7 @@ class CaptionedImages:
     """How many of an image's captions count, from its first; None takes all. Papers take 5 of COCO's 5 to 7, CLIP_benchmark all."""
 
 
-def evaluate(
+def retrieve(
     model: nn.Module,
     data: CaptionedImages,
     pairs: PairCollator,
@@ -56,7 +56,7 @@ def evaluate(
     Args:
         model: A model with two towers, adapted or not.
         data: Images and captions.
-        pairs: As for ``classify.evaluate``.
+        pairs: As for ``classify_images``.
         ks: How many of the nearest are looked at.
         batch_size: Images, and captions, encoded at once.
         workers: Processes that read and prepare images.
@@ -75,7 +75,7 @@ def evaluate(
         batches: Iterable[Any] = image_batches(_Numbered(data.images), pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
         images = torch.cat([image_features(model, inputs, dtype) for _, _, inputs in progress(batches)])
         starts = progress(range(0, len(texts), batch_size))
-        captions = torch.cat([text_features(model, pairs.tokenize(texts[one : one + batch_size]), dtype) for one in starts])
+        captions = torch.cat([text_features(model, pairs.tokenize(texts[first : first + batch_size]), dtype) for first in starts])
     image_ranks, text_ranks = retrieval_ranks(images, captions, owners.to(images.device))
     seconds = time.perf_counter() - start
     metrics = {f"image_retrieval_recall@{k}": (image_ranks < k).double().mean().item() for k in ks}

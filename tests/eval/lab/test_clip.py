@@ -10,7 +10,7 @@ from corda_eval.lab.clip import LAB_CLIP, load_lab_clip
 from corda_eval.lab.clip_data import UNSEEN_SHAPES
 from corda_eval.lab.clip_sets import shapes
 from corda_eval.zeroshot.cifar import cifar10
-from corda_eval.zeroshot.classify import evaluate
+from corda_eval.zeroshot.classify import classify_images
 from corda_vlm.data.pairs import OpenClipPairs
 
 open_clip = pytest.importorskip("open_clip")
@@ -34,7 +34,7 @@ def test_it_names_shapes_also_in_pairs_that_it_never_saw() -> None:
     pytest.importorskip("easy_vqa")
     model, preprocess, tokenize = load_lab_clip()
     data = shapes("test")
-    result = evaluate(model, data, OpenClipPairs(preprocess, tokenize))
+    result = classify_images(model, data, OpenClipPairs(preprocess, tokenize))
     assert result.metrics["acc1"] > 0.35
     assert result.metrics["acc5"] > 0.9
     unseen = [score for item, score in zip(data.items, result.scores, strict=True) if data.class_names[item.label] in UNSEEN_SHAPES]
@@ -44,7 +44,7 @@ def test_it_names_shapes_also_in_pairs_that_it_never_saw() -> None:
 
 def test_photographs_are_more_than_guessed() -> None:
     model, preprocess, tokenize = load_lab_clip()
-    result = evaluate(model, cifar10(real("cifar10-test.parquet")), OpenClipPairs(preprocess, tokenize))
+    result = classify_images(model, cifar10(real("cifar10-test.parquet")), OpenClipPairs(preprocess, tokenize))
     assert 0.15 < result.metrics["acc1"] < 0.3
 
 

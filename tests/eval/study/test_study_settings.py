@@ -33,7 +33,7 @@ from corda_eval.study.worker import RunSpec, run
 from corda_eval.vqa.answer import answer_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.files import package_folder
-from corda_eval.zeroshot.classify import evaluate
+from corda_eval.zeroshot.classify import classify_images
 from corda_vlm import attach_lora
 from corda_vlm.data.pairs import OpenClipPairs
 
@@ -350,7 +350,7 @@ def test_class_scores_are_those_of_the_zero_shot_evaluation(pictures: Path) -> N
     for data in (some_of(one, 40) for one in found):
         prepared = Prepared.of(model, data, pairs)
         score = class_score(model, prepared)
-        assert score.accuracy == pytest.approx(100 * evaluate(model, data, pairs).metrics["acc1"])
+        assert score.accuracy == pytest.approx(100 * classify_images(model, data, pairs).metrics["acc1"])
         with torch.no_grad():
             features = [F.normalize(model.encode_image(preprocess(item.image)[None]), dim=-1) for item in data.items]
             prompts = [tokenizer([template.format(name) for template in data.templates]) for name in data.class_names]

@@ -7,7 +7,7 @@ import pytest
 from two_towers import coloured, hugging_clip
 
 from corda_eval.zeroshot.captions import karpathy
-from corda_eval.zeroshot.retrieval import evaluate
+from corda_eval.zeroshot.retrieval import retrieve
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_both_forms_are_the_same_set(tmp_path: Path, images: Path) -> None:
     assert first.captions == second.captions == [["picture 1", "image 1"], ["picture 2", "image 2"]]
     assert first.images == second.images
     model, pairs = hugging_clip()
-    result = evaluate(model, first, pairs)
+    result = retrieve(model, first, pairs)
     assert result.num_examples == 4
     assert result.metrics["text_retrieval_recall@5"] == 1
     assert karpathy(tmp_path / "own.json", images, limit=1).captions == first.captions[:1]

@@ -11,15 +11,22 @@ from vlm.families import build
 
 import corda_vlm
 from corda_eval.zeroshot.cifar import CIFAR10, TEMPLATES, cifar10
-from corda_eval.zeroshot.classify import class_head, cosine_batches, evaluate, image_features
+from corda_eval.zeroshot.classify import class_head, classify_images, cosine_batches, image_features
 from corda_eval.zeroshot.folders import table
 from corda_eval.zeroshot.imagenet import names, templates
-from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
+from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.data.sources import DataConfig
 
 open_clip = pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*never ran")
+
+
+def cosines_of(
+    model: Any, head: torch.Tensor, data: ClassifiedImages, pairs: Any, *, dtype: Any = None, batch_size: int = 256
+) -> torch.Tensor:
+    batches = image_batches(data.items, pairs.read, batch_size=batch_size, dtype=dtype)
+    return torch.cat([cosines for _, _, cosines in cosine_batches(model, head, data, batches, dtype=dtype)])
 
 
 def pictures(count: int = 12) -> ClassifiedImages:
@@ -50,14 +57,14 @@ def test_accuracy_on_photographs_is_open_clips() -> None:
     data = cifar10(real("cifar10-test.parquet"))
     data = replace(data, items=Subset(data.items, range(0, 5000, 25)))  # sorted by class
     model, pairs = open_clips()
-    result = evaluate(model, data, pairs, batch_size=64, workers=2)
+    result = classify_images(model, data, pairs, batch_size=64, workers=2)
     classifier = open_clip.build_zero_shot_classifier(model, pairs.tokenizer, CIFAR10, TEMPLATES)  # type: ignore[attr-defined]
     images = torch.stack([pairs.preprocess(item.image) for item in data.items])  # type: ignore[attr-defined]
     labels = torch.tensor([item.label for item in data.items])
     with torch.no_grad():
         features, _, scale = model(images)
     logits = 100.0 * features @ classifier
-    found = torch.cat([cosines for _, _, cosines in cosine_batches(model, class_head(model, data, pairs), data, pairs, batch_size=64)])
+    found = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=64)
     torch.testing.assert_close(100.0 * found, logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(found, features @ classifier, rtol=0, atol=1e-6)
     acc1, acc5 = open_clips_accuracy(logits, labels, (1, 5))
@@ -83,9 +90,9 @@ def test_a_thousand_classes_and_their_photographs() -> None:
     torch.testing.assert_close(head, expected.T, rtol=0, atol=1e-6)
     with torch.no_grad():
         logits = model(torch.stack([pairs.preprocess(item.image) for item in data.items]))[0] @ expected  # type: ignore[attr-defined]
-    found = torch.cat([cosines for _, _, cosines in cosine_batches(model, head, data, pairs, batch_size=16)])
+    found = cosines_of(model, head, data, pairs, batch_size=16)
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-6)
-    assert [record["answer"] for record in evaluate(model, data, pairs).records] == [item.label for item in data.items]
+    assert [record["answer"] for record in classify_images(model, data, pairs).records] == [item.label for item in data.items]
 
 
 def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
@@ -102,12 +109,12 @@ def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
 def test_transformers_models_give_the_same_logits_as_their_forward(make: Any) -> None:
     model, pairs = make()
     data = replace(pictures(), templates=["{}"])
-    found = torch.cat([cosines for _, _, cosines in cosine_batches(model, class_head(model, data, pairs), data, pairs, batch_size=5)])
+    found = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=5)
     with torch.no_grad():
         output = model(**pairs.read([item.image for item in data.items]), **pairs.tokenize(list(data.class_names)))
     expected = output.logits_per_image - getattr(model, "logit_bias", torch.zeros(1))
     torch.testing.assert_close(model.logit_scale.exp() * found, expected, rtol=0, atol=1e-5)
-    result = evaluate(model, data, pairs)
+    result = classify_images(model, data, pairs)
     labels = torch.tensor([item.label for item in data.items])
     assert result.metrics["acc1"] == (expected.argmax(1) == labels).double().mean()
     assert "acc5" not in result.metrics
@@ -127,10 +134,10 @@ def test_adapted_models_are_evaluated_as_they_are() -> None:
     adapted = corda_vlm.prepare(
         model, [(coloured(number), "red") for number in range(4)], rank=2, preprocess=pairs.preprocess, tokenizer=pairs.tokenizer
     )
-    before = evaluate(adapted, data, pairs)
-    assert before.scores == evaluate(open_clips()[0], data, pairs).scores
+    before = classify_images(adapted, data, pairs)
+    assert before.scores == classify_images(open_clips()[0], data, pairs).scores
     adapted.train()
-    evaluate(adapted, data, pairs)
+    classify_images(adapted, data, pairs)
     assert adapted.training
 
 
@@ -148,7 +155,7 @@ def test_names_twice_tie_exactly() -> None:
     model, pairs = hugging_clip()
     data = pictures()
     doubled = replace(data, class_names=["blue thing", "red", "red", "green", "blue thing"])
-    for _, _, cosines in cosine_batches(model, class_head(model, doubled, pairs), doubled, pairs, batch_size=5):
+    for cosines in cosines_of(model, class_head(model, doubled, pairs), doubled, pairs, batch_size=5).split(5):
         assert torch.equal(cosines[:, 1], cosines[:, 2])
         assert torch.equal(cosines[:, 0], cosines[:, 4])
 
@@ -157,10 +164,10 @@ def test_a_group_of_classes_answers_with_its_best() -> None:
     model, pairs = hugging_clip()
     data = replace(pictures(), class_names=["red", "blue thing", "green", "grey"], groups=[[0, 3], [1], [2]])
     head = class_head(model, data, pairs)
-    plain = torch.cat([cosines for _, _, cosines in cosine_batches(model, head, replace(data, groups=None), pairs)])
-    grouped = torch.cat([cosines for _, _, cosines in cosine_batches(model, head, data, pairs)])
+    plain = cosines_of(model, head, replace(data, groups=None), pairs)
+    grouped = cosines_of(model, head, data, pairs)
     assert torch.equal(grouped, torch.stack([plain[:, [0, 3]].amax(1), plain[:, 1], plain[:, 2]], 1))
-    assert evaluate(model, data, pairs).num_examples == 12
+    assert classify_images(model, data, pairs).num_examples == 12
 
 
 def test_lower_precision_is_close() -> None:
@@ -169,20 +176,20 @@ def test_lower_precision_is_close() -> None:
     head = class_head(model, data, pairs, dtype=torch.bfloat16)
     assert head.dtype == torch.float32
     torch.testing.assert_close(head.norm(dim=-1), torch.ones(3))
-    found = torch.cat([cosines for _, _, cosines in cosine_batches(model, head, data, pairs, dtype=torch.bfloat16)])
-    exact = torch.cat([cosines for _, _, cosines in cosine_batches(model, class_head(model, data, pairs), data, pairs)])
+    found = cosines_of(model, head, data, pairs, dtype=torch.bfloat16)
+    exact = cosines_of(model, class_head(model, data, pairs), data, pairs)
     torch.testing.assert_close(found, exact, rtol=0, atol=0.03)
 
 
 def test_what_cannot_be_scored_is_named() -> None:
     model, pairs = hugging_clip()
     with pytest.raises(ValueError, match="pictures has no images"):
-        evaluate(model, replace(pictures(), items=[]), pairs)
+        classify_images(model, replace(pictures(), items=[]), pairs)
     with pytest.raises(ValueError, match="p2 has the label 2; expected 0 to 1"):
-        evaluate(model, replace(pictures(), class_names=["red", "blue"]), pairs)
+        classify_images(model, replace(pictures(), class_names=["red", "blue"]), pairs)
     with pytest.raises(ValueError, match="0 template"):
-        evaluate(model, replace(pictures(), templates=[]), pairs)
+        classify_images(model, replace(pictures(), templates=[]), pairs)
     with torch.no_grad():
         model.visual_projection.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="of image p0 are not all finite"):
-        evaluate(model, pictures(), pairs)
+        classify_images(model, pictures(), pairs)

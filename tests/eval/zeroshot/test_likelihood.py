@@ -13,7 +13,7 @@ from two_towers import coloured
 from vlm.families import build
 
 from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
-from corda_eval.zeroshot.likelihood import evaluate, name_scores, name_tokens
+from corda_eval.zeroshot.likelihood import classify_by_likelihood, name_scores, name_tokens
 from corda_vlm.data.samples import Collator
 
 QUESTION = "what color is the shape ?"
@@ -60,7 +60,7 @@ def test_padding_on_the_left_changes_nothing(llava: LlavaForConditionalGeneratio
 def test_the_likeliest_name_is_the_answer(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     data = pictures(9)
     llava.train()
-    result = evaluate(llava, data, processor, question=QUESTION, batch_size=4)
+    result = classify_by_likelihood(llava, data, processor, question=QUESTION, batch_size=4)
     assert llava.training
     expected = whole_scores(llava.eval(), processor, data)
     labels = torch.tensor([item.label for item in data.items])
@@ -76,7 +76,7 @@ def test_the_likeliest_name_is_the_answer(llava: LlavaForConditionalGeneration, 
 
 def test_names_of_one_token_and_names_twice(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     data = replace(pictures(3), class_names=["red", "one", "red", "green", "one"])
-    result = evaluate(llava, data, processor, question=QUESTION)
+    result = classify_by_likelihood(llava, data, processor, question=QUESTION)
     assert all(record["prediction"] in (0, 1, 3) for record in result.records)
     inputs = Collator(processor)([{"image": coloured(0), "question": QUESTION}])
     scores = name_scores(llava, inputs, [torch.tensor([5]), torch.tensor([6])])
@@ -88,7 +88,7 @@ def test_models_with_their_own_positions_are_refused(processor: LlavaProcessor) 
     model = tiny_llava()
     model.model.rope_deltas = None
     with pytest.raises(ValueError, match="numbers positions in three dimensions"):
-        evaluate(model, pictures(1), processor, question=QUESTION)
+        classify_by_likelihood(model, pictures(1), processor, question=QUESTION)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "smolvlm", "paligemma"])
@@ -110,5 +110,5 @@ def test_families_whose_images_take_several_tiles_or_read_both_ways(family: str)
 def test_a_processor_that_does_not_know_its_patches_is_told(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     old = copy.copy(processor)
     old.patch_size = old.vision_feature_select_strategy = None
-    found, expected = (evaluate(llava, pictures(3), one, question=QUESTION) for one in (old, processor))
+    found, expected = (classify_by_likelihood(llava, pictures(3), one, question=QUESTION) for one in (old, processor))
     assert (found.records, found.metrics) == (expected.records, expected.metrics)

@@ -10,7 +10,7 @@ from torch import Tensor
 from two_towers import coloured, hugging_clip, open_clips
 
 from corda_eval.zeroshot import retrieval
-from corda_eval.zeroshot.retrieval import CaptionedImages, evaluate, retrieval_ranks
+from corda_eval.zeroshot.retrieval import CaptionedImages, retrieval_ranks, retrieve
 
 
 def recalls(images: Tensor, captions: Tensor, owners: Tensor, k: int) -> tuple[float, float]:
@@ -42,7 +42,7 @@ CAPTIONS = [["a red one", "red"], ["blue", "the blue one", "sky"], ["green"], ["
 def test_models_are_measured_in_both_directions(make: Any) -> None:
     model, pairs = make()
     pictures: Sequence[Image.Image] = [coloured(number) for number in range(4)]
-    result = evaluate(model, CaptionedImages("tiny", pictures, CAPTIONS), pairs, ks=(1, 2), batch_size=3)
+    result = retrieve(model, CaptionedImages("tiny", pictures, CAPTIONS), pairs, ks=(1, 2), batch_size=3)
     texts = [caption for captions in CAPTIONS for caption in captions]
     with torch.no_grad():
         if make is open_clips:
@@ -57,7 +57,7 @@ def test_models_are_measured_in_both_directions(make: Any) -> None:
     assert result.headline == "image_retrieval_recall@1"
     assert sum(result.scores) / len(result.scores) == pytest.approx(result.metrics[result.headline])
     assert [record["answer"] for record in result.records] == owners.tolist()
-    first = evaluate(model, CaptionedImages("tiny", pictures, CAPTIONS, captions_per_image=1), pairs)
+    first = retrieve(model, CaptionedImages("tiny", pictures, CAPTIONS, captions_per_image=1), pairs)
     assert [record["caption"] for record in first.records] == [captions[0] for captions in CAPTIONS]
 
 
@@ -65,12 +65,12 @@ def test_bad_sets_are_named() -> None:
     model, pairs = hugging_clip()
     pictures = [coloured(0), coloured(1)]
     with pytest.raises(ValueError, match=r"tiny, image 1 has the captions \[\]"):
-        evaluate(model, CaptionedImages("tiny", pictures, [["a"], []]), pairs)
+        retrieve(model, CaptionedImages("tiny", pictures, [["a"], []]), pairs)
     with pytest.raises(ValueError, match="image 0 has the captions 'one'"):
-        evaluate(model, CaptionedImages("tiny", pictures, ["one", "two"]), pairs)
+        retrieve(model, CaptionedImages("tiny", pictures, ["one", "two"]), pairs)
     with pytest.raises(ValueError, match="2 images and captions of 1"):
-        evaluate(model, CaptionedImages("tiny", pictures, [["a"]]), pairs)
+        retrieve(model, CaptionedImages("tiny", pictures, [["a"]]), pairs)
     with pytest.raises(ValueError, match=r"ks is \[0\]"):
-        evaluate(model, CaptionedImages("tiny", pictures, [["a"], ["b"]]), pairs, ks=[0])
+        retrieve(model, CaptionedImages("tiny", pictures, [["a"], ["b"]]), pairs, ks=[0])
     with pytest.raises(ValueError, match="captions_per_image is 0"):
-        evaluate(model, CaptionedImages("tiny", pictures, [["a"], ["b"]], captions_per_image=0), pairs)
+        retrieve(model, CaptionedImages("tiny", pictures, [["a"], ["b"]], captions_per_image=0), pairs)

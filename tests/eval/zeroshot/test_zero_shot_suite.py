@@ -17,7 +17,7 @@ import corda_vlm
 from corda_eval.cli import app
 from corda_eval.suite import tasks as suite
 from corda_eval.suite.tasks import SuiteTask, run_task
-from corda_eval.zeroshot import classify
+from corda_eval.zeroshot.classify import classify_images
 from corda_eval.zeroshot.folders import image_folder
 from corda_eval.zeroshot.transplant import transplanted
 from corda_vlm.training.recipe import ModelConfig
@@ -88,7 +88,7 @@ def test_a_tuned_tower_is_measured_in_its_original(place: Path, processor: Any) 
     with adapted.disable_adapter():
         assert run_task(asked, adapted, processor).records == untouched.records
     classified = run_task(SuiteTask("image_folder", data=str(place / "photos"), tower_in=str(place / "clip")), adapted, processor)
-    expected = classify.evaluate(transplanted(original, adapted), image_folder(place / "photos"), pairs)
+    expected = classify_images(transplanted(original, adapted), image_folder(place / "photos"), pairs)
     assert classified.records == expected.records
 
 
