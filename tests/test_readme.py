@@ -11,6 +11,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,18 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import tiny_llama
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "corda_core/README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    exec(compile(code.replace("rank=32", "rank=4"), "corda_core/README.md", "exec"), {"kept_texts": ["what color ?", "a red circle"]})
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+
+
 def test_help_lists_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "corda_eval.cli", "--help"], capture_output=True, text=True, check=True)
     named = {command for text in map(Path.read_text, [PAGE, *READMES]) for command in re.findall(r"^corda-vlm (\w+)", text, re.M)}
@@ -81,11 +96,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [PAGE, *READMES], ids=str)
-def test_what_is_run_by_its_name_exists(path: Path) -> None:
-    modules = set(re.findall(r"-m (corda_[a-z]+(?:\.[a-z_]+)+)", path.read_text()))
-    roots = {"corda_core": "corda_core", "corda_vlm": "corda_vlm", "corda_eval": "eval"}
-    files = {module: ROOT.joinpath(roots[module.split(".")[0]], *module.split(".")[1:]) for module in modules}
-    assert not [module for module, file in files.items() if not (file.with_suffix(".py").exists() or (file / "__main__.py").exists())]
+def test_names_of_modules_functions_and_files_exist(path: Path) -> None:
+    text = path.read_text()
+    modules = {name for name in re.findall(r"-m (corda_\w+(?:\.[a-z_]+)+)", text) if not is_program(name)}
+    assert not modules
+    assert not [name for name in set(re.findall(r"\bcorda_(?:core|vlm|eval)(?:\.\w+)+", text)) if not exists(name)]
+    files = {name for name in re.findall(r"^\|.*", text, re.M) for name in re.findall(r"`(\w+\.(?:py|yaml|png|json|jsonl))`", name)}
+    assert not [name for name in files if not (path.parent / name).exists()]
 
 
 def test_the_table_of_options_is_made_from_their_fields() -> None:
@@ -93,6 +110,20 @@ def test_the_table_of_options_is_made_from_their_fields() -> None:
     wanted = options_table()
     assert found is not None
     assert found[0] == wanted, f"python tests/test_readme.py writes it:\n{wanted}"
+
+
+def is_program(name: str) -> bool:
+    """Return whether ``python -m name`` runs something."""
+    spec = find_spec(name)
+    return spec is not None and (spec.submodule_search_locations is None or find_spec(f"{name}.__main__") is not None)
+
+
+def exists(name: str) -> bool:
+    """Return whether there is such a module, or such a name in one."""
+    module, _, last = name.rpartition(".")
+    with suppress(ModuleNotFoundError):  # where what stands before the last name is no package
+        return find_spec(name) is not None or hasattr(import_module(module), last)
+    return hasattr(import_module(module), last)
 
 
 def without_code(text: str) -> str:
