@@ -1,4 +1,4 @@
-"""Adapted models put together from files, and made plain again; open_clip's attention is split and fused on the way."""
+"""Adapted models from files, and plain models from adapted ones; open_clip's attention is split and fused on the way."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def load_lora(model: nn.Module, folder: Path) -> PeftModel:
             adapted = PeftModel.from_pretrained(_split(model), folder).eval()
     except Exception as error:  # PEFT lets through whatever a config of other values leads to
         raise ValueError(f"{folder} holds no LoRA that fits this base ({one_line(error)}); look at its {CONFIG_NAME}.") from error
-    # PEFT drops what it has no place for, and makes up what is not there.
+    # PEFT drops weights that it has no place for, and draws those that are missing.
     held, _ = read_tensors(folder / WEIGHTS)
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     odd = sorted(wanted.keys() - held.keys()) or sorted(held.keys() - wanted.keys() - adapted.state_dict().keys())
@@ -50,7 +50,7 @@ def load_lora(model: nn.Module, folder: Path) -> PeftModel:
 
 
 def check_lora_config(folder: Path) -> None:
-    """Check what the config of an ordinary LoRA says before anything is made of it.
+    """Check the config of an ordinary LoRA before a model is made with it.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
-
 READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """torch's own blocks, which read the parameters of their attention by themselves."""
 
@@ -129,15 +127,15 @@ def _can_split(module: Any) -> bool:
 
 
 def _replace(model: nn.Module, matches: Any, make: Any) -> int:
-    found = [
+    matching = [
         (parent, key, child)
         for parent in model.modules()
         for key, child in parent.named_children()
         if matches(child) and not isinstance(parent, READERS)
     ]
-    for parent, key, child in found:
+    for parent, key, child in matching:
         setattr(parent, key, make(child))
-    return len(found)
+    return len(matching)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""Which share of a model's parameters is adapted, and why the rest is not."""
+"""Which fraction of a model's parameters is adapted, and why the rest is not."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from corda_vlm.towers import family_of
 logger = logging.getLogger(__name__)
 
 LARGE = 0.1
-"""From which share on users are warned of parameters that cannot be adapted."""
+"""Fraction of parameters that cannot be adapted above which users are warned."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,13 @@ class Coverage:
     example: str
     """The first of these."""
 
-    @property
-    def misses_much(self) -> bool:
-        """Whether a large share cannot be adapted."""
-        return self.stacked > LARGE * self.total
-
     def __str__(self) -> str:
         """Return the shares as a sentence."""
-        found = f"{self.adapted / self.total:.1%} of the {self.total:,} parameters of {' and '.join(self.parts)} are in adapted layers"
+        share = f"{self.adapted / self.total:.1%} of the {self.total:,} parameters of {' and '.join(self.parts)} are in adapted layers"
         if not self.stacked:
-            return f"{found}."
+            return f"{share}."
         return (
-            f"{found}; {self.stacked / self.total:.1%} are in fused experts, 3-D weights such as {self.example}: no linear layers, "
+            f"{share}; {self.stacked / self.total:.1%} are in fused experts, 3-D weights such as {self.example}: no linear layers, "
             "so they get no adapter."
         )
 
@@ -66,12 +61,12 @@ def coverage(model: nn.Module, names: Sequence[str], parts: Sequence[str] | None
     )
 
 
-def tell(found: Coverage) -> None:
+def tell(coverage: Coverage) -> None:
     """Log the coverage, or warn where a large share cannot be adapted."""
-    if found.misses_much:
-        warnings.warn(str(found), stacklevel=3)
+    if coverage.stacked > LARGE * coverage.total:
+        warnings.warn(str(coverage), stacklevel=3)
     else:
-        logger.info("%s", found)
+        logger.info("%s", coverage)
 
 
 def _sizes(model: nn.Module) -> Iterator[tuple[str, int, bool]]:

@@ -1,4 +1,4 @@
-"""Which layers can learn anything: found out by running one batch and following its output back."""
+"""Which layers can learn anything: one batch is run, and its output is followed back."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from corda_core.linears import evaluating, unwrapped
 
 RESULTS = ("logits", "logits_per_image", "logits_per_text", "image_features", "text_features")
-"""What losses are taken of, in the outputs of transformers' models; where none of them is there, all tensors count."""
+"""Outputs of transformers' models from which losses are computed; where there is none of them, all tensors count."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _forget(_: Tensor | None) -> Any:
 
 
 def _results(output: Any) -> list[Tensor]:
-    """Return the tensors that losses are taken of."""
+    """Return the tensors from which losses are computed."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -83,16 +83,16 @@ def _results(output: Any) -> list[Tensor]:
 
 def _leaves(results: Iterable[Tensor]) -> set[int]:
     """Return the ids of the leaf tensors that the results depend on."""
-    found: set[int] = set()
+    leaves: set[int] = set()
     waiting = [result.grad_fn for result in results if result.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
         leaf = getattr(node, "variable", None)  # only the nodes that accumulate a leaf's gradient have it
         if leaf is not None:
-            found.add(id(leaf))
+            leaves.add(id(leaf))
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return found
+    return leaves

@@ -84,7 +84,7 @@ def image_token(processor: Any) -> str:
 
 
 def image_text(processor: Any) -> str:
-    """Return what a prompt has in an image's place: the token, between the two that Qwen's models find their images by."""
+    """Return what a prompt has in an image's place: the token, between the two by which Qwen's models find images."""
     tokenizer, token = tokenizer_of(processor), image_token(processor)
     start, end = "<|vision_start|>", "<|vision_end|>"
     wrapped = tokenizer.convert_tokens_to_ids(start) not in (None, tokenizer.unk_token_id)
@@ -92,15 +92,15 @@ def image_text(processor: Any) -> str:
 
 
 def has_template(processor: Any) -> bool:
-    """Return whether a conversation goes through a chat template."""
+    """Return whether the processor formats conversations by a chat template."""
     return getattr(processor, "chat_template", None) is not None
 
 
 def segments_of(turns: Sequence[Turn], num_images: int, processor: Any) -> tuple[Segment, ...]:
     """Return a conversation's text: every assistant turn is a response, and so is what ends it.
 
-    Where the template marks no end, the tokenizer's end token stands behind each answer in place of the template's white space: who never
-    saw an end does not learn to stop. White space behind an end belongs to the turn that follows.
+    Where the template marks no end, the tokenizer's end token follows each answer in place of the template's white space: a model that
+    never saw an end does not learn to stop. White space after an end belongs to the next turn.
 
     Raises:
         ValueError: If images and placeholders do not match, or the template refuses the turns or rewrites earlier ones.
@@ -131,14 +131,14 @@ def place_images(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     Raises:
         ValueError: If the numbers differ.
     """
-    found = sum(text.count(PLACEHOLDER) for _, text in turns)
-    if not found and num_images:
+    count = sum(text.count(PLACEHOLDER) for _, text in turns)
+    if not count and num_images:
         first = next((number for number, (role, _) in enumerate(turns) if role == "user"), 0)
         return [(role, f"{PLACEHOLDER}\n" * num_images * (number == first) + text) for number, (role, text) in enumerate(turns)]
-    if found != num_images:
+    if count != num_images:
         shown = next((text for _, text in turns if PLACEHOLDER in text), turns[0][1])
         raise ValueError(
-            f"A sample has {found} {PLACEHOLDER} token(s) but {num_images} image(s): give one image per token. Text: {shown[:80]!r}"
+            f"A sample has {count} {PLACEHOLDER} token(s) but {num_images} image(s): give one image per token. Text: {shown[:80]!r}"
         )
     return list(turns)
 
@@ -165,8 +165,8 @@ def _renderer(processor: Any) -> Callable[[Sequence[Turn], bool], str]:
 
 def _marks_end(render: Callable[[Sequence[Turn], bool], str], before: Sequence[Turn]) -> bool:
     """Return whether the template puts more than white space behind an answer: what two answers have in common at their end."""
-    one, other = (render([*before, ("assistant", answer)], False)[::-1] for answer in ("a", "b"))
-    return bool(os.path.commonprefix([one, other]).strip())
+    reversed_texts = [render([*before, ("assistant", answer)], False)[::-1] for answer in ("a", "b")]
+    return bool(os.path.commonprefix(reversed_texts).strip())
 
 
 def _parts(text: str) -> list[dict[str, str]]:
@@ -212,10 +212,10 @@ def _part(part: Any, what: str, reads_images: bool) -> str:
 
 
 def _answers(value: Any, what: str) -> list[str]:
-    """Return all answers that there are: those of several people, one, or none."""
+    """Return all answers: those of several people, of one, or none."""
     value = _plain(value)
     if isinstance(value, (list, tuple)):
-        return [answer for one in value for answer in _answers(one, what)]
+        return [answer for member in value for answer in _answers(member, what)]
     if isinstance(value, Mapping):
         if "answer" not in value:
             raise ValueError(f'{what} has the keys {list(value)}; expected text, a number, {{"answer": text}}, or a list of these.')

@@ -15,7 +15,7 @@ from corda_vlm.failures import one_line
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow's readers raise on broken files."""
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EIO)
-"""What no file is to blame for: too many open ones, a failing disk."""
+"""Errors for which no file is to blame: too many open files, a failing disk."""
 TOO_LARGE = "make it smaller, or raise `max_pixels` of the data (in evaluations PIL.Image.MAX_IMAGE_PIXELS)"
 BITS_PER_SAMPLE = 258
 """TIFF's tag."""
@@ -123,11 +123,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image, levels: np.ndarray) -> int:
-    """Return the level that stands for white.
-
-    Raises:
-        ValueError: If there are levels outside of 0 to 65535.
-    """
+    """Return the level that stands for white."""
     low, high = levels.min(), levels.max()
     if not 0 <= low <= high <= 65535:  # NaN too
         raise ValueError(f"its levels go from {low} to {high}; expected 0 to 65535 at most: scale it, or save it in 8 or 16 bits")
@@ -136,7 +132,7 @@ def _white(image: Image.Image, levels: np.ndarray) -> int:
     if image.mode == "F" and high <= 1:
         return 1
     if 255 < high < DARK:
-        # One text for all: it is told once.
+        # The same text for all pictures, so that it is shown once.
         warnings.warn(
             f"A picture of 16 bits has no level above {DARK}, so it comes out nearly black and loses most of its levels; if its levels are "
             "of fewer bits (12, say), scale them to 65535 first.",

@@ -28,7 +28,7 @@ from corda_vlm.failures import one_line
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 32
-"""That read images at once."""
+"""Threads that read images at once."""
 
 
 class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
@@ -51,7 +51,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         self.places: Sequence[int] = [row for row in range(len(rows)) if row not in left_out] if left_out else range(len(rows))
         """The row of each item."""
         self.num_broken = len(left_out)
-        """How many rows were left out, as their images cannot be read."""
+        """How many rows are left out, as their images cannot be read."""
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -123,7 +123,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row))
 
     def _image(self, values: Mapping[str, Any], where: str) -> Any:
-        """Return what a row has for its image: in the column that options name, which they may, or in one that is sure to be all."""
+        """Return what a row has for its image: in the column that options name, or in the only one that holds images."""
         if "image" in self.config.columns:
             return values.get(self.config.columns["image"])
         try:
@@ -181,7 +181,7 @@ def _as_line(row: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def _telling_what_to_do() -> Iterator[None]:
-    """Make of a broken image an error of the options."""
+    """Say of a broken image which options to change."""
     try:
         yield
     except BrokenImageError as error:
@@ -199,10 +199,7 @@ def _check_rows(items: Items) -> None:
 
 
 def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> dict[int, str]:
-    """Return why the images of rows cannot be read; each process must call it.
-
-    What else is wrong with a row is told when it is asked for.
-    """
+    """Return why the images of rows cannot be read; each process must call it. Other errors wait until a row is asked for."""
 
     def why(row: int) -> str | None:
         try:
@@ -224,7 +221,7 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads of its own in each of ours: they would wait for each other."""
+    """Keep torch from starting threads of its own in each of ours, which would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

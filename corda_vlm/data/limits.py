@@ -47,28 +47,27 @@ def limits_of(model: Any) -> TextLimits:
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return TextLimits()
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
-    decoder = model if found is None else found
-    # Tables that keep a place for padding, as RoBERTa's, find the positions themselves from the tokens, and begin behind that place.
-    table = next((module for name, module in decoder.named_modules() if _is_own_table(name, module)), None)
+    decoder = (model.get_decoder() if hasattr(model, "get_decoder") else None) or model
+    tables = _position_tables(decoder)
+    # Tables that keep a place for padding, as RoBERTa's, derive positions from the tokens, and begin after that place.
+    own = next((table for table in tables if table.padding_idx is not None), None)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    counts_from_left = own is None and not _is_rotary(decoder)
     images = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
     return TextLimits(
-        max_tokens=num_positions(model) if table is None else table.num_embeddings - table.padding_idx - 1,
+        max_tokens=num_positions(model) if own is None else own.num_embeddings - own.padding_idx - 1,
         num_embeddings=_num_embeddings(model),
         image_tokens=tuple(token for token in images if isinstance(token, int)),
-        padding_shifts=table is None
-        and not _is_told(model)
-        and _turns_nothing(decoder)
-        and any(map(_holds_positions, decoder.named_modules())),
-        needs_positions=table is None and _is_told(model) and _turns_nothing(decoder),
+        padding_shifts=counts_from_left and not takes_positions and bool(tables),
+        needs_positions=counts_from_left and takes_positions,
     )
 
 
 def num_positions(model: Any) -> int | None:
     """Return how many positions the language model or text tower of a model of transformers has; None if it is not known."""
     config: Any = getattr(model, "config", None)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None) if hasattr(config, "get_text_config") else None
-    return found if isinstance(found, int) and found > 0 else None  # XLNet's -1 stands for any number
+    count = getattr(config.get_text_config(), "max_position_embeddings", None) if hasattr(config, "get_text_config") else None
+    return count if isinstance(count, int) and count > 0 else None  # XLNet's -1 stands for any number
 
 
 def _num_embeddings(model: Any) -> int | None:
@@ -78,23 +77,13 @@ def _num_embeddings(model: Any) -> int | None:
         return None
 
 
-def _is_own_table(name: str, module: nn.Module) -> bool:
-    return _holds_positions((name, module)) and getattr(module, "padding_idx", None) is not None
+def _position_tables(decoder: nn.Module) -> list[Any]:
+    """Return the embeddings of absolute positions."""
+    return [
+        module for name, module in decoder.named_modules() if "position" in name.rpartition(".")[2] and isinstance(module, nn.Embedding)
+    ]
 
 
-def _holds_positions(named: tuple[str, nn.Module]) -> bool:
-    """Return whether a module is a table of absolute positions."""
-    name, module = named
-    return "position" in name.rpartition(".")[2] and isinstance(module, nn.Embedding)
-
-
-def _is_told(model: nn.Module) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _turns_nothing(decoder: nn.Module) -> bool:
-    """Return whether queries and keys are not turned by their positions, which leaves only distances to matter.
-
-    Models that count in more dimensions than one, as Qwen2-VL, turn too.
-    """
-    return not any("rotary" in type(module).__name__.lower() for module in decoder.modules())
+def _is_rotary(decoder: nn.Module) -> bool:
+    """Return whether queries and keys are rotated by their positions, so that only distances matter; in Qwen2-VL's dimensions too."""
+    return any("rotary" in type(module).__name__.lower() for module in decoder.modules())

@@ -56,7 +56,7 @@ def image_sources(value: Any, what: str = "An image") -> list[Any]:
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
-        return [source for one in value for source in image_sources(one, what) or [""]]
+        return [source for member in value for source in image_sources(member, what) or [""]]
     if isinstance(value, Mapping) and {"bytes", "path"} & set(value):
         return [value["bytes"]] if value.get("bytes") is not None else image_sources(value.get("path"), what)
     if isinstance(value, (str, Path, bytes, Image.Image)):
@@ -77,7 +77,7 @@ def _is_overlooked(name: str, value: Any, *, has_image: bool) -> bool:
 
 def _is_filled(value: Any) -> bool:
     if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
-        return any(one is not None for one in value.values())
+        return any(inner is not None for inner in value.values())
     return value is not None and not (isinstance(value, (list, tuple, Mapping)) and not value)
 
 

@@ -37,7 +37,7 @@ class Collator:
     """Turn items into one left-padded batch of tensors for ``model(**batch)``.
 
     Note:
-        Left padding puts all responses at the end, so that ``logits_to_keep`` spares the output layer the prompt.
+        Left padding puts all responses at the end, so that with ``logits_to_keep`` the output layer need not read the prompt.
     """
 
     processor: Any

@@ -1,8 +1,8 @@
 """A sample -> the model's inputs: its text as one tokenisation of the whole, its images as the processor makes them.
 
-The tokens of a prompt are those that it has when the model is asked, and what follows them is what the whole text has there. Where a token
-of the whole would reach across the end of a prompt (a prompt that ends in a space, say), the text is cut there: the prompt's tokens
-stand, and the answer is tokenised as it is behind a line's end. Asking and training see the same tokens, as does whoever serves the model.
+The tokens of a prompt are those that it has when the model is asked, and those after it are the whole text's. Where a token of the whole
+text would reach across the end of a prompt (a prompt that ends in a space, say), the text is cut there: the prompt keeps its tokens, and
+the answer is tokenised as after a line's end. So training sees the tokens that generation does, here and in any server.
 """
 
 import copy
@@ -22,7 +22,7 @@ from corda_vlm.failures import one_line
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 """What processors give beside the tokens, one value a token."""
 MARK = "\ufdd0"
-"""What parts segments while a processor writes the images' tokens between them: a code that Unicode keeps free for use within programs."""
+"""What separates segments while a processor writes the images' tokens into them: a code that Unicode keeps free for programs."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +114,17 @@ def _tokens_up_to_each(texts: Sequence[str], repeated: str | None, tokenizer: An
     runs = re.compile(f"(?:{re.escape(repeated)})+")
     lengths = [len(run) // len(repeated) for run in runs.findall(joined[-1])]
     number = tokenizer.convert_tokens_to_ids(repeated)
-    found = []
+    written_out = []
     for ids in tokenizer([runs.sub(repeated, text) for text in joined], add_special_tokens=False)["input_ids"]:
         length = iter(lengths)
-        found.append([token for token in ids for _ in range(next(length) if token == number else 1)])
-    return found
+        written_out.append([token for token in ids for _ in range(next(length) if token == number else 1)])
+    return written_out
 
 
 def _cut(texts: Sequence[str], wholes: Sequence[list[int]], sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens of the joined texts, those up to each text a prefix of those up to the next; and which belong to responses.
+    """Return the tokens of the joined texts and which belong to responses; ``wholes`` are those of the texts joined up to each.
 
-    Args:
-        texts: Of the segments.
-        wholes: The tokens of the texts joined up to each.
-        sample: Whose they are.
-        tokenizer: Reads a text whose tokens are not a whole's own.
+    What is returned up to one text is a prefix of what is returned up to the next, where the wholes are not.
     """
     ids: list[int] = []
     is_response: list[int] = []

@@ -68,14 +68,13 @@ def check_pairs(count: int, batch_size: int, name: str) -> None:
 
 
 def over_processes(features: Features) -> Features:
-    """Return the features of all processes' batches, through which gradients flow back to each.
+    """Return the features of all processes' batches; gradients flow back to each process.
 
-    Every process then takes the same loss; as DDP divides the gradients' sum by the number of processes, which is how often the loss
-    was taken, the result is its gradient over the whole batch.
+    Every process then computes the same loss. DDP averages their gradients, so the result is the gradient over the whole batch.
     """
     if not is_distributed():
         return features
-    image, text = (torch.cat(all_gather(one.contiguous())) for one in (features.image, features.text))
+    image, text = (torch.cat(all_gather(local.contiguous())) for local in (features.image, features.text))
     return Features(image, text, features.scale, features.bias)
 
 

@@ -38,8 +38,8 @@ def deploy(
         alpha: How much of the change.
         compress: Rank of the best approximation of the change.
         merge: Whether to write a plain model.
-        download: Whether the base may be fetched; what the recipe beside the adapter says of this counts for nothing.
-        trust_remote_code: Whether code that comes with the base may run; so does what the recipe says of this.
+        download: Whether the base may be fetched; what the recipe beside the adapter says of this is ignored.
+        trust_remote_code: Whether code that comes with the base may run; what the recipe says of this is ignored.
 
     Raises:
         BlockingIOError: If another export writes to the output.
@@ -54,14 +54,14 @@ def deploy(
     adapted = load(model, adapter)
     with locked(output):
         sentence = _write_model(adapted, processor, output, alpha) if merge else _write_lora(adapted, output, alpha, compress)
-        (output / LOCK).unlink(missing_ok=True)  # it is no part of what others are given
+        (output / LOCK).unlink(missing_ok=True)  # not for those who are given the folder
     return sentence
 
 
 def _write_lora(adapted: PeftModel, output: Path, alpha: float, compress: int | None) -> str:
-    done = corda_core.export(adapted, output, alpha=alpha, compress=compress)
-    lost = f"; compressing it lost {done.mean_lost:.1%} of the change (mean over {len(done.lost)} layers)" if compress else ""
-    return f"Wrote a LoRA of rank {done.rank} for the untouched base to {output}{lost}."
+    exported = corda_core.export(adapted, output, alpha=alpha, compress=compress)
+    lost = f"; compressing it lost {exported.mean_lost:.1%} of the change (mean over {len(exported.lost)} layers)" if compress else ""
+    return f"Wrote a LoRA of rank {exported.rank} for the untouched base to {output}{lost}."
 
 
 def _write_model(adapted: PeftModel, processor: Any, output: Path, alpha: float) -> str:

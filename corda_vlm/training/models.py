@@ -1,4 +1,4 @@
-"""From a model option to a base model and what reads its samples."""
+"""From a model option to a base model and its processor."""
 
 import os
 import warnings
@@ -161,7 +161,7 @@ def _not_loaded(config: ModelConfig, error: Exception) -> str:
     if Path(config.path).exists():
         return f"model.path {config.path} could not be read: {reason}"
     if config.download:
-        return f"model.path {config.path} could not be fetched: {reason}; what has come stays, run again to go on."
+        return f"model.path {config.path} could not be fetched: {reason}; what has come stays, run again to resume."
     return (
         f"model.path {config.path} is no folder here and not in the cache of the hub; set model.download to true (export and eval: "
         "--download) to fetch it."

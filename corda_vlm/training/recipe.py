@@ -1,4 +1,4 @@
-"""A training run as a value: which model, which data, which adapter, how it is trained and where it goes. ``configs/`` holds such."""
+"""A training run as a value: which model, data and adapter, how it is trained, where it is written; ``configs/`` has examples."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Posit
 from corda_vlm.yaml import read_config
 
 RECIPE = "recipe.yaml"
-"""What a run's output holds of it."""
+"""Its file in a run's output."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,7 @@ class ModelConfig(Options):
     """Whether code that comes with the model may run."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be right.
-
-        Raises:
-            ValueError: If an option has an impossible value; the text names it.
-        """
+        """Refuse options of transformers for open_clip."""
         super().__post_init__()
         if self.library == "open_clip" and (self.quantize or self.attention or self.revision):
             raise ValueError("quantize, attention and revision are for library: transformers; leave them out for open_clip.")
@@ -62,16 +58,16 @@ class TrainingConfig(Options):
     """How the adapter is trained."""
 
     steps: Count | None = None
-    """Optimiser steps; None goes over the data ``epochs`` times."""
+    """Optimiser steps; None iterates over the data ``epochs`` times."""
 
     epochs: Annotated[float, Field(gt=0, le=LARGEST)] = 1.0
-    """How often to go over the data where ``steps`` is None."""
+    """How often to iterate over the data where ``steps`` is None."""
 
     batch_size: Count = 16
     """Samples in one optimiser step, over all processes: the same samples in the same order however many there are."""
 
     micro_batch_size: Count | None = None
-    """Samples that one process takes through the model at once; None takes its whole share of the batch."""
+    """Samples in one forward pass of one process; None takes its whole share of the batch."""
 
     learning_rate: Positive = 2e-4
     """Peak rate; LLaVA's own for LoRA, which ``protect: strict`` bears and gains by raising. The papers' form (``protect: start``,
@@ -87,7 +83,7 @@ class TrainingConfig(Options):
     """AdamW's; it pulls A and B to zero, not to where they started, so ``protect: start`` drifts by it."""
 
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Part of the steps in which the rate rises."""
+    """Fraction of the steps in which the rate rises."""
 
     schedule: Annotated[str, one_of("cosine", "linear", "constant", "constant_with_warmup")] = "cosine"
     """"cosine", "linear", "constant" or "constant_with_warmup"."""
@@ -105,7 +101,7 @@ class TrainingConfig(Options):
     """Steps between checkpoints; a multiple of ``log_every``, so that none holds weights of a loss that was not looked at."""
 
     keep_checkpoints: Annotated[int, Field(ge=2, le=LARGEST)] = 2
-    """How many stay; two at least, so that one is whole whenever the process dies."""
+    """How many are kept; two at least, so that one is whole whenever the process dies."""
 
     log_every: Count = 1
     """Steps between records of the loss, which is also when it is looked at for NaN."""
@@ -120,11 +116,7 @@ class TrainingConfig(Options):
     """Processes that read images beside the training one."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be right.
-
-        Raises:
-            ValueError: If an option has an impossible value; the text names it.
-        """
+        """Refuse checkpoints of weights whose loss was not looked at."""
         super().__post_init__()
         if self.save_every % self.log_every:
             raise ValueError(f"save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
@@ -159,11 +151,7 @@ class Recipe(Options):
     """Of the order of the data, and all else that is random; the draw of the context has ``corda.seed``."""
 
     def __post_init__(self) -> None:
-        """Refuse a run that cannot be meant.
-
-        Raises:
-            ValueError: If KPM has no context of what is to be kept, or there is nothing to evaluate on.
-        """
+        """Refuse KPM without a context of what is to be kept, and evaluations without data."""
         super().__post_init__()
         if self.context is None and self.corda.mode == "kpm":
             raise ValueError(

@@ -27,14 +27,14 @@ def stoppable(say: Callable[[signal.Signals], None]) -> Iterator[None]:
     Signals that are ignored or that somebody else takes stay as they are; and all of them outside of the main thread, which alone gets any.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    mine = [one for one in SIGNALS if is_main and signal.getsignal(one) in (signal.SIG_DFL, signal.default_int_handler)]
-    if not mine:
+    free = [number for number in SIGNALS if is_main and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
+    if not free:
         yield
         return
     stop = _Stop(say)
     watcher = threading.Thread(target=stop.watch, daemon=True)
     watcher.start()
-    with stop.handling(mine):
+    with stop.handling(free):
         try:
             yield
         finally:  # also if it ended, or failed for want of a child, in the same moment
@@ -54,10 +54,10 @@ class _Stop:
     pipe: tuple[int, int] = field(default_factory=os.pipe)
 
     @contextmanager
-    def handling(self, mine: Sequence[signal.Signals]) -> Iterator[None]:
+    def handling(self, numbers: Sequence[signal.Signals]) -> Iterator[None]:
         """Send the signals' numbers down the pipe."""
         os.set_blocking(self.pipe[1], False)
-        handlers = {number: signal.signal(number, self._leave) for number in mine}
+        handlers = {number: signal.signal(number, self._leave) for number in numbers}
         before = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
 
         def restore() -> None:
@@ -77,7 +77,7 @@ class _Stop:
 
     def watch(self) -> None:
         """Wait for a signal, or for the end of the pipe; then tell, and end children and this process."""
-        number = next((one[0] for one in iter(lambda: os.read(self.pipe[0], 1), b"") if one[0] in SIGNALS), None)
+        number = next((byte[0] for byte in iter(lambda: os.read(self.pipe[0], 1), b"") if byte[0] in SIGNALS), None)
         if number is None:
             os.close(self.pipe[0])
             return

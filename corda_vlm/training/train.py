@@ -34,7 +34,7 @@ def fine_tune(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[tuple[int, float]]:
-    """Train what is trainable on the items, and return the loss step by step.
+    """Train what is trainable on the items, and return the loss of each step.
 
     The loss is the cross-entropy of the responses (nats per token); for models with two towers the contrastive loss
     (``corda_vlm.training.contrastive``) of images and captions.
@@ -106,7 +106,7 @@ def trainer_for(
         ValueError: If there are fewer pairs than one batch.
 
     Note:
-        The contrastive loss is that of whole batches, held-out ones too: fewer pairs than that at the end are left out.
+        The contrastive loss is that of whole batches, of held-out pairs too: a smaller last batch is dropped.
     """
     base = base_of(model)
     collate: Callable[[Sequence[Item]], dict[str, Any]] = collator_for(base, processor)
@@ -133,7 +133,7 @@ def trainer_for(
 
 
 def _of_whole_batches(arguments: TrainingArguments, items: Any, evaluation: Any) -> TrainingArguments:
-    """Return the arguments with smaller batches left out: a pair is told apart from fewer others there, which is another loss."""
+    """Return the arguments with smaller batches dropped: there a pair is told apart from fewer others, which is another loss."""
     check_pairs(len(items), arguments.train_batch_size * arguments.world_size, "items")
     if evaluation is not None:
         check_pairs(len(evaluation), arguments.eval_batch_size * arguments.world_size, "evaluation")
@@ -143,7 +143,7 @@ def _of_whole_batches(arguments: TrainingArguments, items: Any, evaluation: Any)
 
 
 def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Return what trains as groups for an optimiser: by part of the model where that has its own rate, biases and norms without decay."""
+    """Return what trains as groups for an optimiser: parts of the model with their own rates, biases and norms without decay."""
     family = family_of(base_of(model))
     groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -164,7 +164,7 @@ def losses_of(trainer: Trainer) -> list[tuple[int, float]]:
 class ResponseTrainer(Trainer):
     """transformers' Trainer, whose held-out loss is the mean of its batches' means.
 
-    The Trainer weighs by tokens within what all processes read at once, so its held-out loss depends on how many they are.
+    The Trainer weights by tokens within what all processes read at once, so its held-out loss depends on their number.
     """
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -173,27 +173,27 @@ class ResponseTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return what the Trainer does, with 4-bit layers left as they train: else bitsandbytes packs them anew on CPUs."""
+        """Return what the Trainer does, with 4-bit layers in the mode they train in: else bitsandbytes repacks them on CPUs."""
         with evaluating(base_of(model)):
             return super().prediction_step(model, *args, **kwargs)
 
 
 class NotFiniteError(FloatingPointError, ValueError):
-    """Training came to infinities or to what is no number."""
+    """Training came to infinite values or NaN."""
 
 
 class FiniteLosses(TrainerCallback):
-    """Stops training at a loss, a gradient or weights that are not finite; no checkpoint is written of such."""
+    """Stops training at a loss, a gradient or weights that are not finite, before a checkpoint is written."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the last step too, after which weights are kept."""
+        """Log the last step too, after which weights are kept."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Refuse to go on; where weights are to be kept, which a checkpoint does after its log, those too."""
+        """Refuse to continue; before weights are kept, which a checkpoint does after its log, look at those too."""
         logs = logs or {}
         for key in ("loss", "eval_loss", "grad_norm"):
             if not math.isfinite(logs.get(key, 0.0)):
