@@ -42,10 +42,10 @@ class Run:
 
 
 def with_interpolations(runs: Iterable[Run]) -> list[Run]:
-    """Return the runs, and each one's interpolations with the base as runs of arms of their own: "lora, α = 0.5" (WiSE-FT)."""
-    found = []
+    """Return the runs, and the interpolations of each with the base as runs of arms of their own: "lora, α = 0.5" (WiSE-FT)."""
+    with_between = []
     for run in runs:
-        found.append(run)
+        with_between.append(run)
         for alpha, scores in run.result.get("interpolated", {}).items():
             last = run.result["validation_losses"][-1][0]
             result = {
@@ -55,11 +55,11 @@ def with_interpolations(runs: Iterable[Run]) -> list[Run]:
                 "change": float(alpha) * run.result["change"],
                 "change_on_context": float(alpha) * run.result["change_on_context"],
             }
-            found.append(Run(f"{run.arm}, α = {alpha}", run.rate, run.seed, result))
-    return found
+            with_between.append(Run(f"{run.arm}, α = {alpha}", run.rate, run.seed, result))
+    return with_between
 
 
-def base_of(runs: Iterable[Run]) -> Run | None:
+def base_run(runs: Iterable[Run]) -> Run | None:
     """Return the measurement of the base, if there is one."""
     return next((run for run in runs if run.arm == BASE), None)
 
@@ -122,7 +122,7 @@ def matched_rate(runs: Sequence[Run], base: Run, baseline: Sequence[Run]) -> flo
 def unmatched(runs: Sequence[Run], base: Run) -> dict[str, float]:
     """Return the arms that never learn nearly as much as LoRA, and what part of LoRA's best gain they reach."""
     by_arm = _by_arm(runs)
-    best = {arm: max(gains_by_rate(its, base).values(), default=-math.inf) for arm, its in by_arm.items()}
+    best = {arm: max(gains_by_rate(of_arm, base).values(), default=-math.inf) for arm, of_arm in by_arm.items()}
     return {arm: max(0.0, gain / best[BASELINE]) for arm, gain in best.items() if matched_rate(by_arm[arm], base, by_arm[BASELINE]) is None}
 
 
@@ -136,10 +136,9 @@ def points_by_rate(runs: Sequence[Run], base: Run) -> list[tuple[Spread, Spread]
     """Return test gain and forgetting of an arm by rising rate, over the seeds whose loss stayed finite."""
     points = []
     for rate in sorted({run.rate for run in runs if not run.diverged}):
-        its = [run for run in runs if run.rate == rate and not run.diverged]
-        points.append(
-            (spread([gain_on_test(run, base) for run in its]), spread([forgetting_of(run.result["scores"], base) for run in its]))
-        )
+        seeds = [run for run in runs if run.rate == rate and not run.diverged]
+        gains = [gain_on_test(run, base) for run in seeds]
+        points.append((spread(gains), spread([forgetting_of(run.result["scores"], base) for run in seeds])))
     return points
 
 
@@ -170,15 +169,20 @@ def steps_at_equal_rates(runs: Sequence[Run]) -> dict[str, dict[float, float]]:
 
     Means over the seeds that both have run, infinity if a seed never gets there; runs of LoRA that diverged are left out.
     """
-    curves = {(run.rate, run.seed): run.result["validation_losses"] for run in runs if run.arm == BASELINE and not run.diverged}
-    found: dict[str, dict[float, list[float]]] = {}
+    baseline = {(run.rate, run.seed): run for run in runs if run.arm == BASELINE and not run.diverged}
+    parts: dict[str, dict[float, list[float]]] = {}
     for run in runs:
-        curve = curves.get((run.rate, run.seed))
-        if run.arm not in (BASE, BASELINE) and curve is not None:
-            steps, target = curve[-1]
-            part = math.inf if run.diverged else steps_to(run.result["validation_losses"], target) / steps
-            found.setdefault(run.arm, {}).setdefault(run.rate, []).append(part)
-    return {arm: {rate: mean(parts) for rate, parts in sorted(rates.items())} for arm, rates in found.items()}
+        reference = baseline.get((run.rate, run.seed))
+        if run.arm not in (BASE, BASELINE) and reference is not None:
+            part = math.inf if run.diverged else _part_of_steps(run, reference)
+            parts.setdefault(run.arm, {}).setdefault(run.rate, []).append(part)
+    return {arm: {rate: mean(of_seeds) for rate, of_seeds in sorted(rates.items())} for arm, rates in parts.items()}
+
+
+def _part_of_steps(run: Run, reference: Run) -> float:
+    """Return the part of the reference's steps after which a run is at the reference's final validation loss."""
+    steps, target = reference.result["validation_losses"][-1]
+    return steps_to(run.result["validation_losses"], target) / steps
 
 
 @dataclass(frozen=True)
@@ -188,13 +192,13 @@ class Summary:
     arm: str
     rate: float
     num_seeds: int
-    gain: tuple[float, float, float]
+    gain: Spread
     """Test gain, nats."""
     accuracy: float | None
     """Of what was learned, percent."""
-    forgetting: tuple[float, float, float]
+    forgetting: Spread
     """Nats."""
-    ratio: tuple[float, float, float] | None
+    ratio: Spread | None
     """Its forgetting over LoRA's at matched gain, seed by seed."""
     ratio_at_gain: float | None
     """Its forgetting over LoRA's at this arm's own gain, of means over the seeds."""
@@ -217,39 +221,35 @@ def summarise(
 ) -> Summary:
     """Return the summary of an arm at a rate; ``baseline`` are LoRA's runs at matched gain by seed, ``line`` its points of all rates."""
     of_arm = [run for run in runs if run.arm == arm and not run.diverged]
-    its = [run for run in of_arm if run.rate == rate]
-    lost = {run.seed: forgetting_of(run.result["scores"], base) for run in its}
+    chosen = [run for run in of_arm if run.rate == rate]
+    lost = {run.seed: forgetting_of(run.result["scores"], base) for run in chosen}
     reference = {seed: forgetting_of(run.result["scores"], base) for seed, run in baseline.items()}
     ratios = [lost[seed] / reference[seed] for seed in lost if reference.get(seed, 0) > 0]
-    accuracies = [run.result["scores"][TARGET]["accuracy"] for run in its]
-    gains = [gain_on_test(run, base) for run in its]
+    accuracies = [run.result["scores"][TARGET]["accuracy"] for run in chosen]
+    gains = [gain_on_test(run, base) for run in chosen]
     expected = forgetting_at(mean(gains), line)
-    steps = []
-    for run in its:
-        if run.seed in baseline:
-            target = baseline[run.seed].result["validation_losses"][-1]
-            steps.append(steps_to(run.result["validation_losses"], target[1]) / target[0])
+    steps = [_part_of_steps(run, baseline[run.seed]) for run in chosen if run.seed in baseline]
     return Summary(
         arm=arm,
         rate=rate,
-        num_seeds=len(its),
+        num_seeds=len(chosen),
         gain=spread(gains),
         accuracy=None if None in accuracies else mean(accuracies),
         forgetting=spread(list(lost.values())),
         ratio=spread(ratios) if ratios else None,
         ratio_at_gain=mean(lost.values()) / expected if expected > 0 else None,
-        kept={name: mean(run.result["scores"][name]["loss"] - loss for run in its) for name, loss in kept_losses(base).items()},
+        kept={name: mean(run.result["scores"][name]["loss"] - loss for run in chosen) for name, loss in kept_losses(base).items()},
         accuracy_drops={
-            name: mean(score["accuracy"] - run.result["scores"][name]["accuracy"] for run in its)
+            name: mean(score["accuracy"] - run.result["scores"][name]["accuracy"] for run in chosen)
             for name, score in kept_scores(base).items()
             if score["accuracy"] is not None
         },
-        change_on_context=mean(run.result["change_on_context"] for run in its),
-        change=mean(run.result["change"] for run in its),
+        change_on_context=mean(run.result["change_on_context"] for run in chosen),
+        change=mean(run.result["change"] for run in chosen),
         steps_to_baseline=mean(steps) if steps else math.inf,
-        parameters=its[0].result["trainable_parameters"],
+        parameters=chosen[0].result["trainable_parameters"],
         seconds=sum(min(run.result["seconds"][part] for run in of_arm) for part in ("prepare", "train")),
-        memory_gb=max(run.result["peak_memory_gb"] for run in its),
+        memory_gb=max(run.result["peak_memory_gb"] for run in chosen),
     )
 
 
@@ -259,10 +259,13 @@ def summaries(runs: Sequence[Run], base: Run) -> tuple[dict[str, Summary], dict[
     reference = matched_rate(by_arm[BASELINE], base, by_arm[BASELINE])
     baseline = {run.seed: run for run in by_arm[BASELINE] if run.rate == reference and not run.diverged}
     line = gains_and_forgetting(by_arm[BASELINE], base)
-    tuned = {arm: rate for arm, its in by_arm.items() if (rate := tuned_rate(its, base)) is not None}
-    matched = {arm: rate for arm, its in by_arm.items() if (rate := matched_rate(its, base, by_arm[BASELINE])) is not None}
-    made = [{arm: summarise(runs, base, baseline, line, arm, rate) for arm, rate in rates.items()} for rates in (tuned, matched)]
-    return made[0], made[1]
+    tuned = {arm: rate for arm, of_arm in by_arm.items() if (rate := tuned_rate(of_arm, base)) is not None}
+    matched = {arm: rate for arm, of_arm in by_arm.items() if (rate := matched_rate(of_arm, base, by_arm[BASELINE])) is not None}
+
+    def summaries_at(rates: Mapping[str, float]) -> dict[str, Summary]:
+        return {arm: summarise(runs, base, baseline, line, arm, rate) for arm, rate in rates.items()}
+
+    return summaries_at(tuned), summaries_at(matched)
 
 
 def _by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -278,6 +281,6 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return front[::-1]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Return mean, lowest and highest."""
     return mean(values), min(values), max(values)

@@ -1,9 +1,9 @@
 """Which runs a study needs, and how they are made: in worker processes, each finished one a small JSON file that is never run again.
 
-First every arm runs at every rate with the first seed; rates go on up or down the ladder while the best is at an edge, and down while the
-lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned one, and the
-smallest that learns nearly as much as LoRA (``frontier``). Should the other seeds show that a rate learns less than another one, that one's
-seeds run too.
+First every arm runs at every rate with the first seed; rates continue up or down the ladder while the best is at an edge, and down while
+the lowest still learns nearly as much as LoRA: it may forget less. Then the other seeds run at two rates: the tuned rate, and the smallest
+that learns nearly as much as LoRA (``frontier``). Should the other seeds show that a rate learns less than another, the seeds of the other
+run too.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from pydantic import Field
 
 from corda_eval.lab.base import cache_root
 from corda_eval.records import read_sealed
-from corda_eval.study.frontier import BASE, BASELINE, Run, base_of, gain_of, gain_to_match, matched_rate, tuned_rate
+from corda_eval.study.frontier import BASE, BASELINE, Run, base_run, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
 from corda_eval.study.settings import SETTINGS
-from corda_eval.study.worker import RunSpec, made
+from corda_eval.study.worker import RunSpec, options_of
 from corda_vlm.options import Count, FileName, Place, as_declared
 from corda_vlm.outputs import clear_partial, locked
 
@@ -96,10 +96,9 @@ def _without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any
 
 def finished(config: StudyConfig, setting: str) -> list[Run]:
     """Return the finished runs of one setting that belong to this study, by arm, rate and seed."""
-    folder = Path(config.results)
-    found = []
+    runs = []
     for arm in arms_of(config, setting):
-        for file in sorted((folder / setting).glob(f"{escape(arm)}-*.json")):
+        for file in sorted((Path(config.results) / setting).glob(f"{escape(arm)}-*.json")):
             result = read_sealed(file, "remove it: the run is made again")
             try:
                 spec = RunSpec(**result["spec"])
@@ -108,18 +107,18 @@ def finished(config: StudyConfig, setting: str) -> list[Run]:
                     f"{file} is no result of a run ({error!r}); expected what `corda-vlm compare` writes; remove it."
                 ) from error
             if planned(config, setting, arm, spec.rate, spec.seed).file_name == f"{setting}/{file.name}":
-                found.append(Run(arm, spec.rate, spec.seed, result))
-    _check_bases(config, setting, found)
-    return sorted(found, key=lambda run: (run.arm, run.rate, run.seed))
+                runs.append(Run(arm, spec.rate, spec.seed, result))
+    _check_bases(config, setting, runs)
+    return sorted(runs, key=lambda run: (run.arm, run.rate, run.seed))
 
 
 def _check_bases(config: StudyConfig, setting: str, runs: Sequence[Run]) -> None:
     """Refuse runs that were made on another base than that which was measured; results of before that was noted pass."""
     digests = {run.result["base_digest"]: run for run in reversed(runs) if "base_digest" in run.result}  # the first run of each
     if len(digests) > 1:
-        one, other = (planned(config, setting, run.arm, run.rate, run.seed).file_name for run in list(digests.values())[:-3:-1])
+        last, before = (planned(config, setting, run.arm, run.rate, run.seed).file_name for run in list(digests.values())[:-3:-1])
         raise ValueError(
-            f"{config.results}/{one} and {other} were made on different base weights; give another `results`, or remove those of the old "
+            f"{config.results}/{last} and {before} were made on different base weights; give another `results`, or remove those of the old "
             "base."
         )
 
@@ -133,7 +132,7 @@ def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> 
     """Return the runs that are needed next: empty when a setting is done. Arms that failed are left out."""
     runs = finished(config, setting)
     have = {(run.arm, run.rate, run.seed) for run in runs}
-    base = base_of(runs)
+    base = base_run(runs)
     if base is None:
         return [planned(config, setting, BASE, 0.0, 0)]
     baseline = [run for run in runs if run.arm == BASELINE]
@@ -141,15 +140,14 @@ def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> 
     wanted: list[tuple[str, float, int]] = []
     arms = [arm for arm in arms_of(config, setting)[1:] if arm not in failed]
     for arm in arms:
-        its = [run for run in runs if run.arm == arm and run.seed == 0]
-        wanted += [(arm, rate, 0) for rate in rates_of(rates_from(config, setting, arm), its, base, enough)]
-    if any(one not in have for one in wanted):
-        return [planned(config, setting, *one) for one in wanted if one not in have]
-    for arm in arms:
-        its = [run for run in runs if run.arm == arm]
-        repeated = {rate for rate in (tuned_rate(its, base), matched_rate(its, base, baseline)) if rate is not None}
-        wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
-    return [planned(config, setting, *one) for one in wanted if one not in have]
+        first_seed = [run for run in runs if run.arm == arm and run.seed == 0]
+        wanted += [(arm, rate, 0) for rate in rates_of(rates_from(config, setting, arm), first_seed, base, enough)]
+    if have.issuperset(wanted):
+        for arm in arms:
+            of_arm = [run for run in runs if run.arm == arm]
+            repeated = {rate for rate in (tuned_rate(of_arm, base), matched_rate(of_arm, base, baseline)) if rate is not None}
+            wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
+    return [planned(config, setting, *run) for run in wanted if run not in have]
 
 
 def rates_from(config: StudyConfig, setting: str, arm: str) -> Sequence[float]:
@@ -159,7 +157,7 @@ def rates_from(config: StudyConfig, setting: str, arm: str) -> Sequence[float]:
 
 
 def rates_of(beginning: Sequence[float], first_seed: Sequence[Run], base: Run, enough: float) -> list[float]:
-    """Return the rates that an arm runs at: the ladder's beginning, and on beyond an edge.
+    """Return the rates that an arm runs at: the ladder's beginning, and further beyond an edge.
 
     Up or down while the best is at that edge, and down while the gain at the lowest is ``enough`` to match LoRA's.
     """
@@ -200,9 +198,9 @@ def check(config: StudyConfig) -> None:
     if not isinstance(config.seeds, int) or config.seeds < 1:
         raise ValueError(f"The study asks for {config.seeds!r} seeds; expected a whole number of at least 1.")
     for options in config.settings.values():
-        made(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
+        options_of(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
     for options in config.arms.values():
-        made(_without(options, OF_ARMS), "method", METHODS, "method")
+        options_of(_without(options, OF_ARMS), "method", METHODS, "method")
     as_declared(StudyConfig, vars(config))  # names that files are called by, numbers of processes
     if odd:
         raise ValueError(f"The rate {odd[0]:g} is not on the ladder; expected one of {', '.join(f'{rate:g}' for rate in LADDER)}.")
@@ -228,7 +226,7 @@ def _check_kinds(config: StudyConfig) -> None:
 
 
 def _is_list_of(values: object, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(values, (list, tuple)) and all(isinstance(one, kind) for one in values)
+    return isinstance(values, (list, tuple)) and all(isinstance(value, kind) for value in values)
 
 
 def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
@@ -246,34 +244,34 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
         for setting in config.settings:
             clear_partial(folder / setting)
         while True:
-            busy = {one.file_name for one in running.values()}
+            busy = {run.file_name for run in running.values()}
             needed = [
-                one
+                run
                 for setting in config.settings
-                for one in missing(config, setting, [arm for where, arm in failures if where == setting])
-                if one.file_name not in busy and (setting, one.arm) not in failures
+                for run in missing(config, setting, [arm for where, arm in failures if where == setting])
+                if run.file_name not in busy and (setting, run.arm) not in failures
             ]
             begun = needed[: config.workers - len(running)]
-            for one in begun:
-                running[pool.submit(_run, one, folder, config.threads)] = one
+            for run in begun:
+                running[pool.submit(_run, run, folder, config.threads)] = run
             if not running:
                 return list(failures.values())
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                one = running.pop(future)
+                run = running.pop(future)
                 problem = future.result()
                 if problem is not None:
-                    failures[one.setting, one.arm] = f"{one.setting}, {one.arm} at {one.spec.rate:g}: {problem}"
-                report(f"{one.file_name}: {'failed' if problem else 'done'}; {len(needed) - len(begun)} more wait that are known of")
+                    failures[run.setting, run.arm] = f"{run.setting}, {run.arm} at {run.spec.rate:g}: {problem}"
+                report(f"{run.file_name}: {'failed' if problem else 'done'}; {len(needed) - len(begun)} more wait that are known of")
 
 
-def _run(one: Planned, folder: Path, threads: int) -> str | None:
+def _run(run: Planned, folder: Path, threads: int) -> str | None:
     """Make one run in a process of its own; return the end of what it said if it failed."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as temporary:
         spec = Path(temporary) / "spec.json"
-        spec.write_text(json.dumps(dataclasses.asdict(one.spec)))
-        command = [sys.executable, "-m", "corda_eval.study.worker", str(spec), str(folder / one.file_name), str(cache_root() / "study")]
+        spec.write_text(json.dumps(dataclasses.asdict(run.spec)))
+        command = [sys.executable, "-m", "corda_eval.study.worker", str(spec), str(folder / run.file_name), str(cache_root() / "study")]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode < 0:
         return f"killed by the signal {-result.returncode}"

@@ -17,20 +17,20 @@ def headline(matched: Mapping[str, Sequence[Summary]], unmatched: Mapping[str, M
     """
     cells: dict[str, dict[str, str]] = {}
     worst: dict[str, float] = {}
-    for setting, its in matched.items():
-        for one in its:
-            cells.setdefault(one.arm, {})[setting] = _cell(one)
-            if one.ratio is not None:
-                worst[one.arm] = max(one.ratio[0], worst.get(one.arm, 0.0))
+    for setting, arms in matched.items():
+        for summary in arms:
+            cells.setdefault(summary.arm, {})[setting] = _cell(summary)
+            if summary.ratio is not None:
+                worst[summary.arm] = max(summary.ratio[0], worst.get(summary.arm, 0.0))
         for arm, part in unmatched[setting].items():
             cells.setdefault(arm, {})[setting] = f"learns {100 * part:.0f} % of LoRA's"
-    arms = sorted(cells, key=lambda arm: worst.get(arm, math.inf))
-    return ["arm", *matched], [[arm, *(cells[arm].get(setting, "") for setting in matched)] for arm in arms]
+    ordered = sorted(cells, key=lambda arm: worst.get(arm, math.inf))
+    return ["arm", *matched], [[arm, *(cells[arm].get(setting, "") for setting in matched)] for arm in ordered]
 
 
-def _cell(one: Summary) -> str:
-    ratio = "1" if one.arm == BASELINE else "" if one.ratio is None else ratio_text(one.ratio)
-    return "; ".join(part for part in (ratio, "" if one.accuracy is None else f"{one.accuracy:.0f} %") if part)
+def _cell(summary: Summary) -> str:
+    ratio = "1" if summary.arm == BASELINE else "" if summary.ratio is None else ratio_text(summary.ratio)
+    return "; ".join(part for part in (ratio, "" if summary.accuracy is None else f"{summary.accuracy:.0f} %") if part)
 
 
 def ratio_text(ratio: Spread) -> str:

@@ -99,9 +99,9 @@ class Task:
         key = hashlib.sha256("\n".join((digest, base_digest(self.model, self.layers), *self.layers)).encode()).hexdigest()[:12]
         path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"
         if not path.exists():
-            found = self._collected(domains, batches)
+            collected = self._collected(domains, batches)
             self.cache.mkdir(parents=True, exist_ok=True)
-            save_covariances(found, path, model=self.model, data=digest, options={})
+            save_covariances(collected, path, model=self.model, data=digest, options={})
         return load_covariances(path, model=self.model, data=digest, options={})
 
     def _collected(self, domains: Sequence[str], batches: Sequence[Batch]) -> dict[str, Covariance]:

@@ -2,23 +2,22 @@
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
+from corda_vlm.context import progress_bar
 
 VALIDATIONS = 10
 """How often what was learned is measured on the way."""
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingRun:
     """How a training went."""
 
     training_losses: list[float]
@@ -34,7 +33,7 @@ class Trained:
     """Whether a loss was not finite; the training then ends."""
 
 
-def train(adapted: Adapted, task: Task, rate: float) -> Trained:
+def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
     """Train on each batch once. The peak rate is reached after 3 % of the steps; gradients are clipped to the norm 1."""
     trainable = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=adapted.weight_decay)
@@ -44,7 +43,7 @@ def train(adapted: Adapted, task: Task, rate: float) -> Trained:
     losses: list[float] = []
     validation = [(0, task.validate(adapted.model))]
     seconds = 0.0
-    for step, batch in enumerate(_bar(task.batches), 1):
+    for step, batch in enumerate(progress_bar(task.batches, "train"), 1):
         start = time.perf_counter()
         adapted.model.train()
         loss = task.loss(adapted.model, batch)
@@ -52,15 +51,11 @@ def train(adapted: Adapted, task: Task, rate: float) -> Trained:
         (loss if adapted.penalty is None else loss + adapted.penalty()).backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
         if not torch.isfinite(norm):
-            return Trained(losses, validation, seconds, diverged=True)
+            return TrainingRun(losses, validation, seconds, diverged=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - start
         if step % every == 0 or step == count:
             validation.append((step, task.validate(adapted.model)))
-    return Trained(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]))
-
-
-def _bar(batches: Iterable) -> Iterable:
-    return tqdm(batches, desc="train", disable=None)
+    return TrainingRun(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]))

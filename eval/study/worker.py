@@ -51,20 +51,20 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         ValueError: If setting or method are unknown, or their options wrong.
     """
     torch.manual_seed(spec.seed)
-    task = made(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
+    task = options_of(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     versions = {"python": platform.python_version(), **library_versions()}
     about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions}
     if spec.method is None:
         scores = _plain(task.measure(task.model))
-        found = about | {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
-        return found | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
+        measured = {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
+        return about | measured | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
     originals = linear_copies(task.model, task.layers)
     kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
     start = time.perf_counter()
-    adapted: Adapted = made(spec.method, "method", METHODS, "method").adapt(task)
+    adapted: Adapted = options_of(spec.method, "method", METHODS, "method").adapt(task)
     prepared = time.perf_counter() - start
     trained = train(adapted, task, spec.rate)
-    found = about | {
+    result = about | {
         "trainable_parameters": sum(p.numel() for p in adapted.model.parameters() if p.requires_grad),
         "diverged": trained.diverged,
         "training_losses": [round(loss, 5) for loss in trained.training_losses],
@@ -72,7 +72,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
         "peak_memory_gb": round(peak_memory_gb(), 3),
     }
-    return found if trained.diverged else found | _measured(adapted, task, originals, kept, spec.alphas)
+    return result if trained.diverged else result | _measured(adapted, task, originals, kept, spec.alphas)
 
 
 def _measured(
@@ -88,7 +88,7 @@ def _measured(
     return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
 
 
-def made(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
+def options_of(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
     """Return the dataclass that a mapping names, filled with its other values."""
     options = dict(values)
     name = options.pop(key, None)
@@ -103,8 +103,7 @@ def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 def main(spec: Path, result: Path, cache: Path) -> None:
     """Run what a JSON file specifies and write the result whole."""
-    found = run(RunSpec(**json.loads(spec.read_text())), cache)
-    write_sealed(result, found)
+    write_sealed(result, run(RunSpec(**json.loads(spec.read_text())), cache))
 
 
 if __name__ == "__main__":

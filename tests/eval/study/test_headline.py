@@ -1,6 +1,6 @@
 """The study's one table over all settings."""
 
-from test_study_frontier import BASE, RUNS, run
+from test_frontier import BASE, RUNS, run
 
 from corda_eval.study.frontier import summaries, unmatched
 from corda_eval.study.headline import headline, ratio_text, spread_text
