@@ -26,7 +26,7 @@ from corda_core.store import ATTACHMENT, WEIGHTS, read_adapter
 from corda_eval.records import TaskResult, library_versions, read_sealed, write_sealed
 from corda_eval.suite.comparison import averages, compare
 from corda_eval.suite.page import html, markdown, sentences, summary
-from corda_eval.suite.tasks import BENCHMARKS, Suite, examples_of, run_task
+from corda_eval.suite.tasks import BENCHMARKS, Suite, asking_of, examples_of, run_task
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_vlm.adapted import check_lora_config, load, load_lora
 from corda_vlm.outputs import alone_in, clear_partial, processes
@@ -44,21 +44,13 @@ def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, Batch
         ValueError: If data are broken.
     """
     model, processor = load_base(base)
-    found = {}
+    checks = {}
     for task in suite.tasks:
         benchmark = BENCHMARKS.get(task.task)
         if benchmark is not None:
-            examples = examples_of(task, benchmark, base.download)[:count]
-            found[task.title] = check_batch_invariance(
-                examples,
-                model,
-                processor,
-                batch_size=suite.batch_size,
-                max_new_tokens=task.max_new_tokens or benchmark.max_new_tokens,
-                system=task.system,
-                pad_images=bool(task.pad_images),
-            )
-    return found
+            examples, asking = examples_of(task, benchmark, base.download)[:count], asking_of(task, benchmark)
+            checks[task.title] = check_batch_invariance(examples, model, processor, asking, batch_size=suite.batch_size)
+    return checks
 
 
 def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path, command: str = "") -> dict[str, Any]:

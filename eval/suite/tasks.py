@@ -20,6 +20,7 @@ from corda_eval.text.harness import evaluate_text
 from corda_eval.text.perplexity import held_out_text, text_windows, window_losses
 from corda_eval.vqa import benchmark as vqa
 from corda_eval.vqa import digits
+from corda_eval.vqa.answer import Asking
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.zeroshot import cifar, folders, imagenet, objectnet
 from corda_eval.zeroshot.captions import karpathy
@@ -195,7 +196,7 @@ def run_task(
         model: Adapted or not.
         processor: A processor, a tokenizer for text alone, or ``OpenClipPairs``.
         batch_size: Examples at once.
-        predictions: For questions about images, a file that a killed run goes on from.
+        predictions: For questions about images, a file that a killed run is resumed from.
         download: Whether what is named by an id of the hub may be fetched.
 
     Raises:
@@ -210,18 +211,9 @@ def run_task(
         return measure(task, model, processor, batch_size, bar)
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
-        examples = examples_of(task, benchmark, download)
-        return vqa.evaluate(
-            benchmark,
-            examples,
-            model,
-            processor,
-            predictions=predictions,
-            batch_size=batch_size,
-            max_new_tokens=task.max_new_tokens,
-            system=task.system,
-            pad_images=bool(task.pad_images),
-            progress=bar,
+        examples, asking = examples_of(task, benchmark, download), asking_of(task, benchmark)
+        return vqa.answer_benchmark(
+            benchmark, examples, model, processor, asking, predictions=predictions, batch_size=batch_size, progress=bar
         )
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
@@ -284,6 +276,11 @@ def examples_of(task: SuiteTask, benchmark: VqaTask, download: bool) -> list[Vqa
     if task.task in ("digits", "easy_vqa"):
         return benchmark.load(limit=task.limit, **options)
     return benchmark.load(_data_of(task), limit=task.limit, download=download, **options)
+
+
+def asking_of(task: SuiteTask, benchmark: VqaTask) -> Asking:
+    """Return how a benchmark's questions are asked."""
+    return Asking(task.max_new_tokens or benchmark.max_new_tokens, task.system, bool(task.pad_images))
 
 
 def _data_of(task: SuiteTask) -> str:

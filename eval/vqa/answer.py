@@ -1,6 +1,7 @@
 """Ask a vision-language model questions and read its greedy answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,65 +13,51 @@ from corda_vlm.context import collator_for
 from corda_vlm.data.conversation import tokenizer_of
 from corda_vlm.data.limits import limits_of
 from corda_vlm.data.samples import Collator
+from corda_vlm.options import Count, Options
 
 
-def answer_questions(
-    model: Any, processor: Any, examples: Sequence[VqaExample], *, batch_size: int = 32, max_new_tokens: int = 5, progress: Any = iter
-) -> list[str]:
-    """Return the model's greedy answers, in order.
+@dataclass(frozen=True)
+class Asking(Options):
+    """How questions about images are asked."""
 
-    Args:
-        model: A LLaVA-type model, adapted or not.
-        processor: Its processor.
-        examples: The questions; their answers are not shown to the model.
-        batch_size: Questions asked at once, padded on the left.
-        max_new_tokens: Where an answer that does not end by itself is cut.
-        progress: Wraps the iterable of batches, a progress bar for instance.
-    """
-    answers: list[str] = []
-    starts: Iterable[int] = progress(range(0, len(examples), batch_size))
-    for start in starts:
-        answers += answer_batch(model, processor, examples[start : start + batch_size], max_new_tokens)
-    return answers
+    max_new_tokens: Count = 128
+    """Where an answer that does not end by itself is cut, if the model's positions last so long."""
+
+    system: str | None = None
+    """What the chat template's system turn says; None leaves that to the template. LLaVA-1.5 was trained and is evaluated with vicuna's
+    sentence, which is missing in its Hugging Face port's template."""
+
+    pad_images: bool = False
+    """Pad images to squares with the processor's mean colour, as LLaVA-1.5 was trained; else do what the processor does, which for its
+    Hugging Face port is to cut off the sides."""
 
 
 @torch.inference_mode()
-def answer_batch(
-    model: Any,
-    processor: Any,
-    examples: Sequence[VqaExample],
-    max_new_tokens: int,
-    *,
-    system: str | None = None,
-    pad_images: bool = False,
-) -> list[str]:
+def answer_batch(model: Any, processor: Any, examples: Sequence[VqaExample], asking: Asking) -> list[str]:
     """Return the greedy answers to questions asked at once.
 
     Args:
         model: A LLaVA-type model, adapted or not.
         processor: Its processor.
-        examples: The questions.
-        max_new_tokens: Where an answer that does not end by itself is cut, if the model's positions last so long.
-        system: What the chat template's system turn says; None leaves that to the template. LLaVA-1.5 was trained and is evaluated with
-            vicuna's sentence, which its Hugging Face port's template does not bring along.
-        pad_images: Pad images to squares with the processor's mean colour, as LLaVA-1.5 was trained; else take what the processor does,
-            which for its Hugging Face port is to cut off the sides.
+        examples: The questions; their answers are not shown to the model.
+        asking: How they are asked.
 
     Raises:
         ValueError: If an image cannot be read; the text names its question. Or if the processor has no place for a system turn, or no
             colour to pad with.
     """
     images = [example.open_image() for example in examples]
-    if pad_images:
+    if asking.pad_images:
         images = [image and _squared(image, processor) for image in images]
-    if system:
-        _check_system(system, processor)
-    items = [{"image": image} | _turns(example.question, system) for example, image in zip(examples, images, strict=True)]
+    if asking.system:
+        _check_system(asking.system, processor)
+    items = [{"image": image} | _turns(example.question, asking.system) for example, image in zip(examples, images, strict=True)]
     batch = {key: value.to(model.device) for key, value in collator_for(base_of(model), processor)(items).items()}
     length = batch["input_ids"].shape[1]
-    positions = limits_of(base_of(model)).max_tokens or length + max_new_tokens
+    positions = limits_of(base_of(model)).max_tokens or length + asking.max_new_tokens
+    limit = max(1, min(asking.max_new_tokens, positions - length))
     with evaluating(model):
-        tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=max(1, min(max_new_tokens, positions - length)))
+        tokens = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=limit)
     answers = tokenizer_of(processor).batch_decode(tokens[:, length:], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
@@ -89,8 +76,8 @@ def _check_system(system: str, processor: Any) -> None:
         ValueError: If it does.
     """
     # Two sentences, as one may be what the template says by itself.
-    one, other = (Collator(processor)([_turns("?", given)])["input_ids"].tolist() for given in (system, f"{system} {system}"))
-    if one == other:
+    once, twice = (Collator(processor)([_turns("?", said)])["input_ids"].tolist() for said in (system, f"{system} {system}"))
+    if once == twice:
         raise ValueError(
             f"The chat template of {type(processor).__name__} leaves system turns out: system={system[:60]!r} would change nothing; leave "
             "the option out, or give the processor another template."

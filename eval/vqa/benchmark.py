@@ -8,6 +8,7 @@ from typing import Any
 
 from corda_eval.records import TaskResult
 from corda_eval.vqa import easy_vqa, gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
+from corda_eval.vqa.answer import Asking
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.generate import generate_answers
 
@@ -31,17 +32,15 @@ TASKS = {
 """Each benchmark by its name."""
 
 
-def evaluate(
+def answer_benchmark(
     task: VqaTask,
     examples: Sequence[VqaExample],
     model: Any,
     processor: Any,
+    asking: Asking | None = None,
     *,
     predictions: str | Path | None = None,
     batch_size: int = 1,
-    max_new_tokens: int | None = None,
-    system: str | None = None,
-    pad_images: bool = False,
     progress: Any = iter,
 ) -> TaskResult:
     """Return a model's figures on a benchmark: the mean score, also by kind of question ("accuracy:binary"), and what else it defines.
@@ -51,30 +50,19 @@ def evaluate(
         examples: Its examples, from ``task.load``.
         model: A LLaVA-type model, adapted or not.
         processor: Its processor.
-        predictions: File that answers are added to as they come, and that a killed run goes on from.
+        asking: How questions are asked; None asks them plainly and takes the benchmark's limit of tokens.
+        predictions: File that answers are added to as they come, and that a killed run is resumed from.
         batch_size: Questions asked at once; 1 is the reference, others may change answers (``check_batch_invariance``).
-        max_new_tokens: Where an answer is cut; None takes the benchmark's.
-        system: What the chat template's system turn says; None leaves that to the template.
-        pad_images: Pad images to squares, as LLaVA-1.5 was trained, instead of what the processor does.
         progress: Wraps the iterable of batches, a progress bar for instance.
 
     Raises:
         FileNotFoundError: If an image is missing.
         ValueError: If two questions have one id, an image cannot be read, or the file is of another run or broken.
     """
-    answered = generate_answers(
-        task.name,
-        examples,
-        model,
-        processor,
-        path=predictions,
-        batch_size=batch_size,
-        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        system=system,
-        pad_images=pad_images,
-        progress=progress,
-    )
-    return score(task, examples, [one.answer for one in answered], seconds=sum(one.seconds for one in answered))
+    asking = asking or Asking(task.max_new_tokens)
+    answered = generate_answers(task.name, examples, model, processor, asking, path=predictions, batch_size=batch_size, progress=progress)
+    answers = [prediction.answer for prediction in answered]
+    return score(task, examples, answers, seconds=sum(prediction.seconds for prediction in answered))
 
 
 def score(task: VqaTask, examples: Sequence[VqaExample], answers: Sequence[str], *, seconds: float = 0.0) -> TaskResult:

@@ -1,4 +1,4 @@
-"""The file that a run's answers go to, line by line, and that a later run goes on from.
+"""The file that a run's answers go to, line by line, and that a later run resumes from.
 
 Its first line says what was asked of whom and with what: versions, digests of questions and model, options. Answers of another run are
 refused; those of other versions too, which may tokenize, resize and round otherwise.
@@ -34,7 +34,7 @@ class Prediction:
     question_id: str
     answer: str
     seconds: float
-    """This question's share of its batch's time."""
+    """The time of its batch, divided by the number of questions in it."""
 
 
 def run_header(task: str, examples: Sequence[VqaExample], model: Any, processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,23 +80,24 @@ def read_predictions(path: Path, header: Mapping[str, Any], ids: Iterable[str]) 
         logger.warning("%s ends in a line that is not whole, as a killed run leaves it; its question is asked again.", path)
         with path.open("rb+") as file:
             file.truncate(len(content) - len(rest))
-    known, found = set(ids), dict[str, Prediction]()
+    known, answered = set(ids), dict[str, Prediction]()
     for number, line in enumerate(lines, 2):
         row = _parsed(line, path, number)
         try:
             checksum = row.pop(CHECKSUM, None)
             if checksum not in (None, _checksum(row)):  # None: of corda-vlm 0.1.0
                 raise ValueError("its checksum differs")
-            one = Prediction(str(row["question_id"]), str(row["answer"]), float(row["seconds"]))
+            prediction = Prediction(str(row["question_id"]), str(row["answer"]), float(row["seconds"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, line {number} is no prediction ({line[:80]!r}); remove the line: its question is asked again."
             ) from error
-        if one.question_id not in known or one.question_id in found:
-            what = "a second time" if one.question_id in found else "that is not in the task"
-            raise ValueError(f"{path}, line {number} answers question {one.question_id!r} {what}; remove the line, or give another file.")
-        found[one.question_id] = one
-    return found
+        name = prediction.question_id
+        if name not in known or name in answered:
+            what = "a second time" if name in answered else "that is not in the task"
+            raise ValueError(f"{path}, line {number} answers question {name!r} {what}; remove the line, or give another file.")
+        answered[name] = prediction
+    return answered
 
 
 def write_header(path: Path, header: Mapping[str, Any]) -> None:
@@ -108,7 +109,8 @@ def write_header(path: Path, header: Mapping[str, Any]) -> None:
 def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write one line for each."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**vars(one), CHECKSUM: _checksum(vars(one))}, ensure_ascii=False) + "\n" for one in predictions)
+        for row in map(vars, predictions):
+            file.write(json.dumps({**row, CHECKSUM: _checksum(row)}, ensure_ascii=False) + "\n")
 
 
 def _checksum(row: Mapping[str, Any]) -> int:
@@ -119,14 +121,14 @@ def _header_line(header: Mapping[str, Any]) -> str:
     return json.dumps(header) + "\n"
 
 
-def _check_header(found: Any, header: Mapping[str, Any], path: Path) -> None:
-    if not isinstance(found, dict) or found.get("file") != header["file"]:
+def _check_header(stored: Any, header: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(stored, dict) or stored.get("file") != header["file"]:
         raise ValueError(f"{path} does not start as a file of predictions; give another file, or remove it.")
-    other = [name for name in {**header, **found} if found.get(name) != header.get(name)]
+    other = [name for name in {**header, **stored} if stored.get(name) != header.get(name)]
     if other:
         name = other[0]
         raise ValueError(
-            f"{path} holds predictions of another run: {name} is {_short(found.get(name))} there and {_short(header.get(name))} here"
+            f"{path} holds predictions of another run: {name} is {_short(stored.get(name))} there and {_short(header.get(name))} here"
             f"{f' (and {len(other) - 1} more differ)' if len(other) > 1 else ''}; give another file, or remove it."
         )
 

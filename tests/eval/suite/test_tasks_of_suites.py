@@ -8,6 +8,7 @@ import yaml
 
 from corda_eval.suite import tasks as suites
 from corda_eval.suite.tasks import BENCHMARKS, Suite, SuiteTask, read_suite, run_task
+from corda_eval.vqa.answer import Asking
 
 
 def written(folder: Path, **options: Any) -> Path:
@@ -33,15 +34,13 @@ def test_a_suite_says_how_its_tasks_ask(tmp_path: Path) -> None:
 
 
 def test_without_options_each_benchmark_keeps_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Asking] = []
     monkeypatch.setattr(suites, "examples_of", lambda task, benchmark, download: [])
-    monkeypatch.setattr(suites.vqa, "evaluate", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(suites.vqa, "answer_benchmark", lambda *given, **_: seen.append(given[4]))
     for options in ({}, {"max_new_tokens": 9, "system": "A chat.", "pad_images": True}):
         (task,) = read_suite(written(tmp_path, tasks=["scienceqa"], **options)).tasks
         run_task(task, None, None)  # type: ignore[arg-type]
-    first, second = ({option: one[option] for option in ("max_new_tokens", "system", "pad_images")} for one in seen)
-    assert first == {"max_new_tokens": None, "system": None, "pad_images": False}
-    assert second == {"max_new_tokens": 9, "system": "A chat.", "pad_images": True}
+    assert seen == [Asking(BENCHMARKS["scienceqa"].max_new_tokens), Asking(9, "A chat.", pad_images=True)]
 
 
 @pytest.mark.parametrize(

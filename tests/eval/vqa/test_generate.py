@@ -1,9 +1,8 @@
-"""Answers of a tiny LLaVA: batches, files of predictions, runs that go on, and whole evaluations."""
+"""Answers of a tiny LLaVA: batches, files of predictions, resumed runs, and whole evaluations."""
 
 import copy
 import json
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 from corda_eval.records import library_versions
 from corda_eval.suite.tasks import read_suite
 from corda_eval.vqa import generate, predictions
-from corda_eval.vqa.answer import answer_batch
-from corda_eval.vqa.benchmark import evaluate
+from corda_eval.vqa.answer import Asking, answer_batch
+from corda_eval.vqa.benchmark import answer_benchmark
 from corda_eval.vqa.example import LETTER_ANSWER, SHORT_ANSWER, VqaExample, VqaTask
-from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
+from corda_eval.vqa.generate import BatchCheck, check_batch_invariance, generate_answers
 from corda_eval.vqa.predictions import model_digest
 
-generate_answers = partial(generate.generate_answers, max_new_tokens=16)  # its own limit takes seconds here
+SHORT = Asking(max_new_tokens=16)  # the default takes seconds here
 QUESTIONS = ["what color is the shape ?", "is a circle red ?", "what is this ?", "is the shape in this blue ?", "two ?"]
 
 
@@ -57,23 +56,22 @@ TASK = VqaTask("tiny", list, "accuracy", lambda answer, example: float("red" in 
 
 def test_answers_alone_and_in_batches(processor: Any, examples: list[VqaExample]) -> None:
     model = tiny_llava().double()
-    found = check_batch_invariance(examples, model, processor, batch_size=3, max_new_tokens=4)
+    found = check_batch_invariance(examples, model, processor, Asking(4), batch_size=3)
     assert found == BatchCheck(5, [])
-    assert found.share == 0
     with pytest.raises(ValueError, match="batch_size is 1; expected at least 2"):
-        check_batch_invariance(examples, model, processor, batch_size=1)
+        check_batch_invariance(examples, model, processor, Asking(), batch_size=1)
 
 
 def test_batch_check_names_what_differs(processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "answer_batch", lambda model, processor, batch, *_, **__: [f"{len(batch) == 3}"] * len(batch))
-    found = check_batch_invariance(examples, tiny_llava(), processor, batch_size=3)
+    found = check_batch_invariance(examples, tiny_llava(), processor, Asking(), batch_size=3)
     assert found.differing == [(f"q{i}", "False", "True") for i in range(3)]
-    assert found.share == 0.6
+    assert found.num_examples == 5
 
 
-def test_evaluate(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
+def test_a_benchmark_is_answered(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
     path, model = tmp_path / "runs" / "predictions.jsonl", tiny_llava().train()
-    result = evaluate(TASK, examples, model, processor, predictions=path)
+    result = answer_benchmark(TASK, examples, model, processor, predictions=path)
     assert model.training
     hits = [float("red" in str(record["prediction"])) for record in result.records]
     assert (result.task, result.headline, result.scores) == ("tiny", "accuracy", hits)
@@ -92,15 +90,22 @@ def test_evaluate(tmp_path: Path, processor: Any, examples: list[VqaExample]) ->
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_killed_run_goes_on(tmp_path: Path, processor: Any, examples: list[VqaExample], batch_size: int, caplog: Any) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    whole = generate_answers("tiny", examples, model, processor, batch_size=batch_size)
+    whole = generate_answers("tiny", examples, model, processor, SHORT, batch_size=batch_size)
     with pytest.raises(Killed):
-        generate_answers("tiny", examples, model, processor, path=path, batch_size=batch_size, progress=killed_after(2))
+        generate_answers("tiny", examples, model, processor, SHORT, path=path, batch_size=batch_size, progress=killed_after(2))
     written = path.read_text()
     assert len(written.splitlines()) == 1 + 2 * batch_size
     path.write_text(written[:-9])  # killed while it wrote its last line
     asked: list[Any] = []
     resumed = generate_answers(
-        "tiny", examples, model, processor, path=path, batch_size=batch_size, progress=lambda batches: asked.extend(batches) or batches
+        "tiny",
+        examples,
+        model,
+        processor,
+        SHORT,
+        path=path,
+        batch_size=batch_size,
+        progress=lambda batches: asked.extend(batches) or batches,
     )
     assert "not whole" in caplog.text
     assert [one.answer for one in resumed] == [one.answer for one in whole]
@@ -108,22 +113,24 @@ def test_a_killed_run_goes_on(tmp_path: Path, processor: Any, examples: list[Vqa
     ids = [json.loads(line)["question_id"] for line in path.read_text().splitlines()[1:]]
     assert sorted(ids) == sorted(one.question_id for one in examples)
     before = path.read_bytes()
-    assert generate_answers("tiny", examples, model, processor, path=path, batch_size=batch_size, progress=killed_after(0)) == resumed
+    assert (
+        generate_answers("tiny", examples, model, processor, SHORT, path=path, batch_size=batch_size, progress=killed_after(0)) == resumed
+    )
     assert path.read_bytes() == before
 
 
 def test_a_header_cut_off_starts_anew(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    generate_answers("tiny", examples, model, processor, path=path)
+    generate_answers("tiny", examples, model, processor, SHORT, path=path)
     whole = path.read_text().splitlines()
     path.write_text(whole[0][:40])
-    generate_answers("tiny", examples, model, processor, path=path)
+    generate_answers("tiny", examples, model, processor, SHORT, path=path)
     assert path.read_text().splitlines()[0] == whole[0]
 
 
 def test_predictions_of_another_run_are_refused(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    generate_answers("tiny", examples, model, processor, path=path)
+    generate_answers("tiny", examples, model, processor, SHORT, path=path)
     before = path.read_bytes()
     other = tiny_llava()
     with torch.no_grad():
@@ -133,10 +140,10 @@ def test_predictions_of_another_run_are_refused(tmp_path: Path, processor: Any, 
         "questions is .*… there and .*… here": {"examples": examples[:4]},
         "model is .*… there and .*… here": {"model": other},
         "batch_size is 1 there and 2 here": {"batch_size": 2},
-        r"max_new_tokens is 16 there and 2 here \(and 1 more differ\)": {"max_new_tokens": 2, "pad_images": True},
-        "system is not recorded there and 'one two' here": {"system": "one two"},
+        r"max_new_tokens is 16 there and 2 here \(and 1 more differ\)": {"asking": Asking(2, pad_images=True)},
+        "system is not recorded there and 'one two' here": {"asking": Asking(16, system="one two")},
     }.items():
-        given = {"task": "tiny", "examples": examples, "model": model, "processor": processor, "path": path} | arguments
+        given = {"task": "tiny", "examples": examples, "model": model, "processor": processor, "asking": SHORT, "path": path} | arguments
         with pytest.raises(ValueError, match=f"predictions.jsonl holds predictions of another run: {text}") as caught:
             generate_answers(**given)
         assert "\n" not in str(caught.value)
@@ -147,18 +154,18 @@ def test_predictions_of_other_versions_are_refused(
     tmp_path: Path, processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    generate_answers("tiny", examples, model, processor, path=path)
+    generate_answers("tiny", examples, model, processor, SHORT, path=path)
     header, *lines = path.read_text().splitlines()
     versions = library_versions()
     assert {name: json.loads(header)[name] for name in versions} == versions
     assert list(versions) == ["corda-vlm", "torch", "transformers", "peft"]
     monkeypatch.setattr(predictions, "library_versions", lambda: versions | {"transformers": "99.0"})
     with pytest.raises(ValueError, match=r"another run: transformers is '.+' there and '99.0' here; give another file, or remove it."):
-        generate_answers("tiny", examples, model, processor, path=path)
+        generate_answers("tiny", examples, model, processor, SHORT, path=path)
     old = {name: value for name, value in json.loads(header).items() if name not in versions}
     path.write_text("\n".join([json.dumps(old), *lines]) + "\n")
     with pytest.raises(ValueError, match=r"corda-vlm is not recorded there and '.+' here \(and 3 more differ\); give another file"):
-        generate_answers("tiny", examples, model, processor, path=path)
+        generate_answers("tiny", examples, model, processor, SHORT, path=path)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +186,11 @@ def test_predictions_of_other_versions_are_refused(
 )
 def test_broken_predictions_are_refused(tmp_path: Path, processor: Any, examples: list[VqaExample], spoil: Any, text: str) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    generate_answers("tiny", examples, model, processor, path=path)
+    generate_answers("tiny", examples, model, processor, SHORT, path=path)
     path.write_text("\n".join(spoil(path.read_text().splitlines())) + "\n")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=text):
-        generate_answers("tiny", examples, model, processor, path=path)
+        generate_answers("tiny", examples, model, processor, SHORT, path=path)
     assert path.read_bytes() == before
 
 
@@ -191,7 +198,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, processor: Any, 
     path = tmp_path / "notes.txt"
     path.write_text("one line without an end")
     with pytest.raises(ValueError, match="line 1 is not whole JSON"):
-        generate_answers("tiny", examples, tiny_llava(), processor, path=path)
+        generate_answers("tiny", examples, tiny_llava(), processor, SHORT, path=path)
     assert path.read_text() == "one line without an end"
 
 
@@ -210,18 +217,20 @@ def test_images_that_cannot_be_read_name_their_question(tmp_path: Path, processo
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     for image, text in ((tmp_path / "broken.png", "broken.png cannot be read"), (b"abc", "of 3 bytes cannot be read .not an image")):
         with pytest.raises(ValueError, match=f"question 'q7': the image .*{text}"):
-            answer_batch(tiny_llava(), processor, [VqaExample(image, "what ?", "", "q7")], 2)
+            answer_batch(tiny_llava(), processor, [VqaExample(image, "what ?", "", "q7")], Asking(2))
     with pytest.raises(FileNotFoundError, match="1 of 1 questions of tiny have no image"):
-        generate_answers("tiny", [VqaExample(tmp_path / "no.png", "what ?", "", "q7")], tiny_llava(), processor)
+        generate_answers("tiny", [VqaExample(tmp_path / "no.png", "what ?", "", "q7")], tiny_llava(), processor, SHORT)
 
 
 def test_ids_must_be_there_and_differ(processor: Any, examples: list[VqaExample]) -> None:
     with pytest.raises(ValueError, match="tiny has 1 value.s. of question id more than once, first 'q0'"):
-        generate_answers("tiny", [*examples, examples[0]], tiny_llava(), processor)
+        generate_answers("tiny", [*examples, examples[0]], tiny_llava(), processor, SHORT)
     with pytest.raises(ValueError, match="tiny has no questions"):
-        generate_answers("tiny", [], tiny_llava(), processor)
+        generate_answers("tiny", [], tiny_llava(), processor, SHORT)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        generate_answers("tiny", examples, tiny_llava(), processor, batch_size=0)
+        generate_answers("tiny", examples, tiny_llava(), processor, SHORT, batch_size=0)
+    with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
+        Asking(0)
 
 
 def test_padded_images_keep_their_sides(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +240,7 @@ def test_padded_images_keep_their_sides(processor: Any, monkeypatch: pytest.Monk
         type(processor), "__call__", lambda self, *args, **given: seen.extend(given["images"]) or read(self, *args, **given)
     )
     tall = VqaExample(Image.new("RGB", (10, 30), (255, 0, 0)), "what ?", "")
-    answer_batch(tiny_llava(), processor, [tall], 1, pad_images=True)
+    answer_batch(tiny_llava(), processor, [tall], Asking(1, pad_images=True))
     assert seen[0].size == (30, 30)
     assert seen[0].getpixel((15, 0)) == (255, 0, 0)
     assert seen[0].getpixel((0, 15)) == tuple(int(255 * value) for value in processor.image_processor.image_mean)
@@ -295,7 +304,7 @@ class Watched(torch.nn.Module):
 def prompt_of(example: VqaExample, processor: Any, **options: Any) -> str:
     model = Watched()
     with pytest.raises(Asked):
-        answer_batch(model, processor, [example], 1, **options)
+        answer_batch(model, processor, [example], Asking(1, **options))
     (text,) = processor.tokenizer.batch_decode(model.seen[0]["input_ids"])
     return text.replace("<image>" * 4, "<image>")
 
@@ -334,22 +343,22 @@ def test_squares_need_a_mean_colour() -> None:
 
 def test_how_it_was_asked_is_kept(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
     path, model = tmp_path / "predictions.jsonl", tiny_llava()
-    result = evaluate(TASK, examples, model, processor, predictions=path, system="a circle", pad_images=True, max_new_tokens=2)
+    asking = Asking(2, system="a circle", pad_images=True)
+    result = answer_benchmark(TASK, examples, model, processor, asking, predictions=path)
     header = json.loads(path.read_text().splitlines()[0])
     assert (header["system"], header["pad_images"], header["max_new_tokens"]) == ("a circle", True, 2)
-    asked = {"system": "a circle", "pad_images": True, "max_new_tokens": 2}
-    alone = [answer_batch(model, processor, [one], 2, system="a circle", pad_images=True)[0] for one in examples]
+    alone = [answer_batch(model, processor, [one], asking)[0] for one in examples]
     assert [record["prediction"] for record in result.records] == alone
-    assert check_batch_invariance(examples[:2], model.double(), processor, batch_size=2, **asked).share == 0
+    assert check_batch_invariance(examples[:2], model.double(), processor, asking, batch_size=2) == BatchCheck(2, [])
     with pytest.raises(ValueError, match="system is 'a circle' there and None here|system is 'a circle' there and not recorded here"):
-        evaluate(TASK, examples, tiny_llava(), processor, predictions=path, pad_images=True, max_new_tokens=2)
+        answer_benchmark(TASK, examples, tiny_llava(), processor, Asking(2, pad_images=True), predictions=path)
 
 
 def test_answers_end_where_the_models_positions_do(processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = tiny_llava(), []
     monkeypatch.setattr(model, "generate", lambda **inputs: given.append(inputs) or inputs["input_ids"])
     for limit in (7, 1024):
-        answer_batch(model, processor, examples[:2], limit)
+        answer_batch(model, processor, examples[:2], Asking(limit))
     length = given[0]["input_ids"].shape[1]
     assert [inputs["max_new_tokens"] for inputs in given] == [7, 128 - length]
 
@@ -358,4 +367,4 @@ def test_processors_that_do_not_know_their_patches_are_told(processor: Any, exam
     old = copy.copy(processor)
     old.patch_size = old.vision_feature_select_strategy = None
     model = tiny_llava()
-    assert answer_batch(model, old, examples[:2], 3) == answer_batch(model, processor, examples[:2], 3)
+    assert answer_batch(model, old, examples[:2], Asking(3)) == answer_batch(model, processor, examples[:2], Asking(3))

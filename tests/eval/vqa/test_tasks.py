@@ -6,10 +6,11 @@ import pytest
 from conftest import tiny_llava
 
 from corda_eval.metrics import exact_match
-from corda_eval.vqa.answer import answer_questions
+from corda_eval.vqa.answer import Asking
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.example import VqaExample
+from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -35,10 +36,8 @@ def test_easy_vqa_is_read_from_its_wheel() -> None:
 
 
 def test_answers_do_not_depend_on_the_batch(processor: Any, samples: list[dict[str, Any]]) -> None:
-    examples = [VqaExample(one["image"], one["question"], one["answer"]) for one in samples]
-    one, many = (answer_questions(tiny_llava(), processor, examples, batch_size=size) for size in (1, 12))
-    assert one == many
-    assert len(one) == len(examples)
+    examples = [VqaExample(one["image"], one["question"], one["answer"], str(place)) for place, one in enumerate(samples)]
+    assert check_batch_invariance(examples, tiny_llava(), processor, Asking(5), batch_size=12) == BatchCheck(len(examples), [])
 
 
 def test_exact_match() -> None:

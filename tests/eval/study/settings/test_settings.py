@@ -30,7 +30,7 @@ from corda_eval.study.settings.shared import answer_score, casting, drawn, sprea
 from corda_eval.study.settings.smollm2 import SmolLm2Lines, mean_score
 from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.study.worker import RunSpec, run
-from corda_eval.vqa.answer import answer_questions
+from corda_eval.vqa.answer import Asking, answer_batch
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.files import package_folder
 from corda_eval.zeroshot.classify import classify_images
@@ -244,7 +244,7 @@ def test_answers_are_right_where_generated_ones_are(lab: Any, tmp_path: Path) ->
     examples = load_easy_vqa("test")
     chosen = [examples[place] for place in spread(24, len(examples))]
     with casting():
-        answers = answer_questions(model, processor, chosen, batch_size=8)
+        answers = [answer for start in range(0, 24, 8) for answer in answer_batch(model, processor, chosen[start : start + 8], Asking(5))]
     assert found.accuracy == pytest.approx(100 * sum(exact_match(a, e.answer) for a, e in zip(answers, chosen, strict=True)) / 24)
     losses: list[Tensor] = []
     for example in chosen:
