@@ -6,7 +6,6 @@ from corda_vlm.attention import fuse_attention, split_attention
 from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.pairs import OpenClipPairs
-from corda_vlm.plan_report import write_plan_report
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.towers import select_layers
 from corda_vlm.training.train import attach_lora, fine_tune
@@ -29,6 +28,5 @@ __all__ = [
     "save",
     "select_layers",
     "split_attention",
-    "write_plan_report",
     "zero_shot_head",
 ]

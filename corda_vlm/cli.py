@@ -133,6 +133,19 @@ def export(
     typer.echo(sentence)
 
 
+@command("show", "nothing is half written; run it again")
+def show(
+    adapter: Annotated[Path, typer.Option(help="Folder that `train` or `prepare` wrote, or a checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Page to write.")] = Path("plan.html"),
+) -> None:
+    """Show what an adapter was planned with on a page: ranks, compactness, chosen covariances and spectra, layer by layer."""
+    from corda_core.store import ATTACHMENT, load_attachment
+    from corda_vlm.plan_report import write_plan_report
+
+    write_plan_report(load_attachment(adapter / ATTACHMENT).plan, output)
+    typer.echo(f"Plan: {output}")
+
+
 @contextmanager
 def _sentences(name: str, after_a_stop: str) -> Iterator[None]:
     """Turn stops, and errors that users can do something about, into one sentence; errors into exit code 1."""

@@ -13,8 +13,8 @@ from corda_vlm.yaml import read_config
 
 
 @command("demo", "the same command starts it anew")
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for report.html, summary.json, predictions.jsonl and the adapters.")] = Path(
+def demo_command(
+    output: Annotated[Path, typer.Option(help="Folder for report.html, summary.json, the adapters and what was predicted.")] = Path(
         "demo-report"
     ),
     config: Annotated[Path | None, typer.Option(help="Another YAML file than the shipped configs/demo.yaml.")] = None,
@@ -23,20 +23,17 @@ def demo(
     """Teach a small LLaVA to read digits with LoRA and with CorDA, and report what each gained and forgot."""
     # Imported here: these belong to the extra `demo` and take seconds.
     from corda_eval.demo.demo import DemoConfig, require_demo_packages, run_demo
-    from corda_vlm.report import draw_headline, write_report
 
     shipped = Path(str(files("corda_vlm.configs"))) / ("demo_quick.yaml" if quick else "demo.yaml")
     require_demo_packages()
     summary = run_demo(read_config(config or shipped, DemoConfig), output, _typed())
-    write_report(summary, output / "report.html")
-    draw_headline(summary, output / "headline.png")
     for sentence in summary["verdict"]["sentences"]:
         typer.echo(sentence)
     typer.echo(f"Report: {output / 'report.html'} ({summary['seconds']:.0f} s, {summary['peak_memory_gb']:.1f} GB)")
 
 
-@command("eval", "the same command goes on with what is not done yet")
-def evaluate(
+@command("eval", "the same command resumes with the tasks that are not done")
+def eval_command(
     base: Annotated[str, typer.Option(help="Folder or hub id of the untouched base; for open_clip see --library.")],
     adapter: Annotated[list[Path], typer.Option(help="Folder of `train`, or of an ordinary LoRA; may be given several times.")],
     suite: Annotated[Path, typer.Option(help="YAML file with a list of tasks, such as configs/suite_lab.yaml.")],
@@ -55,8 +52,9 @@ def evaluate(
 ) -> None:
     """Measure base and adapters on a suite of tasks: what was gained, what was forgotten, how sure that is."""
     # Imported here: the evaluation's packages are extras, and take seconds.
-    from corda_eval.suite.measure import batch_checks
-    from corda_eval.suite.measure import evaluate as run
+    from corda_eval.suite.comparison import averages
+    from corda_eval.suite.measure import batch_checks, measure
+    from corda_eval.suite.page import sentences, write_comparison
     from corda_eval.suite.tasks import read_suite
 
     names = [folder.resolve().name for folder in adapter]
@@ -66,15 +64,17 @@ def evaluate(
     if check_batch_invariance:
         for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
             typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
-    found = run(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output, _typed())
-    for name, its in found.get("sentences", {}).items():
-        typer.echo(f"{name}: {'; '.join(its)}.")
-    if found:
-        typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({found['seconds']:.0f} s)")
+    measured = measure(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output)
+    if measured is None:  # the first process reports
+        return
+    write_comparison(measured, output, facts={"command": _typed()})
+    for name, rows in measured.rows.items():
+        typer.echo(f"{name}: {'; '.join(sentences(averages(rows)))}.")
+    typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({measured.seconds:.0f} s)")
 
 
 @command("compare", "the same command makes the runs that are missing")
-def compare(
+def compare_command(
     config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
     overrides: OVERRIDES = None,
     output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
@@ -90,7 +90,7 @@ def compare(
     failures = [] if only_report else complete(study, typer.echo)
     for failure in failures:
         typer.echo(f"corda-vlm compare: {failure}", err=True)
-    runs = {setting: its for setting in study.settings if (its := finished(study, setting))}
+    runs = {setting: done for setting in study.settings if (done := finished(study, setting))}
     if not runs:
         raise ValueError(f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results.")
     write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)

@@ -1,4 +1,4 @@
-"""Find each method's best learning rate for the demo, on the validation digits.
+"""Choose each method's learning rate for the demo, on the validation digits.
 
     python -m corda_eval.demo.sweep --config configs/demo.yaml --rates 3e-4,1e-3,3e-3
 
@@ -14,20 +14,23 @@ from typing import Annotated, Any
 
 import typer
 
-from corda_core import context_drift
-from corda_eval.demo.demo import DemoConfig, adapt, context_plan, fresh_lab
-from corda_eval.demo.lab_suite import load_suite, measure
+from corda_eval.demo.demo import BATCH_SIZE, DemoConfig, adapt, context_plan, lab, mean_drift
+from corda_eval.suite.tasks import SuiteTask, run_task
+from corda_vlm.training.models import load_base
 from corda_vlm.yaml import read_config
 
-VALIDATION_DIGITS = 200
-VALIDATION_QUESTIONS = range(9000, 9300)
-"""Of easy-VQA's test split; the demo measures the first thousand."""
+TASKS = (
+    SuiteTask("digits", role="target", split="validation"),
+    SuiteTask("easy_vqa", split="validation", limit=300),
+    SuiteTask("perplexity", limit=8),
+)
+NUM_DIGITS = 200
 
 
 def sweep(
     config: Annotated[Path, typer.Option(help="The demo's YAML file.")],
     rates: Annotated[str, typer.Option(help="Learning rates, with commas between.")],
-    output: Annotated[Path, typer.Option(help="JSON lines, one a run.")] = Path("runs/sweep.jsonl"),
+    output: Annotated[Path, typer.Option(help="JSON lines, a line for each run.")] = Path("runs/sweep.jsonl"),
     methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,kpm_start,kpm_strict",
 ) -> None:
     """Run the sweep and print its table."""
@@ -35,21 +38,20 @@ def sweep(
     output.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     finished = {(run["method"], run["learning_rate"]) for run in done if run["config"] == _key(options)}
-    model, processor = fresh_lab()
+    model, processor = load_base(lab())
     covariances, plan = context_plan(model, processor, options)
-    suite = load_suite(
-        processor.tokenizer, digits="validation", num_digits=VALIDATION_DIGITS, easy_vqa=VALIDATION_QUESTIONS, num_facts=0, num_windows=8
-    )
     for rate in map(float, rates.split(",")):
         for method in methods.split(","):
             if (method, rate) in finished:
                 continue
-            model, processor = fresh_lab()
+            model, processor = load_base(lab())
             adapted, trained = adapt(method, model, processor, plan, options, rate)
-            drifts = context_drift(adapted, covariances).values()
             run = {"method": method, "learning_rate": rate, "config": _key(options), "final_loss": trained["losses"][-1][1]}
-            run |= {"seconds": trained["train_seconds"], "drift": sum(drifts) / len(drifts)}
-            run |= measure(adapted, processor, suite).scores
+            run |= {"seconds": trained["train_seconds"], "drift": mean_drift(adapted, covariances)}
+            for task in TASKS:
+                result = run_task(task, adapted, processor, batch_size=BATCH_SIZE)
+                score = result.metrics[result.headline]
+                run[task.title] = score if result.headline == "perplexity" else 100 * score
             done.append(run)
             with output.open("a") as file:
                 file.write(json.dumps(run) + "\n")
@@ -59,21 +61,14 @@ def sweep(
 
 def _key(options: DemoConfig) -> list[Any]:
     """Return what a finished run must agree in to count for these options."""
-    return [
-        options.rank,
-        options.steps,
-        options.batch_size,
-        list(options.parts),
-        options.context_questions,
-        options.context_texts,
-        options.seed,
-    ]
+    counts = [options.rank, options.steps, options.batch_size]
+    return [*counts, list(options.parts), options.context_questions, options.context_texts, options.seed]
 
 
 def best_rate(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the run with the smallest rate of those within one standard error of the highest digits accuracy."""
     highest = max(run["digits"] for run in runs)
-    error = math.sqrt(highest * (100 - highest) / VALIDATION_DIGITS)
+    error = math.sqrt(highest * (100 - highest) / NUM_DIGITS)
     return min((run for run in runs if run["digits"] >= highest - error), key=lambda run: run["learning_rate"])
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from corda_eval.study.frontier import (
     with_interpolations,
 )
 from corda_eval.study.headline import TITLE, headline, ratio_text, spread_text
-from corda_vlm import report
+from corda_vlm.pages import address_of, page, require_extra
 
 COLUMNS = (
     "arm",
@@ -44,6 +43,7 @@ COLUMNS = (
     "time",
     "memory",
 )
+PAGE_TITLE = "Which method forgets less at equal gain?"
 TITLES = {
     "matched": f"forgetting at matched gain (each arm's smallest rate that learns at least {NEARLY:.0%} of what LoRA does at its best)",
     "tuned": "each arm at its tuned rate",
@@ -98,7 +98,7 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
         ModuleNotFoundError: If matplotlib or jinja2 are not installed.
         ValueError: If no setting has a measurement of the base and a run of LoRA that learned something; those without are left out.
     """
-    report.require_extra()
+    require_extra()
     output.mkdir(parents=True, exist_ok=True)
     ready = {setting: of_setting for setting, of_setting in runs.items() if _can_be_reported(of_setting)}
     if not ready:
@@ -180,15 +180,15 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
     """Return a page that loads nothing from anywhere, with lists of names and what they mean at the end."""
     settings = {
         setting: {
-            "figure": b64encode(result.figure).decode(),
+            "figure": address_of(result.figure, "png"),
             "tables": {TITLES[kind]: [_row(arm) for arm in arms] for kind, arms in result.tables.items()},
             "shortfalls": result.shortfalls,
             "steps": step_table(result.steps),
         }
         for setting, result in reports.items()
     }
-    texts = {"title": TITLE, "columns": COLUMNS, "steps_title": STEPS_TITLE}
-    return report.page("study.html.j2", Path(__file__).parent, heading=heading, settings=settings, lists=lists, **texts)
+    texts = {"headline_title": TITLE, "columns": COLUMNS, "steps_title": STEPS_TITLE}
+    return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts}, lists)
 
 
 def _row(arm: Summary) -> tuple[list[str], str, str, bool]:

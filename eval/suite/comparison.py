@@ -34,9 +34,24 @@ class Row:
 
     @property
     def retention(self) -> float | None:
-        """What part of the score is left: after / before, of perplexities before / after; None where that is 0."""
+        """What fraction of the score is left: after / before, of perplexities before / after; None where that is 0."""
         whole, rest = (self.before, self.after) if self.higher_is_better else (self.after, self.before)
         return rest / whole if whole else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A base and what was tuned from it, on the tasks of a suite."""
+
+    results: Mapping[str, Sequence[TaskResult]]
+    """By model; the base's are the first."""
+    rows: Mapping[str, Sequence[Row]]
+    """By tuned model."""
+    changes: Mapping[str, float]
+    """By what fraction its weights changed, of each tuned model of which that is known."""
+    facts: Mapping[str, str]
+    """What was run, by label."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,13 @@ def compare(before: Sequence[TaskResult], after: Sequence[TaskResult], roles: Ma
         raise ValueError(f"The task {missing[0]} was done with one of base and tuned model only; do it with both.")
     rows = []
     for base in before:
-        mine = tuned[base.task]
-        asked, answered = ([record["id"] for record in result.records] for result in (base, mine))
+        after_training = tuned[base.task]
+        asked, answered = ([record["id"] for record in result.records] for result in (base, after_training))
         if asked != answered:
             raise ValueError(
                 f"{base.task} asked the base and the tuned model other examples ({len(asked)} and {len(answered)}); do it anew."
             )
-        rows.append(_row(base, mine, roles[base.task]))
+        rows.append(_row(base, after_training, roles[base.task]))
     return sorted(rows, key=lambda row: row.role != "target")
 
 
@@ -96,14 +111,13 @@ def averages(rows: Sequence[Row]) -> Averages:
     )
 
 
-def _row(base: TaskResult, mine: TaskResult, role: str) -> Row:
-    before, after = base.metrics[base.headline], mine.metrics[mine.headline]
+def _row(base: TaskResult, tuned: TaskResult, role: str) -> Row:
+    before, after = base.metrics[base.headline], tuned.metrics[tuned.headline]
     name = base.headline.partition(",")[0]
     # F1, recall by class and perplexities a word do not follow from the mean of the examples' scores: no interval then.
-    metric = next(
-        (one for one in (float, _of_losses, _of_likelihoods) if math.isclose(one(_mean(base.scores)), before, rel_tol=1e-6)), None
-    )
-    interval = None if metric is None else bootstrap_interval(base.scores, mine.scores, metric)
+    candidates = (float, _of_losses, _of_likelihoods)
+    metric = next((of_mean for of_mean in candidates if math.isclose(of_mean(_mean(base.scores)), before, rel_tol=1e-6)), None)
+    interval = None if metric is None else bootstrap_interval(base.scores, tuned.scores, metric)
     return Row(base.task, role, base.headline, base.num_examples, before, after, interval, name not in PERPLEXITIES)
 
 

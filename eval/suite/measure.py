@@ -1,9 +1,9 @@
-"""Measure a base and what was tuned from it on a suite of tasks, and write what was gained and forgotten.
+"""Measure a base and what was tuned from it on a suite of tasks.
 
     corda-vlm eval --base my-llava --adapter runs/first --suite configs/suite_lab.yaml --output runs/first-eval
 
     output/base/easy_vqa.json, output/first/easy_vqa.json, …   each task's figures and predictions, as soon as it is done
-    output/summary.json, report.md, report.html               the comparison
+    output/summary.json, report.md, report.html               the comparison, by ``corda_eval.suite.page``
 
 A task that is done is not run again, unless what is asked, who answers or a library's version has changed: then another output is wanted.
 Under ``accelerate launch`` the tasks are shared out over the processes.
@@ -20,12 +20,11 @@ from torch import nn
 
 from corda_core import lora_layers, weight_change
 from corda_core.export import check_lora
-from corda_core.files import file_digest, write_whole
+from corda_core.files import file_digest
 from corda_core.layers import num_processes, process_rank
 from corda_core.store import ATTACHMENT, WEIGHTS, read_adapter
 from corda_eval.records import TaskResult, library_versions, read_sealed, write_sealed
-from corda_eval.suite.comparison import averages, compare
-from corda_eval.suite.page import html, markdown, sentences, summary
+from corda_eval.suite.comparison import Measured, compare
 from corda_eval.suite.tasks import BENCHMARKS, Suite, asking_of, examples_of, run_task
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_vlm.adapted import check_lora_config, load, load_lora
@@ -53,15 +52,14 @@ def batch_checks(base: ModelConfig, suite: Suite, count: int) -> dict[str, Batch
     return checks
 
 
-def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path, command: str = "") -> dict[str, Any]:
-    """Measure base and adapters, write the comparison, and return its summary.
+def measure(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path) -> Measured | None:
+    """Return what base and adapters come to; None in all processes but the first.
 
     Args:
         base: The untouched model.
         adapters: Folders by the names they are reported under: of ``corda-vlm train``, or of an ordinary LoRA.
         suite: The tasks.
         output: Folder; tasks that are done there are not run again.
-        command: What was typed, for the record.
 
     Raises:
         BlockingIOError: If another run writes to the output.
@@ -70,10 +68,10 @@ def evaluate(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outp
     """
     processes()  # joins the others, if there are any
     with alone_in(output):
-        return _evaluated(base, adapters, suite, output, command)
+        return _measured(base, adapters, suite, output)
 
 
-def _evaluated(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path, command: str) -> dict[str, Any]:
+def _measured(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path) -> Measured | None:
     """Measure, in an output that is this run's own."""
     start = time.time()
     results, changes = {}, {}
@@ -84,73 +82,53 @@ def _evaluated(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, ou
     for name in (BASE, *adapters):
         # Whether the base was fetched then or is here by now makes no difference.
         who = {"base": dataclasses.asdict(dataclasses.replace(base, download=False)), "adapter": digests.get(name)}
-        done, change = _measured(output / name, who, base, adapters.get(name), suite)
-        results[name] = done
+        results[name], change = _results(output / name, who, base, adapters.get(name), suite)
         if change is not None:
             changes[name] = change
     if process_rank() != 0:
-        return {}
+        return None
     roles = {task.title: task.role for task in suite.tasks}
     rows = {name: compare(results[BASE], results[name], roles) for name in adapters}
-    means = {name: averages(its) for name, its in rows.items()}
+    sizes = {f"size of the change, {name}": f"{size:.2%} of the weights (mean of ‖ΔW‖/‖W‖ over layers)" for name, size in changes.items()}
     facts = {
         "base": base.path,
         **{name: str(folder) for name, folder in adapters.items()},
-        **{
-            f"size of the change, {name}": f"{change:.2%} of the weights (mean of ‖ΔW‖/‖W‖ over layers)" for name, change in changes.items()
-        },
+        **sizes,
         "precision": base.dtype,
         "batch size": str(suite.batch_size),
         **library_versions(),
-        "command": command,
     }
-    found = {
-        "models": summary(results),
-        "comparison": {
-            name: {"rows": [dataclasses.asdict(row) | {"drop": row.drop, "retention": row.retention} for row in its]}
-            | {"averages": dataclasses.asdict(means[name]), "change": changes.get(name)}
-            for name, its in rows.items()
-        },
-        "facts": facts,
-        "seconds": round(time.time() - start, 1),
-    }
-    write_whole(output / "summary.json", json.dumps(found, indent=1).encode())
-    write_whole(output / "report.md", markdown(rows, means).encode())
-    write_whole(output / "report.html", html("What was gained, what was forgotten", facts, rows, means).encode())
-    return found | {"sentences": {name: sentences(its) for name, its in means.items()}}
+    return Measured(results, rows, changes, facts, round(time.time() - start, 1))
 
 
-def _measured(
+def _results(
     output: Path, who: Mapping[str, Any], base: ModelConfig, folder: Path | None, suite: Suite
 ) -> tuple[list[TaskResult], float | None]:
-    """Return a model's results, and by what part its weights changed; it is loaded only if a task is not done yet."""
+    """Return a model's results, and by what fraction its weights changed; it is loaded only if a task is not done yet."""
     paths = {task: output / f"{task.title}.json" for task in suite.tasks}
     common = {"batch_size": suite.batch_size, **who, **library_versions()}
     asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), **common})) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
-    mine = open_tasks[process_rank() :: num_processes()]
-    if mine:
+    own_tasks = open_tasks[process_rank() :: num_processes()]
+    if own_tasks:
         model, processor = load_base(base)
         if base.quantize is None:
             model.to(processes().device)
         if folder is not None:
             model = _adapted(model, folder)
-        for task in mine:
+        for task in own_tasks:
             predictions = paths[task].with_suffix(".jsonl")
             with network_only_if(base.download):  # lm_eval's data would be fetched without asking
                 result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
             change = weight_change(model) if lora_layers(model) else {}
             mean = sum(change.values()) / len(change) if change else None
-            held = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
-            write_sealed(paths[task], held)
-            score = f"{result.headline} {result.metrics[result.headline]:.4g}"
-            print(
-                f"{output.name}: {task.title}: {score}, {result.num_examples} examples, {result.examples_per_second:.3g} a second",
-                flush=True,
-            )
+            stored = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
+            write_sealed(paths[task], stored)
+            score, rate = f"{result.headline} {result.metrics[result.headline]:.4g}", f"{result.examples_per_second:.3g} a second"
+            print(f"{output.name}: {task.title}: {score}, {result.num_examples} examples, {rate}", flush=True)
     processes().wait_for_everyone()
-    kept = [_done(paths[task]) for task in suite.tasks]
-    return [TaskResult(**one["result"]) for one in kept], kept[0]["change"]
+    done = [_done(paths[task]) for task in suite.tasks]
+    return [TaskResult(**stored["result"]) for stored in done], done[0]["change"]
 
 
 def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
@@ -161,11 +139,11 @@ def _is_done(path: Path, asked: Mapping[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    found = _done(path)["asked"]
-    different = [key for key in asked if found.get(key) != asked[key]]
+    stored = _done(path)["asked"]
+    different = [key for key in asked if stored.get(key) != asked[key]]
     if different:
         key = different[0]
-        raise ValueError(f"{path} was made with another {key} ({found.get(key, 'not recorded')}); name another output, or remove it.")
+        raise ValueError(f"{path} was made with another {key} ({stored.get(key, 'not recorded')}); name another output, or remove it.")
     return True
 
 
@@ -176,11 +154,11 @@ def _done(path: Path) -> dict[str, Any]:
         ValueError: If it is damaged or holds something else.
     """
     cure = "remove it: the task is measured again"
-    found = read_sealed(path, cure)
+    stored = read_sealed(path, cure)
     fields = {field.name for field in dataclasses.fields(TaskResult)}
-    if not {"asked", "change", "result"} <= set(found) or not isinstance(found["asked"], dict) or set(found["result"]) != fields:
+    if not {"asked", "change", "result"} <= set(stored) or not isinstance(stored["asked"], dict) or set(stored["result"]) != fields:
         raise ValueError(f"{path} holds no result of a task; {cure}.")
-    return found
+    return stored
 
 
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:

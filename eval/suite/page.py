@@ -1,22 +1,66 @@
 """Base against tuned models as a page, as Markdown for papers, and as a summary for other programs."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from corda_core.files import write_whole
 from corda_eval.records import TaskResult, escaped, table
-from corda_eval.suite.comparison import Averages, Row
-from corda_vlm import report
+from corda_eval.suite.comparison import Averages, Measured, Row, averages
+from corda_vlm.pages import address_of, page, require_extra
 
 HEAD = ("task", "metric", "n", "before", "after", "change (95 %)", "retention")
 
 
-def markdown(rows: Mapping[str, Sequence[Row]], averages: Mapping[str, Averages]) -> str:
+def write_comparison(
+    measured: Measured,
+    output: Path,
+    *,
+    title: str = "What was gained, what was forgotten",
+    facts: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
+    lead: Sequence[str] = (),
+    picture: bytes | None = None,
+) -> dict[str, Any]:
+    """Write ``report.html``, ``report.md`` and ``summary.json`` and return what the last one holds.
+
+    Args:
+        measured: What there is to tell.
+        output: Folder.
+        title: The page's heading.
+        facts: What else was run, by label: shown at the page's end and kept in the summary.
+        more: What else the summary holds.
+        lead: Sentences that the page starts with.
+        picture: A PNG below them.
+
+    Raises:
+        ModuleNotFoundError: If jinja2 is not installed.
+    """
+    facts = {**measured.facts, **(facts or {})}
+    means = {model: averages(rows) for model, rows in measured.rows.items()}
+    comparison = {
+        model: {
+            "rows": [dataclasses.asdict(row) | {"drop": row.drop, "retention": row.retention} for row in rows],
+            "averages": dataclasses.asdict(means[model]),
+            "change": measured.changes.get(model),
+        }
+        for model, rows in measured.rows.items()
+    }
+    whole = {"models": summary(measured.results), "comparison": comparison, "facts": facts, "seconds": measured.seconds, **(more or {})}
+    write_whole(output / "summary.json", json.dumps(whole, indent=1).encode())
+    write_whole(output / "report.md", markdown(measured.rows, means).encode())
+    write_whole(output / "report.html", html(title, facts, measured.rows, means, lead, picture).encode())
+    return whole
+
+
+def markdown(rows: Mapping[str, Sequence[Row]], means: Mapping[str, Averages]) -> str:
     """Return tables of all tuned models by name: tasks down, before and after across, then the averages."""
     lines = []
-    for model, its in rows.items():
-        lines += [f"### {escaped(model)}", "", *table(HEAD, [_cells(row) for row in its])]
-        lines += ["; ".join(sentences(averages[model])), ""]
+    for model, task_rows in rows.items():
+        lines += [f"### {escaped(model)}", "", *table(HEAD, [_cells(row) for row in task_rows])]
+        lines += ["; ".join(sentences(means[model])), ""]
     return "\n".join(lines)
 
 
@@ -26,42 +70,42 @@ def _cells(row: Row) -> list[str]:
     return [name, row.metric, str(row.num_examples), score(row.before, row), score(row.after, row), change(row), retention]
 
 
-def html(title: str, facts: Mapping[str, str], rows: Mapping[str, Sequence[Row]], averages: Mapping[str, Averages]) -> str:
-    """Return a page that loads nothing from anywhere.
-
-    Args:
-        title: Its heading.
-        facts: What was run, by label: shown at the end.
-        rows: By tuned model.
-        averages: By tuned model.
+def html(
+    title: str,
+    facts: Mapping[str, str],
+    rows: Mapping[str, Sequence[Row]],
+    means: Mapping[str, Averages],
+    lead: Sequence[str] = (),
+    picture: bytes | None = None,
+) -> str:
+    """Return the page; all but facts and means is as in ``write_comparison``.
 
     Raises:
         ModuleNotFoundError: If jinja2 is not installed.
     """
-    report.require_extra()
-    return report.page(
-        "comparison.html.j2",
-        Path(__file__).parent,
-        title=title,
-        facts=facts,
-        rows=rows,
-        sentences={model: sentences(its) for model, its in averages.items()},
-        score=score,
-        change=change,
-        verdict=verdict,
-    )
+    require_extra()
+    values = {
+        "rows": rows,
+        "sentences": {model: sentences(mean) for model, mean in means.items()},
+        "lead": lead,
+        "picture": picture and address_of(picture, "png"),
+        "score": score,
+        "change": change,
+        "verdict": verdict,
+    }
+    return page("comparison.html.j2", Path(__file__).parent, title, values, {"What was run": facts})
 
 
 def summary(results: Mapping[str, Sequence[TaskResult]]) -> dict[str, Any]:
     """Return the figures of each model with the keys of lm-eval (``results``) and of CLIP_benchmark (``clip_benchmark``)."""
     return {
         model: {
-            "results": {one.task: {_harness_key(key): value for key, value in one.metrics.items()} for one in its},
-            "n-samples": {one.task: {"original": one.num_examples, "effective": one.num_examples} for one in its},
-            "clip_benchmark": [{"dataset": one.task, "model": model, "metrics": dict(one.metrics)} for one in its],
-            "examples_per_second": {one.task: round(one.examples_per_second, 3) for one in its},
+            "results": {result.task: {_harness_key(key): value for key, value in result.metrics.items()} for result in of_model},
+            "n-samples": {result.task: {"original": result.num_examples, "effective": result.num_examples} for result in of_model},
+            "clip_benchmark": [{"dataset": result.task, "model": model, "metrics": dict(result.metrics)} for result in of_model],
+            "examples_per_second": {result.task: round(result.examples_per_second, 3) for result in of_model},
         }
-        for model, its in results.items()
+        for model, of_model in results.items()
     }
 
 
@@ -71,12 +115,14 @@ def score(value: float, row: Row) -> str:
 
 
 def change(row: Row) -> str:
-    """Return after − before with its interval: in points of percent, or in the perplexity's own unit."""
-    unit, digits = (100, 1) if row.higher_is_better else (1, 2)
-    text = f"{unit * (row.after - row.before):+.{digits}f}"
-    if row.interval is not None:
-        text += f" ({unit * row.interval[0]:+.{digits}f} … {unit * row.interval[1]:+.{digits}f})"
-    return text.replace("-", "−")
+    """Return after − before with its interval."""
+    text = signed(row.after - row.before, row)
+    return text if row.interval is None else f"{text} ({' … '.join(signed(bound, row) for bound in row.interval)})"
+
+
+def signed(difference: float, row: Row) -> str:
+    """Return a difference of scores: in points of percent, or in the perplexity's own unit."""
+    return (f"{100 * difference:+.1f}" if row.higher_is_better else f"{difference:+.2f}").replace("-", "−")
 
 
 def verdict(row: Row) -> str:
@@ -86,14 +132,14 @@ def verdict(row: Row) -> str:
     return "worse" if row.drop > 0 else "better"
 
 
-def sentences(averages: Averages) -> list[str]:
+def sentences(means: Averages) -> list[str]:
     """Return the averages that there are, in words."""
     named = (
-        ("gain on targets", averages.gain, "points"),
-        ("mean drop on kept tasks", averages.kept_drop, "points"),
-        ("worst drop", averages.worst_drop, "points"),
-        ("O-average", averages.o_average, ""),
-        ("H-average", averages.h_average, ""),
+        ("gain on targets", means.gain, "points"),
+        ("mean drop on kept tasks", means.kept_drop, "points"),
+        ("worst drop", means.worst_drop, "points"),
+        ("O-average", means.o_average, ""),
+        ("H-average", means.h_average, ""),
     )
     return [f"{name} {value:.1f} {unit}".rstrip() for name, value, unit in named if value is not None]
 

@@ -16,7 +16,8 @@ from recipes import COLORS, write_recipe
 import corda_vlm
 from corda_core import collect, plan, select_linears
 from corda_core.store import save_covariances, save_plan
-from corda_eval.suite.measure import evaluate
+from corda_eval.suite.measure import measure
+from corda_eval.suite.page import write_comparison
 from corda_eval.suite.tasks import read_suite
 from corda_vlm.training.deploy import deploy
 from corda_vlm.training.recipe import ModelConfig, read_recipe
@@ -112,7 +113,9 @@ def _write_suite(place: Place, prefix: str) -> None:
     ]
     (suite / "suite.yaml").write_text(yaml.safe_dump({"tasks": tasks, "batch_size": 2}))
     adapters = {name: folder / f"{prefix}{name}" for name in ("whole", "lora")}
-    evaluate(ModelConfig(place.base, dtype="float32"), adapters, read_suite(suite / "suite.yaml"), out)
+    measured = measure(ModelConfig(place.base, dtype="float32"), adapters, read_suite(suite / "suite.yaml"), out)
+    assert measured is not None
+    write_comparison(measured, out)
     shutil.copytree(out, out.with_name(f"{prefix}asked"), ignore=shutil.ignore_patterns("digits.json"))
 
 

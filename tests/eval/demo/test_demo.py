@@ -6,12 +6,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from corda_eval.demo.demo import LABELS, TASKS, verdict
+from corda_eval.demo.demo import LABELS, verdict
+from corda_eval.demo.headline import TITLES
+from corda_eval.suite.comparison import Row
 from corda_eval.vqa.files import package_folder
 
 README = Path(__file__).parents[3] / "README.md"
@@ -44,11 +45,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_leaves_report_summary_and_predictions(report: Path) -> None:
     summary = json.loads((report / "summary.json").read_text())
-    assert set(summary["methods"]) == {"base", *LABELS}
-    assert set(summary["tasks"]) == set(TASKS)
-    assert all(set(entry["scores"]) == set(TASKS) for entry in summary["methods"].values())
-    lines = [json.loads(line) for line in (report / "predictions.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 * (16 + 16 + 8)
+    assert set(summary["methods"]) == set(LABELS)
+    assert set(summary["models"]) == {"base", *LABELS.values()}
+    assert all(set(entry["results"]) == set(TITLES) for entry in summary["models"].values())
+    for model in summary["models"]:
+        stored = [json.loads((report / "measured" / model / f"{task}.json").read_text()) for task in ("digits", "easy_vqa", "facts")]
+        assert [len(one["result"]["records"]) for one in stored] == [16, 16, 8]
     page = (report / "report.html").read_text()
     assert all(label in page for label in LABELS.values())
     assert not re.search(r"(src|href)=[\"']https?:", page)
@@ -89,21 +91,29 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def _summary(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    tasks = {task: entry | {"n": 100} for task, entry in TASKS.items()}
-    labels = {"base": "Base"} | LABELS
-    return {"tasks": tasks, "methods": {method: {"label": labels[method], "scores": values} for method, values in scores.items()}}
+def _rows(before: dict[str, float], after: dict[str, float]) -> list[Row]:
+    """Rows of 100 examples each: percent, or perplexities."""
+    rows = []
+    for task, value in after.items():
+        unit = 1 if task == "perplexity" else 100
+        role = "target" if task == "digits" else "kept"
+        rows.append(Row(task, role, "accuracy", 100, before[task] / unit, value / unit, None, task != "perplexity"))
+    return rows
 
 
 def test_verdict_says_what_came_out_whatever_it_is() -> None:
-    base = {"digits": 10.0, "easy_vqa": 95.0, "facts": 70.0, "text": 15.0}
-    lora = {"digits": 90.0, "easy_vqa": 65.0, "facts": 68.0, "text": 18.0}
+    base = {"digits": 10.0, "easy_vqa": 95.0, "facts": 70.0, "perplexity": 15.0}
+    lora = {"digits": 90.0, "easy_vqa": 65.0, "facts": 68.0, "perplexity": 18.0}
     better, worse = base | {"digits": 90.0, "easy_vqa": 92.0}, base | {"digits": 90.0, "easy_vqa": 50.0}
-    found = verdict(_summary({"base": base, "lora": lora, "kpm_start": worse, "kpm_strict": better}))
-    assert (found["kept_task"], found["lora_drop"]) == ("easy_vqa", 30.0)
-    assert found["ratios"]["kpm_strict"] == pytest.approx(10)
-    assert found["ratios"]["kpm_start"] < 1
-    assert found["sentences"][0] == "CorDA KPM, start lost 45.0 points on easy-VQA, no less than LoRA."
-    assert found["sentences"][1] == "CorDA KPM, strict lost 3.0 points on easy-VQA: 10.0 times less than LoRA."
-    nothing = verdict(_summary({"base": base, "lora": lora, "kpm_start": worse, "kpm_strict": base}))
+    found = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, better), strict=True)})
+    assert (found["kept_task"], found["lora_drop"]) == ("easy_vqa", pytest.approx(30.0))
+    assert found["ratios"]["CorDA KPM, strict"] == pytest.approx(10)
+    assert found["ratios"]["CorDA KPM, start"] < 1
+    assert found["sentences"] == [
+        "CorDA KPM, start lost 45.0 points on easy-VQA, no less than LoRA.",
+        "CorDA KPM, strict lost 3.0 points on easy-VQA: 10.0 times less than LoRA.",
+        "LoRA lost 30.0 points on easy-VQA. Unseen digits read: Base 10.0 %, LoRA 90.0 %, CorDA KPM, start 90.0 %, "
+        "CorDA KPM, strict 90.0 %.",
+    ]
+    nothing = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, base), strict=True)})
     assert nothing["sentences"][1] == "CorDA KPM, strict lost 0.0 points on easy-VQA: at least 30.0 times less than LoRA."

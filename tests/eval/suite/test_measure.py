@@ -1,4 +1,4 @@
-"""Suites from the command line: base and tuned, done once, gone on with, compared."""
+"""Suites from the command line: base and tuned, done once, resumed, compared."""
 
 import json
 import shutil
@@ -124,7 +124,7 @@ def test_tasks_reach_the_network_only_if_asked(place: Path, download: bool, monk
     monkeypatch.setattr(
         run, "run_task", lambda *args, **options: seen.append(huggingface_hub.constants.HF_HUB_OFFLINE) or real(*args, **options)
     )
-    run.evaluate(ModelConfig(str(place / "base"), dtype="float32", download=download), {}, read_suite(place / "suite.yaml"), place / "out")
+    run.measure(ModelConfig(str(place / "base"), dtype="float32", download=download), {}, read_suite(place / "suite.yaml"), place / "out")
     assert seen == [not download] * 4
 
 
