@@ -124,10 +124,10 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     adapters = {LABELS[method]: output / "adapters" / method for method in methods}
     shutil.rmtree(output / "measured", ignore_errors=True)  # of an earlier demo, whose adapters these are not
     measured = measure(lab(), adapters, config.suite, output / "measured")
-    assert measured is not None, "the demo is one process"
+    assert measured is not None, "the demo is a single process"
     exports = check_exports(lab_folder(), list(adapters.values()))
-    found = verdict(measured.rows)
-    record = describe_run(config, command, start) | {"methods": methods, "verdict": found, "export": exports}
+    said = verdict(measured.rows)
+    record = describe_run(config, command, start) | {"methods": methods, "verdict": said, "export": exports}
     facts = {
         **{LABELS[method]: _fact(trained, exported) for (method, trained), exported in zip(methods.items(), exports, strict=True)},
         **{name: str(record[name]) for name in ("command", "commit", "date", "seed", "machine")},
@@ -136,7 +136,7 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     picture = headline(measured.rows, BASE_NAME)
     write_whole(output / "headline.png", picture)
     title = "Teaching a LLaVA to read digits: what it gained, what it forgot"
-    return write_comparison(measured, output, title=title, facts=facts, more=record, lead=found["sentences"], picture=picture)
+    return write_comparison(measured, output, title=title, facts=facts, more=record, lead=said["sentences"], picture=picture)
 
 
 def _train_all(config: DemoConfig, output: Path) -> dict[str, dict[str, Any]]:
