@@ -105,6 +105,14 @@ def test_names_of_modules_functions_and_files_exist(path: Path) -> None:
     assert not [name for name in files if not (path.parent / name).exists()]
 
 
+def test_the_files_of_the_core_stand_in_the_order_in_which_they_are_read() -> None:
+    table = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "corda_core/README.md").read_text(), re.M)
+    assert sorted(table) == sorted(path.stem for path in (ROOT / "corda_core").glob("*.py") if path.stem != "__init__")
+    for place, name in enumerate(table):
+        used = re.findall(r"^from corda_core(?:\.(\w+))? import (\w+)", (ROOT / f"corda_core/{name}.py").read_text(), re.M)
+        assert {module or first for module, first in used} <= set(table[:place]), name
+
+
 def test_the_table_of_options_is_made_from_their_fields() -> None:
     found = OPTIONS.search((ROOT / "corda_vlm/README.md").read_text())
     wanted = options_table()
