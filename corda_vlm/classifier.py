@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_core.linears import base_of
+from corda_vlm.towers import is_open_clip
 
 Template = str | Callable[[str], str]
 PROMPTS_AT_ONCE = 800
@@ -15,7 +16,7 @@ PROMPTS_AT_ONCE = 800
 
 
 class ZeroShotClassifier(nn.Module):
-    """``scale · W f(x)``: f the image tower's features of length 1, W (classes, d) the text tower's features of the classes' names.
+    """``scale · W f(x)``: f the image tower's unit features, W (classes, d) the text tower's unit features of the classes' names.
 
     Untrained it answers as zero-shot classification does; fine-tuned it is where WiSE-FT and its kin start (arXiv 2109.01903).
     """
@@ -30,13 +31,14 @@ class ZeroShotClassifier(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``logits`` (batch, classes), and with labels (batch,) the cross-entropy as ``loss``."""
         base = base_of(self.model)
-        logits = base.logit_scale.exp() * self.head(_length_one(_image_features(base, images)))
+        features = base.encode_image(images) if is_open_clip(base) else base.get_image_features(pixel_values=images)
+        logits = base.logit_scale.exp() * self.head(_unit_features(features))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 @torch.no_grad()
 def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], classes: Sequence[str], templates: Sequence[Template]) -> Tensor:
-    """Return W (classes, d): per class the mean of its prompts' features of length 1, brought to length 1 again.
+    """Return W (classes, d): per class the mean of the unit features of its prompts, normalised again.
 
     Args:
         model: A model with two towers, of transformers or of open_clip, adapted or not.
@@ -55,27 +57,15 @@ def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], class
     rows = []
     for some in (classes[start : start + step] for start in range(0, len(classes), step)):
         prompts = [template.format(name) if isinstance(template, str) else template(name) for name in some for template in templates]
-        features = _length_one(_text_features(base, tokenize(prompts), device))
-        rows.append(_length_one(features.unflatten(0, (len(some), len(templates))).mean(1)))
+        tokens = tokenize(prompts)
+        if is_open_clip(base):
+            features = base.encode_text(tokens.to(device))
+        else:
+            features = base.get_text_features(**{key: value.to(device) for key, value in tokens.items()})
+        rows.append(_unit_features(_unit_features(features).unflatten(0, (len(some), len(templates))).mean(1)))
     return torch.cat(rows)
 
 
-def _image_features(base: Any, images: Tensor) -> Tensor:
-    if hasattr(base, "encode_image"):
-        return base.encode_image(images)
-    return _pooled(base.get_image_features(pixel_values=images))
-
-
-def _text_features(base: Any, tokens: Any, device: torch.device) -> Tensor:
-    if hasattr(base, "encode_text"):
-        return base.encode_text(tokens.to(device))
-    return _pooled(base.get_text_features(**{key: value.to(device) for key, value in tokens.items()}))
-
-
-def _pooled(output: Any) -> Tensor:
-    """Return the features of transformers' models, which give them as they are or in an output."""
-    return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def _length_one(features: Tensor) -> Tensor:
-    return F.normalize(features, dim=-1)
+def _unit_features(output: Any) -> Tensor:
+    """Return normalised features, which transformers' models give as they are or in an output."""
+    return F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from PIL import Image
@@ -57,13 +57,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """Return the number of items."""
         return len(self.places)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+    def __getitem__(self, index: Any) -> Any:
         """Return the item at a place, or the items of a slice.
 
         Raises:
@@ -204,12 +198,16 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
     def why(row: int) -> str | None:
         try:
             images = items.read(row).get("image", [])
-            for image in images if isinstance(images, list) else [images]:
-                _check_accepted(image, accepts, items.name_of(row))
         except BrokenImageError as error:
             return str(error)
         except ValueError:
             return None
+        if accepts is not None:
+            for image in images if isinstance(images, list) else [images]:
+                try:
+                    accepts(image)
+                except Exception as error:  # processors raise what they like
+                    return f"{items.name_of(row)}: the model's processor refuses the image ({one_line(error)})"
         return None
 
     share = range(process_rank(), len(items.rows), num_processes())
@@ -228,15 +226,6 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check_accepted(image: Image.Image, accepts: Callable[[Image.Image], Any] | None, where: str) -> None:
-    if accepts is None:
-        return
-    try:
-        accepts(image)
-    except Exception as error:  # processors raise what they like
-        raise BrokenImageError(f"{where}: the model's processor refuses the image ({one_line(error)})") from error
 
 
 def _columns_of_fields(config: DataConfig, names: Iterable[str]) -> Mapping[str, str]:

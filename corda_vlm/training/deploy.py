@@ -1,5 +1,6 @@
 """From a trained folder to what is deployed: an ordinary LoRA or a plain model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,11 @@ def _base_of(adapter: Path, base: str | None, dtype: str | None, *, download: bo
     if recipe is None and base is None:
         raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
     named = ModelConfig(base or "", dtype="float32") if recipe is None else read_recipe(recipe).model
-    return ModelConfig(
-        base or named.path,
-        library=named.library,
-        weights=named.weights,
+    return replace(
+        named,
+        path=base or named.path,
         dtype=dtype or named.dtype,
-        quantize=named.quantize,
-        revision=named.revision,
+        attention=None,  # which may name a kernel on the hub
         download=download,
         trust_remote_code=trust_remote_code,
     )

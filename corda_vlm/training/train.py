@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core.linears import base_of, evaluating, hold_statistics_
@@ -195,22 +196,19 @@ class FiniteLosses(TrainerCallback):
     ) -> None:
         """Refuse to continue; before weights are kept, which a checkpoint does after its log, look at those too."""
         logs = logs or {}
-        for key in ("loss", "eval_loss", "grad_norm"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise _not_finite(f"{key} is {logs[key]}", state, f", learning rate {logs.get('learning_rate')}")
-        if control.should_save or state.global_step >= state.max_steps:
-            for name, parameter in kwargs["model"].named_parameters():
-                if parameter.requires_grad and not _own(parameter).isfinite().all():
-                    raise _not_finite(f"{name} has weights that are not finite", state)
+        wrong = [f"{key} is {logs[key]}" for key in ("loss", "eval_loss", "grad_norm") if not math.isfinite(logs.get(key, 0.0))]
+        if not wrong and (control.should_save or state.global_step >= state.max_steps):
+            wrong = [f"{name} has weights that are not finite" for name in _not_finite(kwargs["model"])]
+        if wrong:
+            rate = f", learning rate {logs['learning_rate']}" if "learning_rate" in logs else ""
+            raise NotFiniteError(f"{wrong[0]} at step {state.global_step}{rate}: lower the rate, or look at the samples of that step")
 
 
-def _not_finite(what: str, state: TrainerState, rate: str = "") -> NotFiniteError:
-    return NotFiniteError(f"{what} at step {state.global_step}{rate}: lower the rate, or look at the samples of that step")
-
-
-def _own(parameter: nn.Parameter) -> torch.Tensor:
-    """Return what this process holds of a parameter that may be sharded."""
-    return getattr(parameter, "to_local", lambda: parameter)()
+def _not_finite(model: nn.Module) -> list[str]:
+    """Return the names of what trains and is not finite, in the part that this process holds of it."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    local = {name: parameter.to_local() if isinstance(parameter, DTensor) else parameter for name, parameter in trained.items()}
+    return [name for name, value in local.items() if not value.isfinite().all()]
 
 
 class _LossBar(ProgressCallback):
