@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import corda_vlm.config
 from corda_vlm import CordaConfig
@@ -82,9 +83,31 @@ def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkey
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
 
 
+def test_the_new_benchmark_of_the_recipe_is_scored(tmp_path: Path) -> None:
+    from corda_eval.vqa.benchmark import score
+
+    names: dict[str, Any] = {"__name__": "colours"}
+    exec(compile(recipe("TASK = "), "eval/README.md", "exec"), names)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "test.json").write_text('[{"question": "Which colour?", "image": "0.png", "answer": "black"}]')
+    examples = names["TASK"].load(tmp_path)
+    assert score(names["TASK"], examples, ["Black "]).metrics == {"accuracy": 1}
+
+
+def test_the_new_method_of_the_recipe_adapts(tmp_path: Path) -> None:
+    from tiny_study import tiny_task
+
+    names: dict[str, Any] = {"__name__": "frozen_a"}
+    exec(compile(recipe("def adapt"), "eval/README.md", "exec"), names)
+    adapted = names["FrozenA"](rank=4).adapt(tiny_task(tmp_path))
+    trained = [name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2
+    assert all("lora_B" in name for name in trained)
+
+
 def test_help_lists_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "corda_eval.cli", "--help"], capture_output=True, text=True, check=True)
-    named = {command for text in map(Path.read_text, [PAGE, *READMES]) for command in re.findall(r"^corda-vlm (\w+)", text, re.M)}
+    named = {command for text in map(Path.read_text, [PAGE, *READMES]) for command in re.findall(r"(?:^|`)corda-vlm (\w+)", text, re.M)}
     assert named
     assert not {command for command in named | {"demo"} if f" {command} " not in done.stdout}
 
@@ -132,6 +155,11 @@ def exists(name: str) -> bool:
     with suppress(ModuleNotFoundError):  # where what stands before the last name is no package
         return find_spec(name) is not None or hasattr(import_module(module), last)
     return hasattr(import_module(module), last)
+
+
+def recipe(mark: str) -> str:
+    """Return the block of Python in eval's README that has this in it."""
+    return next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "eval/README.md").read_text(), re.S) if mark in block)
 
 
 def without_code(text: str) -> str:
