@@ -1,27 +1,24 @@
-"""Gain, drop and their intervals."""
+"""Intervals of what was gained or lost."""
+
+import math
 
 import pytest
 
-from corda_eval.metrics.intervals import drop, paired_interval, perplexity_interval
+from corda_eval.metrics.intervals import bootstrap_interval
 
 
-def test_paired_interval() -> None:
+def test_interval_of_an_accuracy() -> None:
     before, after = [True] * 60 + [False] * 40, [True] * 40 + [False] * 60
-    low, high = paired_interval(before, after)
-    assert low < -20 < high < 0
-    assert paired_interval(before, before) == (0.0, 0.0)
-    assert paired_interval(before, after) == paired_interval(before, after)
+    low, high = bootstrap_interval(before, after)
+    assert low < -0.2 < high < 0
+    assert bootstrap_interval(before, before) == (0.0, 0.0)
+    assert bootstrap_interval(before, after) == (low, high)
     with pytest.raises(ValueError, match="Before has 1"):
-        paired_interval([True], [])
+        bootstrap_interval([True], [])
 
 
-def test_perplexity_interval() -> None:
+def test_interval_of_a_perplexity() -> None:
     before = [2.0, 3.0, 2.5, 2.2] * 5
-    low, high = perplexity_interval(before, [loss + 0.1 for loss in before])
+    low, high = bootstrap_interval(before, [loss + 0.1 for loss in before], math.exp)
     assert 0 < low < high
-    assert perplexity_interval(before, before) == (0.0, 0.0)
-
-
-def test_drop() -> None:
-    assert drop(90, 70) == 20
-    assert drop(14, 20, higher_is_better=False) == 6
+    assert bootstrap_interval(before, before, math.exp) == (0.0, 0.0)
