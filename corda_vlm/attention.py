@@ -1,4 +1,4 @@
-"""Fused attention, as open_clip has it, split into the linear layers that hooks and adapters can see, and put together again.
+"""Fused attention, as open_clip has it, split into linear layers, which hooks and adapters can see, and fused again.
 
 ``nn.MultiheadAttention`` and open_clip's own ``Attention`` hold the projections of queries, keys and values as one parameter and call no
 module for them. Split, each is an ``nn.Linear`` with the same numbers; fused again, the model has the parameters it had, by their names.
@@ -24,7 +24,7 @@ class SplitAttention(nn.Module):
     out_drop: nn.Module
 
     def __init__(self, fused: Any) -> None:
-        """Take over the numbers of a fused module, which is kept aside to be put back."""
+        """Take over the weights of a fused module, which is kept to be restored."""
         super().__init__()
         self.fused = (fused,)  # in a tuple: its parameters are not to be found twice
         self.is_torch = isinstance(fused, nn.MultiheadAttention)
@@ -77,7 +77,7 @@ class SplitAttention(nn.Module):
         return (output, None) if self.is_torch else output
 
     def fuse(self) -> nn.Module:
-        """Return the fused module with the present numbers."""
+        """Return the fused module with the present weights."""
         fused: Any = self.fused[0]
         layers = [getattr(self, name) for name in PROJECTIONS]
         with torch.no_grad():
@@ -99,14 +99,14 @@ class SplitAttention(nn.Module):
 def split_attention(model: nn.Module) -> int:
     """Replace each fused attention of an open_clip model by a split one, in place, and return how many there were.
 
-    Outputs stay the same up to rounding. Not touched is attention with what ``SplitAttention`` does not compute: biases of keys and values
+    Outputs stay the same up to rounding. Attention that ``SplitAttention`` does not compute is left alone: biases of keys and values
     as extra tokens, cosine similarity, scaled heads.
     """
     return _replace(model, _can_split, SplitAttention)
 
 
 def fuse_attention(model: nn.Module) -> int:
-    """Replace each split attention in the model by the fused one it was made from, with the present numbers, and return how many.
+    """Replace each split attention in the model by the original fused one, with the present weights, and return how many.
 
     Raises:
         ValueError: If a projection still carries an adapter.

@@ -1,4 +1,4 @@
-"""What is refused or told before anything is computed: of a model, and of the processor that reads its samples."""
+"""What is checked before anything is computed: the model, and the processor that reads its samples."""
 
 import warnings
 from typing import Any
@@ -12,7 +12,7 @@ from corda_core.linears import unwrapped
 from corda_vlm.data.conversation import reads_images, tokenizer_of
 
 WRAPPED = ("module", "_fsdp_wrapped_module")
-"""What wrappers call the one module that they hold."""
+"""Wrappers' names for the module that they hold."""
 
 
 def checked_base(model: nn.Module) -> nn.Module:
@@ -50,7 +50,7 @@ def checked_base(model: nn.Module) -> nn.Module:
 
 
 def warn_of_resized(model: nn.Module) -> None:
-    """Tell before the training, not after, that an adapter cannot be loaded without the very rows that resizing has drawn."""
+    """Warn before the training, not after, that an adapter cannot be loaded without the very rows that resizing has drawn."""
     config: Any = getattr(model, "config", None)
     path = getattr(config, "_name_or_path", "")
     if not path:
@@ -86,7 +86,7 @@ def check_processor(model: Any, processor: Any) -> None:
 
 
 def check_image_token(model: Any, processor: Any) -> None:
-    """Refuse a processor that puts another token where an image stands than the model looks for.
+    """Refuse a processor whose token for an image is not the one that the model expects.
 
     Raises:
         ValueError: If the tokens differ.

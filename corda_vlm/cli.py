@@ -29,7 +29,7 @@ TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 
 
 def command(name: str, after_a_stop: str) -> Callable[[Command], Command]:
-    """Return a decorator that makes a function a command, whose errors and stops are told in a sentence.
+    """Return a decorator that makes a function a command, whose errors and stops are reported in a sentence.
 
     Args:
         name: Of the command.
@@ -59,7 +59,7 @@ def _at_home(value: Any) -> Any:
 def main() -> None:
     """Fine-tune vision-language models without forgetting (CorDA)."""
     logging.basicConfig(format="%(message)s")
-    if os.environ.get("RANK", "0") == "0":  # what several processes have to say is the same
+    if os.environ.get("RANK", "0") == "0":  # all processes would log the same
         logging.getLogger("corda_vlm").setLevel(logging.INFO)
 
 
@@ -68,7 +68,7 @@ def train(
     config: CONFIG,
     overrides: OVERRIDES = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint in the output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell layers, ranks, memory, FLOPs and time; reads no weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print layers, ranks, memory, FLOPs and time; reads no weights.")] = False,
 ) -> None:
     """Prepare an adapter and train it as the recipe says; under `accelerate launch -m corda_vlm.cli train` on several devices."""
     from corda_vlm.training.estimate import describe, estimate
@@ -166,7 +166,7 @@ def _sentences(name: str, after_a_stop: str) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return what to tell of an error, or None if users can do nothing about it."""
+    """Return the message for an error, or None if users can do nothing about it."""
     if isinstance(error, OSError) and error.errno == ENOSPC:
         return error.strerror
     if is_disk_full(error):

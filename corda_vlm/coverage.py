@@ -28,9 +28,9 @@ class Coverage:
     total: int
     adapted: int
     stacked: int
-    """In weights of three dimensions, a matrix for each of many experts: no linear layers, so no adapter stands on them."""
+    """In 3-D weights, a matrix for each of many experts: no linear layers, so they get no adapter."""
     example: str
-    """The first of these."""
+    """The name of the first of these."""
 
     def __str__(self) -> str:
         """Return the shares as a sentence."""
@@ -46,7 +46,7 @@ class Coverage:
 def coverage(model: nn.Module, names: Sequence[str], parts: Sequence[str] | None = None) -> Coverage:
     """Return the coverage of the parts (None: those that the family adapts by default) by the named layers.
 
-    Weights of a tied layer count once, those in 4 bits with the number that they stand for.
+    Weights of a tied layer count once, weights in 4 bits by their number before quantisation.
     """
     family = family_of(model)
     chosen = family.default if parts is None else tuple(parts)

@@ -1,4 +1,4 @@
-"""What an error means to whoever sees it."""
+"""What an error means to users."""
 
 import errno
 import re
@@ -15,14 +15,14 @@ def one_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that there was no room to write."""
+    """Return whether an error or one of its causes says that there was no room to write."""
     # Words: safetensors has an error of its own for it, and torch.save one of its container's position.
     words = re.compile("No space left on device|unexpected pos")
     return any(getattr(cause, "errno", None) == errno.ENOSPC or words.search(str(cause)) for cause in _causes(error))
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return whether an error, or what it came from, says that another process of the group ended or cannot be reached."""
+    """Return whether an error or one of its causes says that another process of the group ended or cannot be reached."""
     # Words: gloo's and NCCL's errors in a backward pass are plain RuntimeErrors.
     words = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)")
     return any(
@@ -32,7 +32,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and what it came from, newest first."""
+    """Yield the error and its causes, newest first."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -13,7 +13,7 @@ from corda_core.files import PARTIAL
 from corda_core.layers import from_first_process, process_rank
 
 LOCK = ".lock"
-"""What the run that writes to a folder holds; the file stays, the lock goes with the process."""
+"""The file that the run which writes to a folder locks; the file stays, the lock goes with the process."""
 LOCK_WAIT = 6.0
 """Seconds that a lock is waited for: workers of a DataLoader share it, and outlive a killed process by up to five."""
 
@@ -21,7 +21,7 @@ LOCK_WAIT = 6.0
 def processes() -> PartialState:
     """Return the group of processes that `accelerate launch` or `torchrun` started, or this one alone; the first call joins it.
 
-    On a machine without accelerators it must be told that there is nothing else, or it takes this process for alone.
+    Without accelerators, accelerate must be told to use CPUs, or it takes this process to be the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 

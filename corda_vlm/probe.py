@@ -39,7 +39,7 @@ def probe(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> R
         names: Full layer names.
 
     Note:
-        A layer is unused if it is behind the block whose output is read (LLaVA's ``vision_feature_layer``), in a head that is not, or
+        A layer is unused if it comes after the block whose output is read (LLaVA's ``vision_feature_layer``), in a head that is not, or
         under ``torch.no_grad()`` in the model's own code.
     """
     bare = unwrapped(model)

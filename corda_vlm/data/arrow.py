@@ -33,7 +33,7 @@ class ArrowRows(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         row = self.table[index].to_pylist()[0]
-        # -1 stands for no class, in test splits.
+        # -1 means no class, in test splits.
         classes = {name: names[row[name]] if row[name] not in (None, -1) else None for name, names in self.class_names.items()}
         return row | classes
 

@@ -1,4 +1,4 @@
-"""Turns of any form -> one text, in pieces that are marked as given or as response."""
+"""Turns of any form -> one text, in segments that are prompt or response."""
 
 import os
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 from corda_vlm.failures import one_line
 
 PLACEHOLDER = "<image>"
-"""What stands for an image in the text of a sample, whatever the model's own token is."""
+"""Represents an image in the text of a sample, whatever the model's own token is."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_KEYS = ("from", "value", "role", "content")
 TURN = '{"from": speaker, "value": text} or {"role": speaker, "content": text}'
@@ -79,7 +79,7 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def image_token(processor: Any) -> str:
-    """Return the text that stands for an image in this processor's prompts."""
+    """Return the token that represents an image in this processor's prompts."""
     return getattr(processor, "image_token", PLACEHOLDER)
 
 
@@ -126,7 +126,7 @@ def segments_of(turns: Sequence[Turn], num_images: int, processor: Any) -> tuple
 
 
 def place_images(turns: Sequence[Turn], num_images: int) -> list[Turn]:
-    """Return the turns with as many placeholders as images: as written, wherever they stand; without any, before the first user turn.
+    """Return the turns with as many placeholders as images: as written; if there are none, before the first user turn.
 
     Raises:
         ValueError: If the numbers differ.
@@ -154,7 +154,7 @@ def _renderer(processor: Any) -> Callable[[Sequence[Turn], bool], str]:
         messages = [{"role": role, "content": _parts(text) if multimodal else text} for role, text in turns]
         try:
             return str(processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False))
-        except Exception as error:  # templates are programs, which raise what they like
+        except Exception as error:  # templates are programs and may raise anything
             raise ValueError(
                 f"The chat template refuses the conversation up to its turns {[role for role, _ in turns]} ({one_line(error)}); mend the "
                 "row, or the template."
@@ -164,7 +164,7 @@ def _renderer(processor: Any) -> Callable[[Sequence[Turn], bool], str]:
 
 
 def _marks_end(render: Callable[[Sequence[Turn], bool], str], before: Sequence[Turn]) -> bool:
-    """Return whether the template puts more than white space behind an answer: what two answers have in common at their end."""
+    """Return whether the template puts more than white space after an answer: what follows two different answers alike."""
     reversed_texts = [render([*before, ("assistant", answer)], False)[::-1] for answer in ("a", "b")]
     return bool(os.path.commonprefix(reversed_texts).strip())
 
@@ -174,7 +174,7 @@ def _parts(text: str) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         parts += [{"type": "image"}] if number else []
-        # The template puts its own separator behind an image.
+        # The template puts its own separator after an image.
         parts += [{"type": "text", "text": piece.removeprefix("\n") if number else piece}] if piece.strip() else []
     return parts
 

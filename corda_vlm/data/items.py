@@ -46,7 +46,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         needs_images: bool = False,
         left_out: Collection[int] = (),
     ) -> None:
-        """Take rows, the column of each field, where paths of images start, whether a row must have one, and which rows do not count."""
+        """Take rows, the column of each field, the folder of images, whether a row must have one, and which rows to leave out."""
         self.rows, self.columns, self.folder, self.config, self.needs_images = rows, columns, folder, config, needs_images
         self.places: Sequence[int] = [row for row in range(len(rows)) if row not in left_out] if left_out else range(len(rows))
         """The row of each item."""
@@ -73,9 +73,9 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         return f"{self.config.source}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the rows that count, in their order: of their values, whatever files hold them.
+        """Return the SHA-256 of the values of all rows that are not left out, in their order.
 
-        Pictures count by their names, and by their sizes where the rows hold them: a file that is mended is no other data.
+        Of pictures, names count, or sizes where the rows hold them: mending a file does not change the data.
         """
         digest = hashlib.sha256()
         rows: Iterable[Mapping[str, Any]] = self.rows
@@ -206,7 +206,7 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
             for image in images if isinstance(images, list) else [images]:
                 try:
                     accepts(image)
-                except Exception as error:  # processors raise what they like
+                except Exception as error:  # processors may raise anything
                     return f"{items.name_of(row)}: the model's processor refuses the image ({one_line(error)})"
         return None
 

@@ -1,4 +1,4 @@
-"""What the language model of a model can read, and whether it must be told where its tokens stand."""
+"""What a language model can read, and whether it needs the positions of its tokens."""
 
 import inspect
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class TextLimits:
     image_tokens: tuple[int, ...] = ()
     """Tokens that get their embedding from an image."""
     padding_shifts: bool = False
-    """Whether its positions are counted from the left of a batch, and cannot be told: samples of a batch must be of one length."""
+    """Whether it counts positions from the left of a batch, and takes no others: samples of a batch must have the same length."""
     needs_positions: bool = False
-    """Whether its positions are counted from the left of a batch, padding included, unless ``position_ids`` says where tokens stand."""
+    """Whether it counts positions from the left of a batch, padding included, unless it gets ``position_ids``."""
 
     def check(self, input_ids: Tensor) -> None:
         """Refuse one sample's tokens (T,) if the model cannot read them.
@@ -67,7 +67,7 @@ def num_positions(model: Any) -> int | None:
     """Return how many positions the language model or text tower of a model of transformers has; None if it is not known."""
     config: Any = getattr(model, "config", None)
     count = getattr(config.get_text_config(), "max_position_embeddings", None) if hasattr(config, "get_text_config") else None
-    return count if isinstance(count, int) and count > 0 else None  # XLNet's -1 stands for any number
+    return count if isinstance(count, int) and count > 0 else None  # XLNet's -1 means any number
 
 
 def _num_embeddings(model: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Where a row or a sample has its pictures, in whatever form, and that no picture, video or sound of it is overlooked."""
+"""Where a row or a sample has its pictures, in any form; pictures, videos and sounds that would be overlooked are refused."""
 
 import re
 from collections.abc import Container, Mapping
@@ -14,7 +14,7 @@ FORM = r"(_?(path|file|file_?name|url|uri|bytes|data|b64|base64)s?)?"
 PICTURE_NAME = re.compile(rf"(image|img|picture|photo)s?{FORM}", re.IGNORECASE)
 """Other names of a picture, or of where the one in ``image`` came from."""
 FILE_NAME = re.compile(r"file_?names?", re.IGNORECASE)
-"""The name that folders of images have for theirs: one of a picture if its ending says so. Other fields may name any file."""
+"""The name of images in the ``metadata`` of image folders: a picture's if its suffix is one. Other fields may name any file."""
 OTHER_NAME = re.compile(rf"(video|audio)s?{FORM}|(image|img|picture|photo)_?\d+", re.IGNORECASE)
 """Names of media that are never read, and of pictures beside others."""
 TEXTS = frozenset({"text", "question", "answer", "answers", "conversations", "messages", "caption"})
@@ -65,7 +65,7 @@ def image_sources(value: Any, what: str = "An image") -> list[Any]:
 
 
 def _is_overlooked(name: str, value: Any, *, has_image: bool) -> bool:
-    """Return whether a field that nobody reads holds a medium; one that says where the image came from does not."""
+    """Return whether a field that nobody reads holds a medium; the path of an image that is there too is none."""
     if not _is_filled(value) or isinstance(value, (bool, int, float)) or value == "":
         return False
     if OTHER_NAME.fullmatch(name) or _is_content(value):

@@ -41,7 +41,7 @@ class PairCollator(ABC):
         pairs = read_each(read_pair, items)
         try:
             return self.batch([image for image, _ in pairs], [caption for _, caption in pairs])
-        except Exception:  # what reads images raises what it likes, and of a batch it does not say which
+        except Exception:  # processors may raise anything, and do not say for which image
             _read_alone(self.read, lambda item: read_pair(item)[:1], items)
             raise
 

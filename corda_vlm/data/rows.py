@@ -1,4 +1,4 @@
-"""Samples that know where they come from, so that what is wrong with one is said of that one."""
+"""Samples that know where they come from, so that an error can name the one that is wrong."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ class Row(dict[str, Any]):
     """The fields of a sample, and where it comes from."""
 
     def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        """Take the fields, and what messages call their place."""
+        """Take the fields, and the place that errors name."""
         super().__init__(fields)
         self.where = where
 
@@ -25,7 +25,7 @@ class Row(dict[str, Any]):
 
 
 class Numbered(Dataset[Any], Sequence[Any]):
-    """Samples that carry their number, unless they know a better place."""
+    """Samples that know their number, unless they know a better place."""
 
     def __init__(self, items: Any, name: str) -> None:
         """Take samples that have a length and numbers, and what to call them.

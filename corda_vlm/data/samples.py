@@ -96,7 +96,7 @@ class Collator:
         # One position more than the longest response: the logits that predict its first token.
         length = input_ids.shape[1]
         keep = min(length, 1 + length - int(is_response.any(0).int().argmax()))
-        # As positions, not as a number: hidden[:, -keep:] is not contiguous, and torch then copies the output layer's weight per sample.
+        # Positions, not a number: hidden[:, -keep:] is not contiguous, so torch would copy the output layer's weight per sample.
         return {"labels": labels[:, -keep:].contiguous(), "logits_to_keep": torch.arange(length - keep, length)}
 
 
@@ -160,13 +160,13 @@ def read_images(value: Any) -> tuple[Image.Image, ...]:
 
 
 def _padded(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """Return rows (T,) of several lengths as one tensor (batch, longest), filled up on the left."""
+    """Return rows (T,) of several lengths as one tensor (batch, longest), padded on the left."""
     length = max(map(len, rows))
     return torch.stack([F.pad(row, (length - len(row), 0), value=fill) for row in rows])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors one behind the other along the first axis; where other axes differ (images of more tiles), zeros fill up."""
+    """Return the tensors joined along the first axis; where other axes differ (images of more tiles), padded with zeros."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     missing = [[size - there for size, there in zip(largest, tensor.shape[1:], strict=True)] for tensor in tensors]
     paddings = [[amount for size in reversed(sizes) for amount in (0, size)] for sizes in missing]

@@ -47,7 +47,7 @@ class DataConfig(Options):
     """Field -> its column, for "text", "question", "answer", "conversations", "image"; by default the column of the same name."""
 
     prompt: str | None = None
-    """Template of the question: "{column}" or "{column[0]}" stands for a row's value, a name in ``columns`` for that column's."""
+    """Template of the question: "{column}" or "{column[0]}" is replaced by a row's value, a name in ``columns`` by that column's."""
 
     on_broken: Annotated[str, one_of("stop", "skip")] = "stop"
     """"stop" or "skip": at an image that cannot be read, stop; or read all images once before the run and leave out such rows."""
@@ -179,7 +179,7 @@ def _saved_table(datasets: Any, path: Path, config: DataConfig) -> Any:
 
 
 def _files_of_split(files: Sequence[Path], config: DataConfig) -> Sequence[Path]:
-    """Return a folder's files, of the wanted split only where their names tell splits apart."""
+    """Return a folder's files; only those of the wanted split where their names have splits."""
     if not files:
         raise ValueError(
             f"{config.source} holds no .parquet files, and was not saved by save_to_disk; name the folder that holds the files."

@@ -44,7 +44,7 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
         ValueError: If the processor does not take the sample.
     """
     texts = [segment.text.replace(MARK, "") for segment in sample.segments]
-    # Processors see no more than they do when they are asked: some write behind their text.
+    # Processors see only what they see in generation: some append to their text.
     seen = max((place + 1 for place, text in enumerate(texts) if sample.images and image_token(processor) in text), default=0)
     reader = _Reader(tokenizer_of(processor), image_token(processor), sample, texts[seen:])
     inputs: dict[str, Any] = _with_images(texts[:seen], sample.images, processor, reader) if seen else {"input_ids": [reader.read([])]}
@@ -54,7 +54,7 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
         raise ValueError(f"{type(processor).__name__} puts tokens together in a way of its own; give ready batches instead.")
     if type(processor).__name__ == "PaliGemmaProcessor":
         encoded["token_type_ids"] = encoded["is_response"]  # 0: read in both directions; 1: causal, what is learned
-    elif reads_images(processor):  # of all samples or of none, whatever stands beside them
+    elif reads_images(processor):  # of all samples or of none, whatever else is in the batch
         given = set(PER_TOKEN) & set(processor.model_input_names)
         encoded |= {key: torch.zeros_like(encoded["input_ids"]) for key in given - set(encoded)}
     return {key: value for key, value in encoded.items() if key not in ("attention_mask", "labels")}
@@ -65,7 +65,7 @@ def _with_images(texts: Sequence[str], images: Sequence[Image.Image], processor:
     lent.tokenizer = reader
     try:
         return dict(lent(text=MARK.join(texts), images=list(images), return_tensors="pt"))
-    except Exception as error:  # processors raise what they like
+    except Exception as error:  # processors may raise anything
         name = type(processor).__name__
         try:
             processor.image_processor(images=list(images), return_tensors="pt")
@@ -129,13 +129,13 @@ def _cut(texts: Sequence[str], wholes: Sequence[list[int]], sample: Sample, toke
     ids: list[int] = []
     is_response: list[int] = []
     for text, whole, segment in zip(texts, wholes, sample.segments, strict=True):
-        ids = list(whole) if whole[: len(ids)] == ids else ids + _behind(text, tokenizer)
+        ids = list(whole) if whole[: len(ids)] == ids else ids + _tokens_alone(text, tokenizer)
         is_response += [int(segment.is_response)] * (len(ids) - len(is_response))
     return ids, is_response
 
 
-def _behind(text: str, tokenizer: Any) -> list[int]:
-    """Return a text's tokens as they are behind a line's end, or behind what else they do not join with."""
+def _tokens_alone(text: str, tokenizer: Any) -> list[int]:
+    """Return a text's tokens as they are after a line's end, or after something else that they do not join with."""
     for start in ("\n", ":", ""):
         first, both = tokenizer([start, start + text], add_special_tokens=False)["input_ids"]
         if both[: len(first)] == first:
@@ -144,7 +144,7 @@ def _behind(text: str, tokenizer: Any) -> list[int]:
 
 
 def _with_special_tokens(ids: list[int], is_response: list[int], sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens with what the tokenizer puts before and behind a whole text, unless it is there; what is asked has no end yet."""
+    """Return the tokens with those that the tokenizer puts around a whole text, unless they are there; a question has no end yet."""
     text, whole = list(tokenizer("a", add_special_tokens=False)["input_ids"]), list(tokenizer("a")["input_ids"])
     start = next((place for place in range(len(whole)) if whole[place : place + len(text)] == text), 0)
     before, after = whole[:start], whole[start + len(text) :]
@@ -157,6 +157,6 @@ def _with_special_tokens(ids: list[int], is_response: list[int], sample: Sample,
 
 
 def _starts_itself(sample: Sample, tokenizer: Any) -> bool:
-    """Return whether the text has what its tokenizer puts before texts already: some chat templates write it, others leave it out."""
+    """Return whether the text has the tokenizer's start already: some chat templates write it, others leave it out."""
     start = getattr(tokenizer, "bos_token", None)
     return sample.is_chat and (start is None or sample.segments[0].text.lstrip().startswith(start))

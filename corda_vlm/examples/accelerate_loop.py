@@ -1,4 +1,4 @@
-"""Fine-tune a vision-language model in a loop of one's own, on JSON lines with `image` (a path), `question` and `answer`.
+"""Fine-tune a vision-language model in your own loop, on JSON lines with `image` (a path), `question` and `answer`.
 
 accelerate launch -m corda_vlm.examples.accelerate_loop my-llava kept.jsonl training.jsonl my-adapter
 """

@@ -66,10 +66,10 @@ def _shares(options: TrainingConfig, world: int) -> tuple[int, int]:
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Return the arguments that keep no activations, whose name changes on the way to transformers 6."""
+    """Return the arguments for activation checkpointing, whose names change before transformers 6."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}  # reentrant ones drop gradients of towers whose inputs need none
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}  # else towers whose inputs need no gradient get none
 
 
 def _loggers(log_to: str) -> list[str]:

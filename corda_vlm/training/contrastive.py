@@ -15,7 +15,7 @@ from corda_core.linears import base_of, hold_statistics_
 
 @dataclass(frozen=True)
 class Features:
-    """What a model with two towers says about a batch of pairs."""
+    """A batch of pairs, as a model with two towers sees it."""
 
     image: Tensor
     """(batch, d), of length 1."""

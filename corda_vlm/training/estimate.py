@@ -1,4 +1,4 @@
-"""What a recipe will take, before it is run: layers, parameters, memory, FLOPs, time. Reads the model's config, never its weights."""
+"""What a recipe will take: layers, parameters, memory, FLOPs, time. Reads the model's config, never its weights."""
 
 import time
 from collections import Counter
@@ -19,9 +19,9 @@ from corda_vlm.training.models import describe_base, read_processor
 from corda_vlm.training.recipe import Recipe
 
 TOKENS = 512
-"""Tokens of a sample, where there is none to look at: an image of LLaVA's is 576."""
+"""Tokens of a sample, where none can be read: an image of LLaVA's is 576."""
 LOOKED_AT = 16
-"""How many samples are looked at for their length."""
+"""How many samples are read for their length."""
 
 
 @dataclass(frozen=True)

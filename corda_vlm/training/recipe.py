@@ -98,13 +98,13 @@ class TrainingConfig(Options):
     """Compute activations again in the backward pass instead of keeping them, in the language model and the vision tower."""
 
     save_every: Count = 200
-    """Steps between checkpoints; a multiple of ``log_every``, so that none holds weights of a loss that was not looked at."""
+    """Steps between checkpoints; a multiple of ``log_every``, so that the loss of every checkpoint was checked."""
 
     keep_checkpoints: Annotated[int, Field(ge=2, le=LARGEST)] = 2
     """How many are kept; two at least, so that one is whole whenever the process dies."""
 
     log_every: Count = 1
-    """Steps between records of the loss, which is also when it is looked at for NaN."""
+    """Steps between records of the loss, when it is also checked for NaN."""
 
     log_to: Annotated[str, one_of("tensorboard", "wandb", "none")] = "tensorboard"
     """"tensorboard" (in the output's ``runs/``), "wandb" or "none"; the losses are in ``training.json`` in any case."""
@@ -116,7 +116,7 @@ class TrainingConfig(Options):
     """Processes that read images beside the training one."""
 
     def __post_init__(self) -> None:
-        """Refuse checkpoints of weights whose loss was not looked at."""
+        """Refuse checkpoints whose loss was not checked."""
         super().__post_init__()
         if self.save_every % self.log_every:
             raise ValueError(f"save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
@@ -139,7 +139,7 @@ class Recipe(Options):
     """Samples of what is to be kept (``corda.mode: kpm``), or learned (ipm); None takes ``data``, for ipm only."""
 
     evaluation: DataConfig | None = None
-    """Held-out samples whose loss is measured: the mean over samples of each one's mean over its tokens; for CLIP over batches."""
+    """Held-out samples whose loss is measured: the mean over tokens, then over samples; for CLIP over batches."""
 
     corda: CordaConfig = field(default_factory=CordaConfig)
     """How the adapter is prepared."""

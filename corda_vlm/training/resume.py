@@ -26,14 +26,14 @@ FREE = {
     *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
     *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
 }
-"""Options that may be others when a run is resumed: the losses stay the same, but for what is skipped, or up to rounding."""
+"""Options that may change when a run is resumed: the losses stay the same, except for what is skipped, or up to rounding."""
 STATE = "trainer_state.json"
 DAMAGED = "damaged-"
-"""How checkpoints are called that were whole once, and are set aside."""
+"""Prefix of checkpoints that were whole once, and are set aside."""
 
 
 def claim(recipe: Recipe, output: Path, resume: bool) -> None:
-    """Write the recipe into an output of its own; or check that what is there is a run of this recipe, and drop what is half written.
+    """Write the recipe into a free output, or check that the run there is of this recipe, and remove what is half written.
 
     Raises:
         FileExistsError: If there is another run, or what another program wrote.
@@ -62,7 +62,7 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
 
 
 def last_whole(output: Path) -> Path | None:
-    """Return the newest checkpoint that is as it was written; under several processes the first one's answer counts."""
+    """Return the newest checkpoint that is as it was written; of several processes, ask the first."""
     numbered = {int(number): folder for folder in output.glob("checkpoint-*") if (number := folder.name.rpartition("-")[2]).isdecimal()}
     return next((numbered[number] for number in sorted(numbered, reverse=True) if not _what_is_wrong(numbered[number])), None)
 
@@ -74,7 +74,7 @@ def has_ended(checkpoint: Path) -> bool:
 
 
 def restore_(trainer: Trainer, checkpoint: Path) -> None:
-    """Give a Trainer that has nothing left to do the weights and losses of a checkpoint; its own resuming would take one step more."""
+    """Give a Trainer that has no step left the weights and losses of a checkpoint; resuming would take one step more."""
     _, weights = read_adapter(checkpoint)
     put_weights_(trainer.model, weights)
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -97,7 +97,7 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def _put_away_if_not_whole(checkpoint: Path) -> None:
-    """Remove a checkpoint that a process left half written or half removed; set one aside that has another content than it had."""
+    """Remove a checkpoint that a process left half written or half removed; set aside one whose content has changed."""
     wrong = _what_is_wrong(checkpoint)
     if isinstance(wrong, FileNotFoundError):
         shutil.rmtree(checkpoint, ignore_errors=True)

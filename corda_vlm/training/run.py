@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 SUMMARY = "training.json"
 FINGERPRINTS = "samples"
-"""Where a plan's provenance has digests of what its run is trained and measured on."""
+"""Key of a plan's provenance: digests of the samples that its run is trained and measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _trainer(adapted: PeftModel, processor: Any, samples: Mapping[str, Items], r
 
 
 def _train_(trainer: Trainer, output: Path, resume: bool) -> None:
-    """Train, from the last whole checkpoint if that is to be resumed from."""
+    """Train; with ``resume`` from the last whole checkpoint."""
     checkpoint = from_first_process(last_whole(output) if resume and process_rank() == 0 else None)
     if checkpoint is not None and has_ended(checkpoint):
         restore_(trainer, checkpoint)
@@ -179,7 +179,7 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
     samples = {name: _items(source, recipe, model, processor) for name, source in sources.items()}
     _check_fits(model, recipe, arguments, {name: len(items) for name, items in samples.items()})
-    if recipe.model.quantize is None:  # else it is where it is to be
+    if recipe.model.quantize is None:  # else it is there already
         model.to(arguments.device)
     return _adapted(model, processor, samples, recipe, output), processor, samples
 

@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable(say: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """End the process with 128 + its number when a signal comes while the context is open, after ``say`` has told so.
+    """End the process with 128 + its number when a signal comes while the context is open; first call ``say``.
 
     Signals that are ignored or that somebody else takes stay as they are; and all of them outside of the main thread, which alone gets any.
     """
@@ -76,7 +76,7 @@ class _Stop:
             os.close(self.pipe[1])
 
     def watch(self) -> None:
-        """Wait for a signal, or for the end of the pipe; then tell, and end children and this process."""
+        """Wait for a signal, or for the end of the pipe; after a signal call ``say``, then end children and this process."""
         number = next((byte[0] for byte in iter(lambda: os.read(self.pipe[0], 1), b"") if byte[0] in SIGNALS), None)
         if number is None:
             os.close(self.pipe[0])

@@ -134,7 +134,7 @@ def trainer_for(
 
 
 def _of_whole_batches(arguments: TrainingArguments, items: Any, evaluation: Any) -> TrainingArguments:
-    """Return the arguments with smaller batches dropped: there a pair is told apart from fewer others, which is another loss."""
+    """Return the arguments with smaller batches dropped: a pair with fewer others to be told apart from has another loss."""
     check_pairs(len(items), arguments.train_batch_size * arguments.world_size, "items")
     if evaluation is not None:
         check_pairs(len(evaluation), arguments.eval_batch_size * arguments.world_size, "evaluation")
