@@ -82,12 +82,12 @@ class LabClipClasses:
         model.requires_grad_(False)
         pairs = OpenClipPairs(preprocess, tokenizer)
         target = self.learned()
-        kept = {one.task: Prepared.of(model, some_of(one, self.kept_images), pairs) for one in self.kept()}
+        kept = {data.task: Prepared.of(model, some_of(data, self.kept_images), pairs) for data in self.kept()}
         test, validation = (Prepared.of(model, target[part], pairs) for part in ("test", "validation"))
         chosen = drawn(self.steps * self.batch_size, len(target["train"].items), f"train {seed}")
         training = Prepared.of(model, replace(target["train"], items=Subset(target["train"].items, chosen)), pairs)
         images, labels = training.images.split(self.batch_size), training.labels.split(self.batch_size)
-        contexts = {name: [{"image": one} for one in pairs.read(found)["image"].split(32)] for name, found in self.context().items()}
+        contexts = {name: [{"image": part} for part in pairs.read(seen)["image"].split(32)] for name, seen in self.context().items()}
         split_attention(model)
 
         def loss(adapted: nn.Module, batch: Batch) -> Tensor:
@@ -107,8 +107,8 @@ class LabClipClasses:
             model=model,
             layers=learnable_layers(model, select_layers(model, parts=("vision",)), [contexts["shapes"][0]]),
             loss=loss,
-            batches=[{"image": one, "labels": numbers} for one, numbers in zip(images, labels, strict=True)],
-            contexts=contexts | {TARGET: [{"image": one} for one in images]},
+            batches=[{"image": some, "labels": numbers} for some, numbers in zip(images, labels, strict=True)],
+            contexts=contexts | {TARGET: [{"image": some} for some in images]},
             validate=lambda adapted: class_score(adapted, validation).loss or 0.0,
             measure=measure,
             cache=cache,
@@ -136,22 +136,22 @@ class LabClipClasses:
 
     def kept(self) -> list[ClassifiedImages]:
         """Return what is to be kept, whole."""
-        found = [shapes("test")]
+        kept = [shapes("test")]
         if self.data is not None:
-            found += [icons(Path(self.data), name) for name in ("icons_seen", "icons_unseen")]
+            kept += [icons(Path(self.data), name) for name in ("icons_seen", "icons_unseen")]
         if self.kept_photographs is not None:
-            found.append(replace(cifar10(self.kept_photographs), task=PHOTOGRAPHS))
-        return found
+            kept.append(replace(cifar10(self.kept_photographs), task=PHOTOGRAPHS))
+        return kept
 
     def context(self) -> dict[str, list[Image.Image]]:
         """Return the pictures of the domains to be kept."""
-        found = {"shapes": [one.image for one in some_of(shapes("train"), self.context_images).items]}
+        pictures = {"shapes": [item.image for item in some_of(shapes("train"), self.context_images).items]}
         if self.data is not None:
             table = read_pictures(Path(self.data) / "train.parquet")
             for name, sources in (("icons", STYLES), ("drawings", DRAWINGS)):
                 places = [place for place, source in enumerate(table["source"]) if source in sources]
-                found[name] = [on_white(table[places[one]]["image"]) for one in spread(self.context_images, len(places))]
-        return found
+                pictures[name] = [on_white(table[places[number]]["image"]) for number in spread(self.context_images, len(places))]
+        return pictures
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def class_score(model: nn.Module, data: Prepared) -> Score:
 
 def digits(split: str) -> list[LabelledImage]:
     """Return the scans of one split."""
-    return [LabelledImage(one.question_id, one.open_image(), int(one.answer)) for one in load_digit_questions(split)]  # type: ignore[arg-type]
+    return [LabelledImage(scan.question_id, scan.open_image(), int(scan.answer)) for scan in load_digit_questions(split)]  # type: ignore[arg-type]
 
 
 def some_of(data: ClassifiedImages, count: int) -> ClassifiedImages:

@@ -1,14 +1,20 @@
 """What several settings do alike."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
+from corda_eval.text.facts import facts_scores
+from corda_eval.text.perplexity import mean_loss, text_windows
+
+WINDOW = 128
+"""Tokens of a window of text."""
 
 
 def drawn(count: int, total: int, seed: str) -> list[int]:
@@ -57,3 +63,26 @@ def answer_score(model: nn.Module, batches: Sequence[Batch]) -> Score:
             answers += int(numbers[-1]) + 1
             right += int(numbers[-1]) + 1 - len(wrong)
     return Score(torch.cat(losses).double().mean().item(), 100 * right / answers)
+
+
+def text_context(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:
+    """Return ``count`` windows of a text as a context, eight a batch."""
+    return [{"input_ids": ids} for ids in torch.stack(text_windows(text, tokenizer, WINDOW, count)).split(8)]
+
+
+def text_loss(model: nn.Module, batch: Batch, *, image_token: int = -100) -> Tensor:
+    """Return the mean loss (nats a token) of a context batch's texts, each token but an image's after those before it."""
+    ids = batch["input_ids"]
+    with casting():
+        return model(**batch, labels=ids.masked_fill(ids == image_token, -100), use_cache=False).loss
+
+
+def kept_scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, windows: Mapping[str, Sequence[Tensor]], facts: int
+) -> dict[str, Score]:
+    """Return the loss on each domain's windows, and the accuracy of so many facts, under "facts", if any are asked."""
+    with casting():
+        scores = {name: Score(mean_loss(model, of_domain, batch_size=8)) for name, of_domain in windows.items()}
+        if facts:
+            scores["facts"] = Score(None, facts_scores(model, tokenizer, limit=facts).accuracy)
+    return scores

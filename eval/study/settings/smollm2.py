@@ -15,19 +15,16 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.study.settings.lines import guessing, lines
-from corda_eval.study.settings.shared import answer_loss, answer_score, casting
-from corda_eval.study.task import TARGET, Batch, Score, Task
-from corda_eval.text.facts import facts_scores
-from corda_eval.text.perplexity import held_out_text, mean_loss, text_windows
+from corda_eval.study.settings.shared import WINDOW, answer_loss, answer_score, kept_scores, text_context, text_loss
+from corda_eval.study.task import TARGET, Score, Task
+from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.options import Count
 
 SOURCES = ("argparse", "ast", "datetime", "decimal", "inspect", "locale", "mailbox", "optparse", "pickle", "tarfile", "typing", "zipfile")
-WINDOW = 128
-"""Tokens of a window of text."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class SmolLm2Lines:
         model, layers, tokenizer = smollm2_model()
         model.requires_grad_(False)
         texts = kept_texts()
-        contexts = {name: text_windows(first, tokenizer, WINDOW, self.context_windows) for name, (first, _) in texts.items()}
+        contexts = {name: text_context(first, tokenizer, self.context_windows) for name, (first, _) in texts.items()}
         kept = {name: text_windows(second, tokenizer, WINDOW, self.kept_windows) for name, (_, second) in texts.items()}
         count = self.steps * self.batch_size
         training = {kind: lines(tokenizer, kind, count, "train", seed, batch_size=self.batch_size) for kind in self.lines}
@@ -71,21 +68,15 @@ class SmolLm2Lines:
 
         def measure(adapted: nn.Module) -> dict[str, Score]:
             each = {kind: answer_score(adapted, batches) for kind, batches in test.items()}
-            scores = {TARGET: mean_score(*each.values())} | {kind: each[kind] for kind in parts}
-            with casting():
-                scores |= {name: Score(mean_loss(adapted, windows, batch_size=8)) for name, windows in kept.items()}
-                if self.facts:
-                    scores["facts"] = Score(None, facts_scores(adapted, tokenizer, limit=self.facts).accuracy)
-            return scores
+            learned_scores = {TARGET: mean_score(*each.values())} | {kind: each[kind] for kind in parts}
+            return learned_scores | kept_scores(adapted, tokenizer, kept, self.facts)
 
         return Task(
             model=model,
             layers=layers,
             loss=answer_loss,
-            batches=[{key: torch.cat([one[key] for one in step]) for key in step[0]} for step in zip(*training.values(), strict=True)],
-            contexts={name: [{"input_ids": ids} for ids in torch.stack(windows).split(8)] for name, windows in contexts.items()}
-            | parts
-            | {TARGET: [batch for batches in learned.values() for batch in batches]},
+            batches=[{key: torch.cat([batch[key] for batch in step]) for key in step[0]} for step in zip(*training.values(), strict=True)],
+            contexts=contexts | parts | {TARGET: [batch for batches in learned.values() for batch in batches]},
             validate=lambda adapted: mean_score(*(answer_score(adapted, batches) for batches in validation.values())).loss or 0.0,
             measure=measure,
             cache=cache,
@@ -99,12 +90,6 @@ class SmolLm2Lines:
 def mean_score(*scores: Score) -> Score:
     """Return the mean loss and the mean accuracy of what has both."""
     return Score(*(mean(getattr(score, field) for score in scores) for field in ("loss", "accuracy")))
-
-
-def text_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss (nats a token) of a context batch's texts, each token after those before it."""
-    with casting():
-        return model(**batch, labels=batch["input_ids"], use_cache=False).loss
 
 
 def kept_texts() -> dict[str, tuple[str, str]]:

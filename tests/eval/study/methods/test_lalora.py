@@ -14,7 +14,7 @@ from corda_core import Covariance, change_factors, lora_layers
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.lalora import Curvature, Kronecker, Lalora, adapter_weights, diagonal_fisher, kronecker_fisher
 from corda_eval.study.peft_lora import attach_variant, config_for
-from corda_eval.study.settings.smollm2 import text_loss
+from corda_eval.study.settings.shared import text_loss
 from corda_eval.study.task import Batch, Task
 from corda_eval.study.train import train
 

@@ -26,10 +26,11 @@ from corda_eval.study.settings import lab_clip, lab_llava, smollm2
 from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
 from corda_eval.study.settings.lines import additions
-from corda_eval.study.settings.shared import answer_score, casting, drawn, spread
+from corda_eval.study.settings.shared import WINDOW, answer_score, casting, drawn, spread
 from corda_eval.study.settings.smollm2 import SmolLm2Lines, mean_score
 from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.study.worker import RunSpec, run
+from corda_eval.text.perplexity import text_windows
 from corda_eval.vqa.answer import Asking, answer_batch
 from corda_eval.vqa.easy_vqa import load_easy_vqa
 from corda_eval.vqa.files import package_folder
@@ -305,8 +306,8 @@ def generated_hits(model: nn.Module, ids: Tensor, labels: Tensor) -> Iterator[bo
 def test_texts_to_be_kept_and_their_contexts_share_no_window_and_are_long_enough(lab: Any) -> None:
     options, tokenizer = SmolLm2Lines(), lab[1].tokenizer
     for first, second in smollm2.kept_texts().values():
-        known = smollm2.text_windows(first, tokenizer, smollm2.WINDOW, options.context_windows)
-        kept = smollm2.text_windows(second, tokenizer, smollm2.WINDOW, options.kept_windows)
+        known = text_windows(first, tokenizer, WINDOW, options.context_windows)
+        kept = text_windows(second, tokenizer, WINDOW, options.kept_windows)
         assert not {tuple(one.tolist()) for one in known} & {tuple(one.tolist()) for one in kept}
 
 
