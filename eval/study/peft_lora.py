@@ -1,11 +1,17 @@
 """PEFT's LoRA variants on the layers of a task, and on no others."""
 
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_core.linears import is_shared, weight_shape
 from corda_core.lora import lora_config, lora_layers
+from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
+from corda_vlm.options import Count
 
 
 def clipped_ranks(model: nn.Module, layers: tuple[str, ...], rank: int) -> dict[str, int]:
@@ -35,6 +41,24 @@ def attach_variant(task: Task, config: LoraConfig) -> PeftModel:
     if wrong:
         raise ValueError(f"PEFT and the task differ in whether {min(wrong)} is adapted; please report this model's layer names.")
     return model
+
+
+@dataclass(frozen=True)
+class PeftVariant:
+    """Options of a method that is one of PEFT's variants of LoRA and nothing more."""
+
+    rank: Count
+
+    changes = MappingProxyType[str, Any]({})
+    """What the variant changes in LoRA's config."""
+
+    def adapt(self, task: Task) -> Adapted:
+        """Return the model with the variant on the task's layers.
+
+        Raises:
+            ValueError: If PEFT cannot adapt these layers.
+        """
+        return Adapted(attach_variant(task, replace(config_for(task, self.rank), **self.changes)))
 
 
 def refuse_shared(task: Task, method: str) -> None:

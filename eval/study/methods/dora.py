@@ -3,24 +3,12 @@
 The norms are taken over each output's weights and pass no gradient (section 4.3 of the paper).
 """
 
-from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-from corda_eval.study.method import Adapted
-from corda_eval.study.peft_lora import attach_variant, config_for
-from corda_eval.study.task import Task
-from corda_vlm.options import Count
+from corda_eval.study.peft_lora import PeftVariant
 
 
-@dataclass(frozen=True)
-class Dora:
-    """Options of DoRA."""
+class Dora(PeftVariant):
+    """Options of DoRA; it starts as the base, up to rounding."""
 
-    rank: Count
-
-    def adapt(self, task: Task) -> Adapted:
-        """Return the model with DoRA on the task's layers; it starts as the base, up to rounding.
-
-        Raises:
-            ValueError: If PEFT cannot adapt these layers.
-        """
-        return Adapted(attach_variant(task, replace(config_for(task, self.rank), use_dora=True)))
+    changes = MappingProxyType({"use_dora": True})

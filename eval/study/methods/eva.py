@@ -26,7 +26,7 @@ from corda_eval.study.task import TARGET, Task
 from corda_vlm.options import Count, Positive
 
 PASSES = 20
-"""Over the context, after which directions that have not settled are an error: PEFT would go on for ever."""
+"""Over the context, after which directions that have not settled are an error: PEFT would loop for ever."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Eva:
         path = task.cache / f"eva-{self.rank}-{self.rho:g}-{digests}.safetensors"
         model = attach_variant(task, config)
         if not path.exists():
-            found = directions(model, task.contexts[TARGET])
+            by_layer = directions(model, task.contexts[TARGET])
             with replacing_in(task.cache) as fresh:
-                save_file({name: one.contiguous() for name, one in found.items()}, fresh / path.name)
+                save_file({name: rows.contiguous() for name, rows in by_layer.items()}, fresh / path.name)
         initialize_lora_eva_weights(model, eva_state_dict=load_file(path))
         return Adapted(model)
 

@@ -142,7 +142,7 @@ def penalty_of(model: nn.Module, curvatures: Mapping[str, Curvature], strength: 
     starts = [(A.detach().clone(), B.detach().clone()) for _, A, B in held]
 
     def penalty() -> Tensor:
-        each = [one.quadratic(A - A0, B - B0) for (one, A, B), (A0, B0) in zip(held, starts, strict=True)]
+        each = [curvature.quadratic(A - A0, B - B0) for (curvature, A, B), (A0, B0) in zip(held, starts, strict=True)]
         return strength / 2 * torch.stack(each).sum()
 
     return penalty
@@ -158,7 +158,7 @@ def diagonal_fisher(model: nn.Module, loss: Loss, source: Sequence[Batch]) -> di
         of_A, of_B = torch.einsum("btr,btn->brn", g @ B, x), torch.einsum("btm,btr->bmr", g, x @ A.T)
         return of_A.square().sum(0), of_B.square().sum(0)
 
-    return {name: Diagonal(*found) for name, found in means_over_samples(model, loss, source, squares).items()}
+    return {name: Diagonal(*means) for name, means in means_over_samples(model, loss, source, squares).items()}
 
 
 def kronecker_fisher(
@@ -175,12 +175,12 @@ def kronecker_fisher(
         g = g.flatten(0, 1).to(adapter_weights(layers[name])[0].dtype) * layers[name].scaling[ADAPTER]
         return (g.T @ g,)
 
-    found = {}
+    products = {}
     for name, (G,) in means_over_samples(model, loss, source, grams).items():
         A, B = (weight.detach() for weight in adapter_weights(layers[name]))
         C = dense[id(covariances[name])].to(A)  # layers with the same inputs share one
-        found[name] = Kronecker(B.T @ G @ B, C, G, A @ C @ A.T, (B.T @ G, A @ C) if coupled else None)
-    return found
+        products[name] = Kronecker(B.T @ G @ B, C, G, A @ C @ A.T, (B.T @ G, A @ C) if coupled else None)
+    return products
 
 
 def means_over_samples(
@@ -192,9 +192,9 @@ def means_over_samples(
     for batch in source:
         for name, (x, g) in inputs_and_gradients(model, loss, batch).items():
             new = statistic(name, x, g)
-            sums[name] = tuple(one + other for one, other in zip(sums[name], new, strict=True)) if name in sums else new
+            sums[name] = tuple(map(torch.add, sums[name], new)) if name in sums else new
             samples[name] = samples.get(name, 0) + len(x)
-    return {name: tuple(one / samples[name] for one in found) for name, found in sums.items()}
+    return {name: tuple(total / samples[name] for total in totals) for name, totals in sums.items()}
 
 
 def inputs_and_gradients(model: nn.Module, loss: Loss, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:

@@ -40,8 +40,8 @@ class LoraNull:
         if self.version not in ("v1", "v2"):
             raise ValueError(f'The version of LoRA-Null is {self.version!r}; expected "v1" or "v2".')
         covariances = task.covariances(*(self.context or task.default_context("kpm")))
-        made = plan_from(task, self.rank, lambda name, W, r: null_factors(W, least_used(covariances[name].matrix, r)))
-        return Adapted(attach(task.model, made, protect="start" if self.version == "v1" else "strict"))
+        adapter = plan_from(task, self.rank, lambda name, W, r: null_factors(W, least_used(covariances[name].matrix, r)))
+        return Adapted(attach(task.model, adapter, protect="start" if self.version == "v1" else "strict"))
 
 
 def least_used(C: Tensor, count: int) -> Tensor:

@@ -74,5 +74,5 @@ def leading_directions(W: Tensor, count: int) -> tuple[Tensor, Tensor]:
             f"preserved is {count}, but W is {tuple(W.shape)}: expected 1 to {min(W.shape) - 1}, so that there is something to preserve "
             "and something left to train."
         )
-    found = decompose(W, even_context(W.shape[1]), count, "ipm", damping=0, solver="exact")
-    return found.basis, torch.linalg.qr(found.rows.T).Q
+    leading = decompose(W, even_context(W.shape[1]), count, "ipm", damping=0, solver="exact")
+    return leading.basis, torch.linalg.qr(leading.rows.T).Q

@@ -85,7 +85,7 @@ def split_rank(entropies: Sequence[float], rank: int) -> tuple[int, ...]:
     if rank < len(entropies):
         raise ValueError(f"A rank of {rank} cannot be split over {len(entropies)} tasks; raise it, or leave such layers out.")
     total = sum(entropies)
-    quotas = [rank * one / total if total else rank / len(entropies) for one in entropies]
+    quotas = [rank * share / total if total else rank / len(entropies) for share in entropies]
     ranks = [1] * len(entropies)
     for _ in range(rank - len(entropies)):
         ranks[max(range(len(ranks)), key=lambda task: quotas[task] - ranks[task])] += 1
@@ -94,7 +94,7 @@ def split_rank(entropies: Sequence[float], rank: int) -> tuple[int, ...]:
 
 def joined(plans: Sequence[AdapterPlan], rank: int) -> AdapterPlan:
     """Return one plan whose ``B0 = [B_1 … B_T]`` and ``A0 = [A_1; …; A_T]`` are those of plans of the same layers, side by side."""
-    layers = {name: _joined([one.layers[name] for one in plans]) for name in plans[0].layers}
+    layers = {name: _joined([adapter.layers[name] for adapter in plans]) for name in plans[0].layers}
     return AdapterPlan(layers, plans[0].mode, rank, plans[0].provenance)
 
 
@@ -108,7 +108,7 @@ def overlap(A: Tensor, B: Tensor, ranks: Sequence[int]) -> Tensor:
         size of their weights, and is met by shrinking the blocks as well as by turning them apart.
     """
     blocks = (F.normalize(A, dim=1).split(tuple(ranks)), F.normalize(B.T, dim=1).split(tuple(ranks)))
-    return sum(((one @ other.T).square().sum() / 2 for rows in blocks for one, other in combinations(rows, 2)), A.new_zeros(()))
+    return sum(((first @ second.T).square().sum() / 2 for rows in blocks for first, second in combinations(rows, 2)), A.new_zeros(()))
 
 
 def mean_overlap(layers: Mapping[str, tuple[Tensor, Tensor]], ranks: Mapping[str, Sequence[int]]) -> Tensor:
