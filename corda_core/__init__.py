@@ -1,10 +1,10 @@
 """Context-oriented decomposition adapters (CorDA) for any model of linear layers: plain values, one direction.
 
 select_linears -> collect -> plan (decompose, factors) -> attach -> export
-CorDA++ chooses between several collections and gives each layer its rank: select_covariances, allocate_ranks.
+CorDA++ chooses between several collections and gives each layer its rank before that: choose, allocate.
 """
 
-from corda_core.allocate import Selection, allocate_ranks, select_covariances
+from corda_core.allocate import Choice, allocate, choose
 from corda_core.attach import attach, attachment_of
 from corda_core.collect import TokenWeights, collect
 from corda_core.covariance import Covariance
@@ -18,16 +18,17 @@ from corda_core.store import data_digest, load, load_covariances, save, save_cov
 __all__ = [
     "AdapterInit",
     "AdapterPlan",
+    "Choice",
     "Covariance",
     "Exported",
     "Mode",
-    "Selection",
     "Split",
     "TokenWeights",
-    "allocate_ranks",
+    "allocate",
     "attach",
     "attachment_of",
     "change_factors",
+    "choose",
     "collect",
     "context_drift",
     "data_digest",
@@ -41,7 +42,6 @@ __all__ = [
     "plan",
     "save",
     "save_covariances",
-    "select_covariances",
     "select_linears",
     "weight_change",
 ]

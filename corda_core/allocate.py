@@ -1,6 +1,7 @@
 """CorDA++ (arXiv 2506.13187): which covariance suits a layer, and how a budget of parameters is spread over the layers.
 
-Pure functions on matrices and spectra. Throughout: C (n, n) damped and scaled to a mean diagonal of 1 before damping
+``choose`` picks a covariance for each layer of a model among several collections, ``allocate`` gives each layer its rank; the rest are
+pure functions on matrices and spectra. Throughout: C (n, n) damped and scaled to a mean diagonal of 1 before damping
 (its mean and ``Covariance.damped``), W (m, n), k = min(m, n), σ₁ ≥ … ≥ σ_k the singular values of ``W C``.
 """
 
@@ -8,7 +9,6 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from corda_core import solvers
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, damped_for, spectrum
 from corda_core.layers import Progress, in_threads, no_progress, num_workers, over_layers
+from corda_core.linears import weight_shape
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Candidate:
     """``log π(C)``, the compactness: lower is more compact."""
 
     spectrum: Tensor
-    """σ (k,) of ``W C``, descending, float64: each to about 1e-6 σ₁, enough for the score, or in full (``candidates.resolved``)."""
+    """σ (k,) of ``W C``, descending, float64: each to about 1e-6 σ₁, enough for the score, or in full (``choose`` with ``in_full``)."""
 
     @property
     def score(self) -> float:
@@ -35,7 +36,7 @@ class Candidate:
         return self.log_pi * float(self.spectrum.sum() / self.spectrum[0])
 
 
-def compactness(covariance: Covariance, m: int, *, damping: float = 0.01) -> float:
+def compactness(covariance: Covariance, m: int, *, damping: float = 0.01, anisotropy_of_C: float | None = None) -> float:
     """Return ``π(C) = √(m · σ_max(C)) / σ_min(C)`` of a layer with m outputs; lower is more compact.
 
     It bounds what dropping the r-th smallest component of ``W C`` changes in the outputs: ``‖ΔY‖₁ ≤ π(C) · σ₋ᵣ`` (CorDA++).
@@ -45,15 +46,22 @@ def compactness(covariance: Covariance, m: int, *, damping: float = 0.01) -> flo
         covariance: C.
         m: The number of the layer's outputs.
         damping: λ of ``Covariance.damped``.
+        anisotropy_of_C: ``anisotropy`` of this C, where it is known from another layer with the same inputs.
 
     Raises:
         ValueError: If C is zero or not finite, or damping is not positive, where C may be singular; or if ``log π <= 0``, where the
             scores of CorDA++ have no meaning.
     """
-    return _compactness(isotropy(covariance, damping), m)
+    pi = math.sqrt(m) * (anisotropy_of_C or anisotropy(covariance, damping))
+    if pi <= 1:
+        raise ValueError(
+            f"its compactness π is {pi:.3g}, and CorDA++ needs log π > 0: with {m} output(s) and inputs this uniform there is nothing to "
+            "choose; leave the layer out."
+        )
+    return pi
 
 
-def isotropy(covariance: Covariance, damping: float) -> float:
+def anisotropy(covariance: Covariance, damping: float) -> float:
     """Return ``√σ_max(C) / σ_min(C)`` of the scaled and damped C: what of π the number of outputs does not change.
 
     Raises:
@@ -68,34 +76,24 @@ def isotropy(covariance: Covariance, damping: float) -> float:
     return math.sqrt(largest / C.mean) / (smallest / C.mean)
 
 
-def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, isotropy_of_C: float | None = None) -> Candidate:
+def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, anisotropy_of_C: float | None = None) -> Candidate:
     """Return how well a covariance suits a layer, from eigenvalues without vectors.
 
     Args:
         weight: W (m, n), any floating type.
         covariance: C (n, n).
         damping: λ of ``Covariance.damped``.
-        isotropy_of_C: ``isotropy`` of this C, where it is known from another layer with the same inputs.
+        anisotropy_of_C: As in ``compactness``.
 
     Raises:
         ValueError: As ``compactness``; if the shapes do not fit, or the weight is zero.
     """
     C = damped_for(weight, covariance, damping)
-    log_pi = math.log(_compactness(isotropy_of_C or isotropy(covariance, damping), weight.shape[0]))
+    log_pi = math.log(compactness(covariance, weight.shape[0], damping=damping, anisotropy_of_C=anisotropy_of_C))
     spectrum = solvers.rough_spectrum(weight, C)
     if spectrum[0] == 0:
         raise ValueError("its weight is all zero, so no covariance suits it better than another; leave the layer out.")
     return Candidate(log_pi, spectrum.cpu())
-
-
-def _compactness(isotropy_of_C: float, m: int) -> float:
-    pi = math.sqrt(m) * isotropy_of_C
-    if pi <= 1:
-        raise ValueError(
-            f"its compactness π is {pi:.3g}, and CorDA++ needs log π > 0: with {m} output(s) and inputs this uniform there is nothing to "
-            "choose; leave the layer out."
-        )
-    return pi
 
 
 def allocate_ranks(
@@ -206,104 +204,144 @@ def _check(
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What was chosen for each layer, and from what. All by full layer name."""
+class Choice:
+    """The covariances that a layer could take, and which it takes."""
 
-    covariances: Mapping[str, Covariance]
-    chosen: Mapping[str, int]
-    """The place of the set that the covariance came from."""
+    candidates: tuple[Candidate, ...]
+    """How each did, in the order they were given."""
 
-    candidates: Mapping[str, tuple[Candidate, ...]]
-    """How each set did."""
+    index: int
+    """The place of the one that is taken."""
 
-    def best(self, name: str) -> Candidate:
-        """Return the chosen candidate of a layer."""
-        return self.candidates[name][self.chosen[name]]
+    @property
+    def best(self) -> Candidate:
+        """How the one that is taken did."""
+        return self.candidates[self.index]
 
 
-def select_covariances(
-    model: nn.Module, sets: Iterable[Mapping[str, Covariance]], *, damping: float = 0.01, progress: Progress = no_progress
-) -> Selection:
-    """Return for each layer the covariance with the lowest score (``allocate.Candidate.score``), the first of equal ones.
+def choose(
+    model: nn.Module,
+    collections: Iterable[Mapping[str, Covariance]],
+    *,
+    damping: float = 0.01,
+    in_full: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, Covariance], dict[str, Choice]]:
+    """Return for each layer the covariance with the lowest ``Candidate.score``, the first of equal ones, and how all did.
 
-    Sets are gone over once; of those seen, only the chosen covariances are kept.
+    The collections are iterated once; of those seen, only the chosen covariances are kept.
 
     Args:
         model: The base model; only read.
-        sets: Covariances of the same layers, as from ``collect`` over different samples; a generator makes the next one only when
+        collections: Covariances of the same layers, as from ``collect`` over different samples; a generator makes the next one only when
             the one before is assessed.
         damping: λ of ``Covariance.damped``.
+        in_full: Whether the spectra of the chosen are to be exact (``decompose.spectrum``), as ``allocate`` needs them; the score does not.
         progress: As in ``plan``.
 
     Raises:
-        ValueError: If there are no sets, their layers differ, or a covariance saw fewer tokens than it has inputs, where its
+        ValueError: If there are no collections, their layers differ, or a covariance saw fewer tokens than it has inputs, where its
             compactness is only that of the damping; as ``assess``, naming the layer.
     """
     kept: dict[str, Covariance] = {}
-    chosen: dict[str, int] = {}
-    assessed: dict[str, tuple[Candidate, ...]] = {}
-    for covariances in sets:  # not enumerated: that would keep the last one while the next is made
-        number = len(next(iter(assessed.values()), ()))
+    choices: dict[str, Choice] = {}
+    for covariances in collections:  # not enumerated: that would keep the last one while the next is made
+        number = len(next(iter(choices.values())).candidates) if choices else 0
         if number and covariances.keys() != kept.keys():
             odd = min(covariances.keys() ^ kept.keys())
             raise ValueError(
                 f"Candidate {number} has other layers than candidate 0: {odd} is in only one; collect both with the same names."
             )
         _check_tokens(number, covariances)
-        try:
-            isotropies = _isotropies(covariances, damping)
-        except ValueError as error:
-            raise ValueError(f"Candidate {number}: {error}") from error
-        found = over_layers(model, covariances, partial(_assess, covariances, isotropies, damping), progress, f"candidate {number + 1}")
-        for name, candidate in found.items():
-            if number == 0 or candidate.score < assessed[name][chosen[name]].score:
-                kept[name], chosen[name] = covariances[name], number
-            assessed[name] = (*assessed.get(name, ()), candidate)
+        for name, candidate in _assessed(model, covariances, number, damping, progress).items():
+            before = choices.get(name, Choice((), 0))
+            is_better = number == 0 or candidate.score < before.best.score
+            choices[name] = Choice((*before.candidates, candidate), number if is_better else before.index)
+            if is_better:
+                kept[name] = covariances[name]
         del covariances
     if not kept:
         raise ValueError("There are no candidates; give at least one set of covariances.")
-    return Selection(kept, chosen, assessed)
+    return kept, _in_full(model, kept, choices, damping, progress) if in_full else choices
 
 
-def resolved(model: nn.Module, selection: Selection, *, damping: float = 0.01, progress: Progress = no_progress) -> Selection:
-    """Return the selection with the chosen candidates' spectra in full (``spectrum``), as ``allocate_ranks`` needs them.
+def allocate(
+    model: nn.Module, choices: Mapping[str, Choice], budget: int, mode: Mode | str, *, min_rank: int = 1, max_rank: int | None = None
+) -> dict[str, int]:
+    """Return each layer's rank, so that all together cost at most the budget (``allocate_ranks``).
 
     Args:
-        model: The base model; only read.
-        selection: With its covariances.
-        damping: λ of ``Covariance.damped``.
-        progress: As in ``plan``.
+        model: The base model; only its shapes are read.
+        choices: As from ``choose`` with ``in_full``.
+        budget: Parameters of A and B of all layers together (``budget_of_rank``).
+        mode: "kpm" or "ipm".
+        min_rank: As in ``allocate_ranks``.
+        max_rank: As in ``allocate_ranks``.
+
+    Raises:
+        ValueError: As ``allocate_ranks``.
     """
-
-    def in_full(name: str, weight: Tensor) -> Tensor:
-        return spectrum(weight, selection.covariances[name], damping=damping).cpu()
-
-    spectra = over_layers(model, selection.covariances, in_full, progress, "spectra")
-    candidates = dict[str, tuple[Candidate, ...]]()
-    for name, ones in selection.candidates.items():
-        best = replace(selection.best(name), spectrum=spectra[name])
-        candidates[name] = tuple(best if place == selection.chosen[name] else one for place, one in enumerate(ones))
-    return replace(selection, candidates=candidates)
-
-
-def _assess(covariances: Mapping[str, Covariance], isotropies: Mapping[int, float], damping: float, name: str, weight: Tensor) -> Candidate:
-    covariance = covariances[name]
-    return assess(weight, covariance, damping=damping, isotropy_of_C=isotropies[id(covariance)])
+    return allocate_ranks(
+        {name: choice.best.spectrum for name, choice in choices.items()},
+        {name: choice.best.log_pi for name, choice in choices.items()},
+        {name: sum(weight_shape(model, name)) for name in choices},
+        budget,
+        mode,
+        min_rank=min_rank,
+        max_rank=max_rank,
+    )
 
 
-def _isotropies(covariances: Mapping[str, Covariance], damping: float) -> dict[int, float]:
-    """Return ``isotropy`` of each distinct covariance, by its id."""
+def budget_of_rank(shapes: Iterable[tuple[int, int]], rank: int) -> int:
+    """Return the parameters of A and B of this rank on layers of these shapes (m, n): ``Σ (m + n) min(r, m, n)``."""
+    return sum((m + n) * min(rank, m, n) for m, n in shapes)
+
+
+def _assessed(
+    model: nn.Module, covariances: Mapping[str, Covariance], number: int, damping: float, progress: Progress
+) -> dict[str, Candidate]:
+    """Return how well the covariances of one collection suit their layers."""
+    try:
+        anisotropies = _anisotropies(covariances, damping)
+    except ValueError as error:
+        raise ValueError(f"Candidate {number}: {error}") from error
+
+    def assess_layer(name: str, weight: Tensor) -> Candidate:
+        return assess(weight, covariances[name], damping=damping, anisotropy_of_C=anisotropies[id(covariances[name])])
+
+    return over_layers(model, covariances, assess_layer, progress, f"candidate {number + 1}")
+
+
+def _in_full(
+    model: nn.Module, covariances: Mapping[str, Covariance], choices: Mapping[str, Choice], damping: float, progress: Progress
+) -> dict[str, Choice]:
+    """Return the choices with the exact spectra of what was chosen."""
+
+    def whole(name: str, weight: Tensor) -> Tensor:
+        return spectrum(weight, covariances[name], damping=damping).cpu()
+
+    spectra = over_layers(model, covariances, whole, progress, "spectra")
+    exact = dict[str, Choice]()
+    for name, choice in choices.items():
+        candidates = list(choice.candidates)
+        candidates[choice.index] = replace(choice.best, spectrum=spectra[name])
+        exact[name] = Choice(tuple(candidates), choice.index)
+    return exact
+
+
+def _anisotropies(covariances: Mapping[str, Covariance], damping: float) -> dict[int, float]:
+    """Return ``anisotropy`` of each distinct covariance, by its id."""
     readers = {id(one): name for name, one in covariances.items()}  # one layer of each
 
-    def isotropy_of(name: str) -> float:
+    def anisotropy_of(name: str) -> float:
         try:
-            return isotropy(covariances[name], damping)
+            return anisotropy(covariances[name], damping)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
     packed = [covariances[name].packed for name in readers.values()]
     workers = num_workers(((one.n, one.n) for one in packed), packed[0].device)
-    return dict(zip(readers, in_threads(isotropy_of, readers.values(), workers), strict=True))
+    return dict(zip(readers, in_threads(anisotropy_of, readers.values(), workers), strict=True))
 
 
 def _check_tokens(number: int, covariances: Mapping[str, Covariance]) -> None:

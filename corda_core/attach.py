@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -14,9 +15,16 @@ from corda_core.decompose import Mode
 from corda_core.linears import base_of, check_present, is_shared, unwrapped
 from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, fill, lora_config, lora_layers, whole_modules
 from corda_core.plan import AdapterInit, AdapterPlan
-from corda_core.quantize import KINDS, check_quantizable, is_quantized, quantize_linears_
+from corda_core.quantize import FourBit, check_quantizable, is_quantized, quantize_linears_
 
-Residual = Literal["offset", "subtract"]
+
+class Residual(StrEnum):
+    """What becomes of the base's weights; see ``attach``."""
+
+    OFFSET = "offset"
+    """They stay."""
+    SUBTRACT = "subtract"
+    """``W − s B0 A0`` is written into them (as published)."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,18 @@ class Attachment:
     alpha: float
     protect: Protect
     residual: Residual
-    quantize: str | None
+    quantize: FourBit | None
     train_fully: tuple[str, ...]
     rest: Mapping[str, str] | None = None
     """What else the base held (``other_tensors``); None in files that version 0.1.0 wrote."""
 
     def __post_init__(self) -> None:
+        options: tuple[tuple[str, type[StrEnum]], ...] = (("protect", Protect), ("residual", Residual), ("quantize", FourBit))
+        for name, kind in options:
+            value = getattr(self, name)
+            if value not in ([None, *kind] if name == "quantize" else list(kind)):
+                raise ValueError(f"{name} is {value!r}; expected one of {[str(known) for known in kind]}.")
+            object.__setattr__(self, name, None if value is None else kind(value))  # frozen from here on
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}; expected a finite number above 0.")
         if not all(isinstance(one, str) for one in dict(self.rest or {}).values()):
@@ -44,9 +58,9 @@ def attach(
     plan: AdapterPlan,
     *,
     alpha: float | None = None,
-    protect: Protect = "start",
-    residual: Residual = "offset",
-    quantize: str | None = None,
+    protect: Protect | str = Protect.START,
+    residual: Residual | str = Residual.OFFSET,
+    quantize: FourBit | str | None = None,
     train_fully: Sequence[str] = (),
     adapter_name: str = "default",
 ) -> PeftModel:
@@ -75,7 +89,7 @@ def attach(
     Raises:
         ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
     """
-    attachment = Attachment(plan, plan.rank if alpha is None else alpha, protect, residual, quantize, tuple(train_fully))
+    attachment = Attachment(plan, plan.rank if alpha is None else alpha, protect, residual, quantize, tuple(train_fully))  # type: ignore[arg-type]
     _check(model, attachment, adapter_name)
     return _put_on(model, replace(attachment, rest=other_tensors(base_of(model), plan.layers, train_fully)), adapter_name)
 
@@ -114,7 +128,7 @@ def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> Peft
     layers = lora_layers(peft_model, adapter_name)
     _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
     _check_whole(peft_model, attachment.train_fully, adapter_name)
-    if residual == "subtract":
+    if residual is Residual.SUBTRACT:
         for name, layer in layers.items():
             _subtract_(layer.get_base_layer(), plan.layers[name])
     if attachment.quantize is not None:  # PEFT has layers of its own kind on quantised ones
@@ -125,8 +139,8 @@ def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> Peft
         base.is_loaded_in_4bit = False  # transformers would look for its own quantiser
         layers = lora_layers(peft_model, adapter_name)
     for name, layer in layers.items():
-        fill(layer, plan.layers[name], adapter_name, attachment.protect, offset=residual == "offset")
-    if attachment.protect != "strict":
+        fill(layer, plan.layers[name], adapter_name, attachment.protect, offset=residual is Residual.OFFSET)
+    if attachment.protect is not Protect.STRICT:
         peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
     peft_model.peft_config[adapter_name].corda = attachment  # no field of PEFT's config: it is not written to its JSON
     return peft_model
@@ -169,7 +183,9 @@ def _subtract_(base: Any, init: AdapterInit) -> None:
 
 def _check(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
     """Refuse options that contradict each other, and a model that this adapter cannot be put on."""
-    _check_options(attachment)
+    check_options(attachment.plan.mode, attachment.protect, attachment.residual)
+    if attachment.protect is Protect.WHITENED and any(init.whitening is None for init in attachment.plan.layers.values()):
+        raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
     _check_others(unwrapped(model), attachment, adapter_name)
     base = base_of(model)
     check_present(base, attachment.plan.layers, "The plan")
@@ -178,24 +194,17 @@ def _check(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
     _check_writable(base, attachment)
 
 
-def _check_options(attachment: Attachment) -> None:
-    plan, protect, residual, quantize = attachment.plan, attachment.protect, attachment.residual, attachment.quantize
-    if protect not in ("start", "strict", "whitened"):
-        raise ValueError(f'protect is {protect!r}; expected "start", "strict" or "whitened".')
-    if residual not in ("offset", "subtract"):
-        raise ValueError(f'residual is {residual!r}; expected "offset" or "subtract".')
-    if protect != "start" and plan.mode is not Mode.KPM:
+def check_options(mode: Mode, protect: Protect, residual: Residual) -> None:
+    """Refuse what contradicts itself, known before anything is computed.
+
+    Raises:
+        ValueError: If there is nothing to protect, or nothing to subtract.
+    """
+    if protect is not Protect.START and (mode is not Mode.KPM or residual is Residual.SUBTRACT):
         raise ValueError(
-            f'protect="{protect}" guards the directions to keep, which mode="{plan.mode}" does not have; use mode="kpm" or protect="start".'
+            f'protect="{protect}" goes with mode="kpm" and residual="offset", not with {str(mode)!r} and {str(residual)!r}: '
+            "else there is no direction to keep, or nothing to subtract."
         )
-    if protect != "start" and residual == "subtract":
-        raise ValueError(
-            f'residual="subtract" has nothing to subtract with protect="{protect}", which starts at B = 0; leave residual at "offset".'
-        )
-    if protect == "whitened" and any(init.whitening is None for init in plan.layers.values()):
-        raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
-    if quantize is not None and quantize not in KINDS:
-        raise ValueError(f"quantize is {quantize!r}; expected one of {list(KINDS)} or None.")
 
 
 def _check_others(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
@@ -205,7 +214,7 @@ def _check_others(model: nn.Module, attachment: Attachment, adapter_name: str) -
         return
     if adapter_name in model.peft_config:
         raise ValueError(f"The model carries an adapter named {adapter_name!r} already; give this one another adapter_name.")
-    if attachment.residual == "subtract" or attachment.quantize is not None:
+    if attachment.residual is Residual.SUBTRACT or attachment.quantize is not None:
         raise ValueError(
             'residual="subtract" and quantize change the base weights, which other adapters on this model need as they are; '
             "leave them out, or attach to a model without adapters."
@@ -234,7 +243,7 @@ def _check_digest(base: nn.Module, plan: AdapterPlan) -> None:
 
 def _check_writable(base: Any, attachment: Attachment) -> None:
     """Refuse what would change base weights that another module needs, or that cannot be changed."""
-    layers, subtracts = attachment.plan.layers, attachment.residual == "subtract"
+    layers, subtracts = attachment.plan.layers, attachment.residual is Residual.SUBTRACT
     shared = [name for name in layers if subtracts and is_shared(base, base.get_submodule(name).weight)]
     if shared:
         raise ValueError(

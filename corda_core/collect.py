@@ -1,24 +1,38 @@
 """Run samples through a model and take the second moment of what each layer is fed.
 
 Layers called with the very same tensor (q/k/v, gate/up) share one moment, found out at run time: each input is
-multiplied once and booked under the set of layers that read it. Under ``torch.distributed`` each process brings its own
+multiplied once and booked under the layers that read it. Under ``torch.distributed`` each process brings its own
 samples, and all get the mean over all of them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from enum import StrEnum
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from corda_core.covariance import Covariance, SecondMoment, Symmetric, in_float64, mean_of
+from corda_core.covariance import Covariance, SecondMoment, Symmetric, in_float64, mean_of_
 from corda_core.layers import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
 from corda_core.linears import evaluating, unwrapped, weight_shape
 
+T = TypeVar("T")
+
 Batches = Iterable[Mapping[str, Any]]
-Normalize = Literal["sample-max"]
+Moments = dict[tuple[str, ...], SecondMoment]
+"""By the layers that read the same inputs."""
+PRECISION = torch.float32
+"""Of products and sums, whatever the model's own."""
+
+
+class Normalize(StrEnum):
+    """How samples are scaled before the mean is taken."""
+
+    SAMPLE_MAX = "sample-max"
+    """Each sample is divided by max|x| over its tokens, and the mean is taken over samples instead of tokens: as CorDA's code does."""
 
 
 class TokenWeights(Protocol):
@@ -39,9 +53,7 @@ def collect(
     names: Sequence[str],
     *,
     token_weights: TokenWeights = attention_mask_of,
-    normalize: Normalize | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    normalize: Normalize | str | None = None,
 ) -> dict[str, Covariance]:
     """Return ``C = Σ w x xᵀ / Σ w`` over all tokens of all batches, for each named layer.
 
@@ -53,10 +65,7 @@ def collect(
         batches: Keyword arguments of the model's forward. Wrap the iterable to show progress.
         names: Full names of linear layers, as from ``select_linears``.
         token_weights: How much each token counts for each layer; by default the attention mask.
-        normalize: None; or "sample-max", for parity with CorDA: each sample is divided by max|x| over its tokens, and the mean is
-            taken over samples instead of tokens.
-        dtype: Precision of products and sums, whatever the model's own.
-        device: Where the sums are kept; None keeps them beside the model.
+        normalize: None, or "sample-max" (``Normalize``), for parity with PEFT.
 
     Raises:
         ValueError: If there are no batches, a layer never ran, weights do not fit, or an input is not finite.
@@ -66,259 +75,211 @@ def collect(
         never under ``torch.distributed``, where a sharded model must run to its end.
     """
     bare = unwrapped(model)
-    sums = _Sums(names, dtype, torch.device(device) if device is not None else next(bare.parameters()).device)
-    may_stop = False
-    number = 0
+    moments: Moments = {}
+
+    def book(readers: tuple[str, ...], moment: SecondMoment) -> None:
+        if readers in moments:
+            moments[readers].add_(moment)
+        else:
+            moments[readers] = moment
+
+    may_stop, number = False, 0
     with evaluating(bare):
         for number, batch in enumerate(batches, 1):
-            reading = _Reading(number, len(names), partial(token_weights, batch=batch), normalize, sums, may_stop)
-            with _observed(bare, names, reading.see), suppress(_AllSeen):
-                bare(**batch)
-            reading.book()
-            may_stop = (number == 1 or may_stop) and reading.saw_each_layer_once and not is_distributed()
+            take = partial(_moment, number, partial(token_weights, batch=batch), None if normalize is None else Normalize(normalize))
+            ran = _run(bare, batch, names, take, book, may_stop=may_stop)
+            may_stop = (number == 1 or may_stop) and sorted(ran) == sorted(names) and not is_distributed()
     if number == 0:
         raise ValueError("There are no batches: the covariances need at least one sample.")
-    return sums.means()
+    _sum_over_processes_(moments, next(bare.parameters()).device)
+    return _means_(moments, names)
 
 
-def collect_in_passes(
-    model: nn.Module,
-    batches: Batches,
-    names: Sequence[str],
-    max_memory: int | None,
-    *,
-    token_weights: TokenWeights = attention_mask_of,
-    normalize: Normalize | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Iterator[dict[str, Covariance]]:
-    """Yield what ``collect`` returns in parts whose sums take at most ``max_memory`` bytes, one pass over the batches each.
+def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None) -> list[list[str]]:
+    """Return the names in parts whose sums fit ``max_memory`` bytes, in execution order; one batch is run to see who shares inputs.
 
-    Decompose and drop one part before you ask for the next. A single layer that is larger than the budget gets a pass of its own.
-
-    Args:
-        model: As in ``collect``.
-        batches: As in ``collect``, but it must be possible to go over them again: a list or a DataLoader, not a generator.
-        names: As in ``collect``.
-        max_memory: Bytes for the sums of one pass; None makes it one pass.
-        token_weights: As in ``collect``.
-        normalize: As in ``collect``.
-        dtype: As in ``collect``.
-        device: As in ``collect``.
+    Collect, decompose and drop one part before the next. A single layer that is larger than the budget gets a part of its own.
 
     Raises:
-        ValueError: As ``collect``; or if several passes are needed and the batches can be gone over only once.
+        ValueError: If several passes may be needed, but the batches can be iterated only once.
     """
-    for part in split_layers(model, batches, names, max_memory, dtype):
-        yield collect(model, batches, part, token_weights=token_weights, normalize=normalize, dtype=dtype, device=device)
-
-
-def split_layers(
-    model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None, dtype: torch.dtype = torch.float32
-) -> list[list[str]]:
-    """Return the names in parts whose sums fit the budget, in execution order; one batch is run to see who shares inputs.
-
-    Raises:
-        ValueError: If several passes may be needed and the batches can be gone over only once.
-    """
-    if max_memory is None:
-        return [list(names)]
-    sizes = {name: Symmetric.num_bytes(weight_shape(model, name)[1], dtype) for name in names}
-    if sum(sizes.values()) <= max_memory:
+    sizes = {name: Symmetric.num_bytes(weight_shape(model, name)[1], PRECISION) for name in names}
+    if max_memory is None or sum(sizes.values()) <= max_memory:
         return [list(names)]
     if iter(batches) is batches:
         raise ValueError(
             f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be gone over only once; "
             "give a list or a DataLoader."
         )
+    groups: list[tuple[str, ...]] = []
+    bare = unwrapped(model)
+    with evaluating(bare):
+        _run(bare, next(iter(batches), {}), names, lambda name, x: None, lambda readers, _: groups.append(readers))
     parts: list[list[str]] = []
-    room = 0
-    for group in _readers_in_order(model, next(iter(batches), {}), names):
-        if sizes[group[0]] > room:
+    room, placed = 0, set[str]()
+    for group in [*groups, *((name,) for name in names)]:  # those that this batch does not reach come last
+        new = [name for name in group if name not in placed]
+        if new and sizes[new[0]] > room:
             parts.append([])
             room = max_memory
-        parts[-1] += group
-        room -= sizes[group[0]]
+        if new:
+            parts[-1] += new
+            placed.update(new)
+            room -= sizes[new[0]]
     return from_first_process(parts)
 
 
-def _readers_in_order(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
-    """Return the names in the order in which one batch reaches them, those that read the same tensor together."""
-    groups: list[list[str]] = []
-    seen: set[str] = set()
-    last: Tensor | None = None
-    readers: list[str] = []  # of the last input, but for those that had run before
+def moment_of(x: Tensor, weights: Tensor | None = None) -> SecondMoment:
+    """Return ``Σ w x xᵀ``, ``Σ w`` and the number of tokens that count, in float32.
 
-    def see(name: str, x: Tensor) -> None:
-        nonlocal last, readers
-        if x is not last:
-            last, readers = x, []
-        if name not in seen:
-            if not readers:
-                groups.append(readers)
-            readers.append(name)
-            seen.add(name)
+    Args:
+        x: Inputs (..., n), of any floating type.
+        weights: w (...) >= 0; None counts each token once.
+    """
+    counts = None if weights is None or bool((weights > 0).all()) else weights > 0
+    rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(PRECISION)
+    total = float(len(rows))
+    if weights is not None and bool((weights[weights > 0] != 1).any()):
+        kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
+        rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
+    with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+        return SecondMoment(Symmetric.gram(rows), total, len(rows))
 
-    bare = unwrapped(model)
-    with evaluating(bare), _observed(bare, names, see):
-        bare(**batch)
-    return groups + [[name] for name in names if name not in seen]
+
+def _moment(number: int, weights_of: Callable[[str], Tensor | None], normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
+    """Return the moment of what one batch feeds one layer."""
+    x, weights = x.detach(), weights_of(name)
+    if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
+        x = x.reshape(*weights.shape, x.shape[-1])
+    if weights is not None and weights.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
+            "give `token_weights` weights for this layer's own tokens, or None for all alike."
+        )
+    if normalize is None:
+        moment = moment_of(x, weights)
+    else:
+        scaled, samples = _scaled_by_sample(x.to(PRECISION), weights)
+        moment = replace(moment_of(scaled, weights), weight=float(samples))
+    if not torch.isfinite(moment.total.diagonal()).all():
+        raise ValueError(
+            f"{name}: batch {number} feeds it values that are not finite, or whose squares are not; look at that sample "
+            "or run the model in float32."
+        )
+    return moment
+
+
+def _scaled_by_sample(x: Tensor, weights: Tensor | None) -> tuple[Tensor, int]:
+    """Return x (samples, ..., n) with each sample divided by max|x| over its tokens that count, and how many samples have any."""
+    sizes = x.abs() if weights is None else x.abs().masked_fill((weights <= 0)[..., None], 0)
+    largest = sizes.flatten(1).amax(1)
+    scaled = x / largest.clamp(min=torch.finfo(x.dtype).tiny).view(-1, *[1] * (x.ndim - 1))
+    return scaled, int((largest > 0).sum())
 
 
 class _AllSeen(Exception):
     """All layers have seen this batch: the rest of the forward pass is not needed."""
 
 
+def _run(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    names: Sequence[str],
+    take: Callable[[str, Tensor], T],
+    book: Callable[[tuple[str, ...], T], None],
+    *,
+    may_stop: bool = False,
+) -> list[str]:
+    """Run one batch; return the named layers in the order they ran, each as often as it did.
+
+    Args:
+        model: Not wrapped.
+        batch: Keyword arguments of its forward.
+        names: Layers whose inputs are looked at.
+        take: Called with a layer's name and its input, once however many layers read the same tensor in a row; at once, not when the next
+            input comes: the tensor may be overwritten in place before the next layer runs.
+        book: Called with the names of all layers that read one input, and what ``take`` returned.
+        may_stop: Whether the forward pass may be left as soon as all named layers have run.
+    """
+    ran: list[str] = []
+    readers: tuple[str, ...] = ()
+    current: Any = None
+    version, taken = 0, None
+
+    def see(name: str, x: Tensor) -> None:
+        nonlocal readers, current, version, taken
+        ran.append(name)
+        if x is current and x._version == version and name not in readers:
+            readers += (name,)
+        else:
+            if readers:
+                book(readers, taken)  # type: ignore[arg-type]
+            current = taken = None  # before the next product: only one waits
+            taken = take(name, x)
+            current, version, readers = x, x._version, (name,)
+        if may_stop and len(set(ran)) == len(names):
+            raise _AllSeen
+
+    with _observed(model, names, see), suppress(_AllSeen):
+        model(**batch)
+    if readers:
+        book(readers, taken)  # type: ignore[arg-type]
+    return ran
+
+
 @contextmanager
 def _observed(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``see(name, input)`` before each named layer runs; the hooks are gone at exit, whatever happens."""
+
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        see(name, next(iter((*args, *kwargs.values()))))  # models call a layer with its input by place or by name
+
     handles = []
     try:
         for name in names:
-            layer = model.get_submodule(name)
-            handles.append(layer.register_forward_pre_hook(partial(_see_input, see, name), with_kwargs=True))
+            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook, name), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _see_input(see: Callable[[str, Tensor], None], name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-    see(name, next(iter((*args, *kwargs.values()))))  # models call a layer with its input by place or by name
+def _sum_over_processes_(moments: Moments, device: torch.device) -> None:
+    """Add the moments of all processes, so that each has the sums over all samples; new ones are kept on the device."""
+    if num_processes() == 1:
+        return
+    sizes: dict[tuple[str, ...], int] = {}
+    for others in gathered({readers: moment.total.n for readers, moment in moments.items()}):
+        sizes |= others
+    for readers, n in sizes.items():
+        if readers not in moments:
+            moments[readers] = SecondMoment(Symmetric.zeros(n, PRECISION, device))
+        moment = moments[readers]
+        for panel in moment.total.panels:
+            sum_over_processes_(panel)
+        totals = torch.tensor([moment.weight, moment.num_tokens], dtype=torch.float64)
+        sum_over_processes_(totals)
+        moment.weight, moment.num_tokens = float(totals[0]), int(totals[1])
 
 
-class _Sums:
-    """The moments so far, by the layers that read the same inputs."""
+def _means_(moments: Moments, names: Sequence[str]) -> dict[str, Covariance]:
+    """Return the covariance of each layer, one object for layers with the same moments; the moments are used up.
 
-    def __init__(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
-        self.names, self.dtype, self.device = names, dtype, device
-        self.moments: dict[tuple[str, ...], SecondMoment] = {}
-
-    def add(self, readers: tuple[str, ...], gram: Symmetric, weight: float, num_tokens: int) -> None:
-        """Add one input."""
-        if readers in self.moments:
-            self.moments[readers].add_(gram, weight, num_tokens)
-        else:
-            self.moments[readers] = SecondMoment(gram.to(self.device), weight, num_tokens)
-
-    def means(self) -> dict[str, Covariance]:
-        """Return the covariance of each layer, one object for layers with the same moments; the sums are used up."""
-        self._add_other_processes()
-        keys = {name: tuple(readers for readers in self.moments if name in readers) for name in self.names}
-        unseen = [name for name, found in keys.items() if not found]
-        if unseen:
-            raise ValueError(
-                f"{unseen[0]} (one of {len(unseen)} layers) never ran on the samples given; give samples that reach it or leave it out."
-            )
-        shared: dict[tuple[tuple[str, ...], ...], Covariance] = {}
-        # Moments that stand alone are divided in place, so sums over several come first.
-        for name, found in sorted(keys.items(), key=lambda item: -len(item[1])):
-            if found not in shared:
-                try:
-                    shared[found] = mean_of([self.moments[readers] for readers in found])
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
-        return {name: shared[found] for name, found in keys.items()}
-
-    def _add_other_processes(self) -> None:
-        """Add the moments of all processes, so that each has the sums over all samples."""
-        if num_processes() == 1:
-            return
-        mine = {readers: moment.total.n for readers, moment in self.moments.items()}
-        everyone: dict[tuple[str, ...], int] = {}
-        for theirs in gathered(mine):
-            everyone |= theirs
-        for readers, n in everyone.items():
-            if readers not in self.moments:
-                self.moments[readers] = SecondMoment(Symmetric.zeros(n, self.dtype, self.device))
-            moment = self.moments[readers]
-            for panel in moment.total.panels:
-                sum_over_processes_(panel)
-            totals = torch.tensor([moment.weight, moment.num_tokens], dtype=torch.float64)
-            sum_over_processes_(totals)
-            moment.weight, moment.num_tokens = float(totals[0]), int(totals[1])
-
-
-class _Reading:
-    """One batch on its way through the model: which layers have run, and the input being read now."""
-
-    def __init__(
-        self,
-        number: int,
-        num_layers: int,
-        weights_of: Callable[[str], Tensor | None],
-        normalize: Normalize | None,
-        sums: _Sums,
-        may_stop: bool,
-    ) -> None:
-        self.number, self.num_layers, self.weights_of, self.normalize = number, num_layers, weights_of, normalize
-        self.sums, self.may_stop = sums, may_stop
-        self.seen: list[str] = []
-        self.current: Tensor | None = None
-        self.version = 0
-        self.readers: tuple[str, ...] = ()
-        self.gram: Symmetric | None = None
-        self.weight, self.num_tokens = 0.0, 0
-
-    @property
-    def saw_each_layer_once(self) -> bool:
-        """Whether each layer has run exactly once."""
-        return len(self.seen) == len(set(self.seen)) == self.num_layers
-
-    def see(self, name: str, x: Tensor) -> None:
-        """Take one layer's input: count it once however many layers read the same tensor in a row."""
-        self.seen.append(name)
-        if x is self.current and x._version == self.version and name not in self.readers:
-            self.readers += (name,)
-        else:
-            self.book()
-            # Multiplied at once, not when booked: the tensor may be overwritten in place before the next layer runs.
-            self._multiply(name, x)
-        if self.may_stop and len(set(self.seen)) == self.num_layers:
-            raise _AllSeen
-
-    def book(self) -> None:
-        """Add the current input to the moment of its readers."""
-        if self.gram is not None:
-            self.sums.add(self.readers, self.gram, self.weight, self.num_tokens)
-        self.current = self.gram = None
-
-    def _multiply(self, name: str, x: Tensor) -> None:
-        """Make ``x`` the current input, read by ``name``, and take its weighted Gram matrix."""
-        rows, self.weight, self.num_tokens = self._weighted(name, x.detach())
-        self.current, self.version, self.readers = x, x._version, (name,)
-        with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
-            self.gram = Symmetric.gram(rows)
-        if not torch.isfinite(self.gram.diagonal()).all():
-            raise ValueError(
-                f"{name}: batch {self.number} feeds it values that are not finite, or whose squares are not; look at that sample "
-                "or run the model in float32."
-            )
-
-    def _weighted(self, name: str, x: Tensor) -> tuple[Tensor, float, int]:
-        """Return rows √w x (tokens, n) in the sums' precision, Σ w and the number of tokens that count."""
-        weights = self.weights_of(name)
-        if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
-            x = x.reshape(*weights.shape, x.shape[-1])
-        if weights is not None and weights.shape != x.shape[:-1]:
-            raise ValueError(
-                f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
-                "give `token_weights` weights for this layer's own tokens, or None for all alike."
-            )
-        counts = None if weights is None or bool((weights > 0).all()) else weights > 0
-        if self.normalize == "sample-max":
-            x, samples = _scaled_by_sample(x.to(self.sums.dtype), counts)
-        rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(self.sums.dtype)
-        total = float(len(rows))
-        if weights is not None and bool((weights[weights > 0] != 1).any()):
-            kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
-            rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
-        return rows, float(samples) if self.normalize == "sample-max" else total, len(rows)
-
-
-def _scaled_by_sample(x: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:
-    """Return x (samples, ..., n) with each sample divided by max|x| over its tokens that count, and how many samples have any."""
-    sizes = x.abs() if counts is None else x.abs().masked_fill(~counts[..., None], 0)
-    largest = sizes.flatten(1).amax(1)
-    scaled = x / largest.clamp(min=torch.finfo(x.dtype).tiny).view(-1, *[1] * (x.ndim - 1))
-    return scaled, int((largest > 0).sum())
+    Raises:
+        ValueError: If a layer has none, or none of its tokens counts.
+    """
+    keys = {name: tuple(readers for readers in moments if name in readers) for name in names}
+    unseen = [name for name, key in keys.items() if not key]
+    if unseen:
+        raise ValueError(
+            f"{unseen[0]} (one of {len(unseen)} layers) never ran on the samples given; give samples that reach it or leave it out."
+        )
+    means: dict[tuple[tuple[str, ...], ...], Covariance] = {}
+    # Moments that stand alone are divided in place, so sums over several come first.
+    for name, key in sorted(keys.items(), key=lambda item: -len(item[1])):
+        if key not in means:
+            try:
+                means[key] = mean_of_([moments[readers] for readers in key])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return {name: means[key] for name, key in keys.items()}

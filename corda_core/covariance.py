@@ -182,14 +182,14 @@ class SecondMoment:
     weight: float = 0.0
     num_tokens: int = 0
 
-    def add_(self, gram: Symmetric, weight: float, num_tokens: int) -> None:
-        """Add ``Σ w x xᵀ`` of ``num_tokens`` inputs with ``Σ w = weight``."""
-        self.total.add_(gram)
-        self.weight += weight
-        self.num_tokens += num_tokens
+    def add_(self, other: "SecondMoment") -> None:
+        """Add the sums of other inputs."""
+        self.total.add_(other.total)
+        self.weight += other.weight
+        self.num_tokens += other.num_tokens
 
 
-def mean_of(moments: list[SecondMoment]) -> Covariance:
+def mean_of_(moments: list[SecondMoment]) -> Covariance:
     """Return the weighted mean over the accumulators; a single one is divided in place and is not to be used again.
 
     Raises:

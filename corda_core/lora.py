@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,7 +19,17 @@ from corda_core.decompose import shortened
 from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared, weight_matrix
 from corda_core.plan import AdapterInit
 
-Protect = Literal["start", "strict", "whitened"]
+
+class Protect(StrEnum):
+    """What keeps an adapter from the directions that the context uses; see ``attach``."""
+
+    STRICT = "strict"
+    """A is frozen, B trains."""
+    START = "start"
+    """A and B train (as published)."""
+    WHITENED = "whitened"
+    """A trains where the context is short, and B."""
+
 
 NOT_PLAIN = "a CorDA adapter in training is no plain LoRA: write it with corda_core.export, and load what that wrote"
 """Stands in the saved config where PEFT expects a way to initialise: plain PEFT then refuses the folder with this sentence,
@@ -140,7 +151,7 @@ def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: floa
 def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:
     """Give one PEFT layer its starting point."""
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if protect == "strict":
+    if protect is Protect.STRICT:
         weight_a.data.copy_(init.A0)
         weight_b.data.zero_()
         # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
@@ -148,7 +159,7 @@ def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protec
         weight_a.requires_grad_(False)
         layer.lora_variant[adapter_name] = ContextLora()
         return
-    if protect == "whitened":
+    if protect is Protect.WHITENED:
         assert init.whitening is not None, "_check_options sees to it"
         weight_a.data.copy_(init.whitening.undo(init.A0))
         weight_b.data.zero_()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corda_core.allocate import Candidate
+from corda_core.allocate import Choice
 from corda_core.bases import base_digest
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Solver, Split, Whitening, decompose, factors, whitening
@@ -38,11 +38,8 @@ class AdapterInit:
     whitening: Whitening | None = None
     """The coordinates that A trains in, for ``protect="whitened"``."""
 
-    candidates: tuple[Candidate, ...] = ()
-    """How each candidate covariance did (CorDA++), or the one that there was, where ranks were allocated."""
-
-    chosen: int = 0
-    """Which of them was taken."""
+    choice: Choice | None = None
+    """How each covariance that the layer could take did (CorDA++), and which it took; None where there was no choice and no budget."""
 
     @property
     def rank(self) -> int:
@@ -78,6 +75,7 @@ def plan(
     mode: Mode | str,
     rank: int,
     ranks: Mapping[str, int] | None = None,
+    choices: Mapping[str, Choice] | None = None,
     split: Split | str = Split.BALANCED,
     damping: float = 0.01,
     solver: Solver | str = Solver.AUTO,
@@ -90,11 +88,12 @@ def plan(
 
     Args:
         model: The base model, perhaps wrapped in DDP or sharded by FSDP2; only read.
-        covariances: By full layer name, as from ``collect``; or parts of that, as from ``collect_in_passes``: each part is
-            decomposed and dropped before the next is asked for.
+        covariances: By full layer name, as from ``collect``; or an iterable of parts of that, each of which is decomposed and dropped
+            before the next is asked for.
         mode: "kpm" keeps the context's knowledge, "ipm" previews the context's task.
         rank: r; clipped to min(m, n) where a layer is smaller, with one warning.
-        ranks: Each layer's own rank instead, as from ``allocate_ranks``; ``rank`` is then what ``attach`` relates alpha to.
+        ranks: Each layer's own rank instead, as from ``allocate``; ``rank`` is then what ``attach`` relates alpha to.
+        choices: As from ``choose``: written into the plan.
         split: "balanced" or "paper".
         damping: λ of ``Covariance.damped``.
         solver: As in ``decompose``. Layers whose iteration failed its check are listed in ``provenance["fallbacks"]``.
@@ -114,7 +113,8 @@ def plan(
         decomposition = decompose(weight, covariance, own_rank, mode, damping=damping, solver=solver)
         A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
-        init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white)
+        choice = None if choices is None else choices[name]
+        init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white, choice)
         return init, decomposition.fell_back
 
     layers: dict[str, AdapterInit] = {}

@@ -1,6 +1,7 @@
 """Linear layers whose weights bitsandbytes holds in 4 or 8 bits: made, recognised, read, and made plain again."""
 
 from collections.abc import Iterable
+from enum import StrEnum
 from types import ModuleType
 from typing import Any
 
@@ -8,12 +9,19 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-KINDS = ("nf4", "fp4")
+
+class FourBit(StrEnum):
+    """bitsandbytes' types of 4 bits."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
 BLOCK = 64
 """Weights that share one scale in bitsandbytes."""
 
 
-def quantize_linears_(model: nn.Module, names: Iterable[str], kind: str = "nf4") -> None:
+def quantize_linears_(model: nn.Module, names: Iterable[str], kind: FourBit | str = FourBit.NF4) -> None:
     """Replace the named linear layers by bitsandbytes' layers of 4 bits with doubly quantised scales, as in QLoRA.
 
     Args:

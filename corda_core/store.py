@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from corda_core.allocate import Candidate
+from corda_core.allocate import Candidate, Choice
 from corda_core.attach import Attachment, attach_again, attachment_of, check_base_kept
 from corda_core.bases import base_digest
 from corda_core.covariance import Covariance, Symmetric
@@ -127,12 +127,13 @@ def save_plan(
     layers: dict[str, Any] = {}
     for name, init in plan.layers.items():
         tensors |= {f"{name}.A0": init.A0, f"{name}.B0": init.B0, f"{name}.sigma": init.sigma}
-        tensors |= {f"{name}.spectrum.{place}": one.spectrum for place, one in enumerate(init.candidates)}
+        candidates, index = ((), 0) if init.choice is None else (init.choice.candidates, init.choice.index)
+        tensors |= {f"{name}.spectrum.{place}": candidate.spectrum for place, candidate in enumerate(candidates)}
         layers[name] = {
             "components": [init.components.start, init.components.stop],
             "num_tokens": init.num_tokens,
-            "log_pi": [one.log_pi for one in init.candidates],
-            "chosen": init.chosen,
+            "log_pi": [candidate.log_pi for candidate in candidates],
+            "chosen": index,
         }
         if init.whitening is not None:
             tensors |= {f"{name}.Q": init.whitening.vectors, f"{name}.lengths": init.whitening.lengths}
@@ -178,6 +179,7 @@ def _sound_header(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterInit:
     white = about.get("whitening")
+    candidates = tuple(Candidate(float(log_pi), tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"]))
     init = AdapterInit(
         A0=tensors[f"{name}.A0"],
         B0=tensors[f"{name}.B0"],
@@ -185,8 +187,7 @@ def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         components=slice(*map(int, about["components"])),
         num_tokens=int(about["num_tokens"]),
         whitening=Whitening(tensors[f"{name}.Q"], tensors[f"{name}.lengths"], **white) if white else None,
-        candidates=tuple(Candidate(float(log_pi), tensors[f"{name}.spectrum.{place}"]) for place, log_pi in enumerate(about["log_pi"])),
-        chosen=int(about["chosen"]),
+        choice=Choice(candidates, int(about["chosen"])) if candidates else None,
     )
     rank = init.components.stop - init.components.start
     if not (init.A0.shape[:-1] == init.B0.shape[1:] == init.sigma.shape == (rank,)):

@@ -1,25 +1,34 @@
-"""Options as values: frozen dataclasses that refuse contradictions, and their YAML form."""
+"""How an adapter is prepared, as a value: each option is declared and documented here, once."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
 
 from corda_core import Mode, Split
-from corda_core.allocate import check_budget
-from corda_core.decompose import Solver
+from corda_core.allocate import budget_of_rank, check_budget
+from corda_core.attach import Residual, check_options
 from corda_core.linears import check_pattern
-from corda_core.quantize import KINDS as QUANTIZED
+from corda_core.lora import Protect
+from corda_core.quantize import FourBit
 from corda_vlm.options import Count, Options, Seed, one_of
+
+
+class Variant(StrEnum):
+    """Which paper's recipe fills options that are None."""
+
+    CORDA = "corda"
+    CORDA_PLUS_PLUS = "corda++"
 
 
 @dataclass(frozen=True)
 class CordaConfig(Options):
-    """How an adapter is prepared. The same names as the arguments of ``prepare``."""
+    """How an adapter is prepared: the keywords of ``corda_vlm.prepare``, and ``corda`` in a recipe."""
 
-    mode: Annotated[str, one_of(*Mode)] = "kpm"
+    mode: Mode = Mode.KPM
     """"kpm": keep what the context shows; "ipm": learn faster what the context shows."""
 
     rank: Count = 128
@@ -37,26 +46,26 @@ class CordaConfig(Options):
     parts: Sequence[str] | None = None
     """Of "language", "vision", "projector"; None takes the language model, or both towers of CLIP, or the whole of a lone tower."""
 
-    split: Annotated[str, one_of(*Split)] = "balanced"
+    split: Split = Split.BALANCED
     """"balanced" or "paper": how the scale of B A is shared between the factors."""
 
     damping: float = 0.01
     """λ: C + λ · mean(diag C) · I."""
 
-    residual: Annotated[str, one_of("offset", "subtract")] = "offset"
+    residual: Residual = Residual.OFFSET
     """"offset" leaves the base weights alone; "subtract" is the papers' form."""
 
-    quantize: Annotated[str, one_of(*QUANTIZED)] | None = None
+    quantize: FourBit | None = None
     """"nf4" or "fp4": hold the adapted layers' base weights in 4 bits after the decomposition; the residual with ``residual: subtract``."""
 
     train_fully: Sequence[str] = ()
     """Parts that train whole beside the adapters, such as "projector"."""
 
-    protect: Annotated[str, one_of("strict", "start", "whitened")] | None = None
+    protect: Protect | None = None
     """"strict": A is frozen; "start": A and B train (as published); "whitened": A trains where the context is short. The first and the last
     are for KPM in offset form; None is "strict" there and "start" elsewhere."""
 
-    variant: Annotated[str, one_of("corda", "corda++")] = "corda"
+    variant: Variant = Variant.CORDA
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
 
     candidates: Count | None = None
@@ -71,17 +80,11 @@ class CordaConfig(Options):
     max_rank: Count | None = None
     """What each layer gets at most where a budget is spread."""
 
-    solver: Annotated[str, one_of(*Solver)] = "auto"
-    """"exact", "partial" or "auto": see ``corda_core.decompose``."""
-
     tokens: str | Mapping[str, float] = "all"
     """Which tokens the language model's covariances count: "all", "image", "text", or weights {"image": w, "text": v}."""
 
-    normalize: Annotated[str, one_of("sample-max")] | None = None
-    """None: mean over tokens; "sample-max": each sample scaled to maximum 1, as in the papers."""
-
     max_memory: str | float | None = None
-    """What the covariances may take at once, in bytes or as "8GB": the samples are gone over as often as that needs."""
+    """What the covariances may take at once, in bytes or as "8GB": the samples are run as often as that needs."""
 
     num_samples: Count = 256
     """How many samples of context are used at most."""
@@ -108,13 +111,10 @@ class CordaConfig(Options):
             raise ValueError(f'tokens is {self.tokens!r}; expected "all", "image", "text", or weights >= 0 of both, not all zero.')
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError(f'max_memory is {self.max_memory!r}; expected a positive size such as "8GB".')
-        if self.protection != "start" and (self.mode != "kpm" or self.residual != "offset"):
-            raise ValueError(
-                f'protect="{self.protect}" goes with mode="kpm" and residual="offset", not with {self.mode!r} and {self.residual!r}.'
-            )
+        check_options(self.mode, self.protection, self.residual)
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise ValueError(f"min_rank is {self.min_rank} and max_rank {self.max_rank}; expected min_rank <= max_rank.")
-        if self.damping == 0 and (self.assesses or self.protect == "whitened"):
+        if self.damping == 0 and (self.assesses or self.protect is Protect.WHITENED):
             raise ValueError('damping is 0; candidates, budget and protect="whitened" need it positive: a covariance may be singular.')
         if not self.spreads and (self.min_rank, self.max_rank) != (1, None):
             raise ValueError(
@@ -122,14 +122,15 @@ class CordaConfig(Options):
             )
 
     @property
-    def protection(self) -> str:
+    def protection(self) -> Protect:
         """``protect``, or what stands for None: "strict" where it can be, as it forgets least and does no harm at LoRA's rates."""
-        return self.protect or ("strict" if self.mode == "kpm" and self.residual == "offset" else "start")
+        can_be_strict = self.mode is Mode.KPM and self.residual is Residual.OFFSET
+        return self.protect or (Protect.STRICT if can_be_strict else Protect.START)
 
     @property
     def spreads(self) -> bool:
         """Whether a budget is spread over the layers."""
-        return self.budget is not None or self.variant == "corda++"
+        return self.budget is not None or self.variant is Variant.CORDA_PLUS_PLUS
 
     @property
     def assesses(self) -> bool:
@@ -139,19 +140,19 @@ class CordaConfig(Options):
     @property
     def num_candidates(self) -> int:
         """From how many sets of samples each layer's covariance is chosen."""
-        return self.candidates if self.candidates is not None else 5 if self.variant == "corda++" else 1
+        return self.candidates if self.candidates is not None else 5 if self.variant is Variant.CORDA_PLUS_PLUS else 1
 
-    def total_budget(self, sizes: Iterable[tuple[int, int]]) -> int | None:
-        """Return the parameters to spread over layers of these sizes (m, n); None if each layer gets ``rank``.
+    def total_budget(self, shapes: Iterable[tuple[int, int]]) -> int | None:
+        """Return the parameters to spread over layers of these shapes (m, n); None if each layer gets ``rank``.
 
         Raises:
             ValueError: If the budget is below ``min_rank`` in every layer.
         """
         if not self.spreads:
             return None
-        sizes = list(sizes)
-        budget = self.budget if isinstance(self.budget, int) else sum((m + n) * min(self.rank, m, n) for m, n in sizes)
-        check_budget(budget, [(m + n, min(m, n)) for m, n in sizes], self.min_rank)
+        shapes = list(shapes)
+        budget = self.budget if isinstance(self.budget, int) else budget_of_rank(shapes, self.rank)
+        check_budget(budget, [(m + n, min(m, n)) for m, n in shapes], self.min_rank)
         return budget
 
     @property

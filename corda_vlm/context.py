@@ -21,7 +21,7 @@ from corda_vlm.data.limits import limits_of, num_positions
 from corda_vlm.data.pairs import PairCollator, TransformersImages, TransformersPairs
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator, has_image
-from corda_vlm.towers import has_two_towers, is_text_only, is_vision_only
+from corda_vlm.towers import has_two_towers, image_dtype, is_open_clip, is_text_only, is_vision_only
 
 NUM_LOOKED_AT = 64
 """How many samples are looked at for one with an image."""
@@ -161,7 +161,10 @@ def _own_processor(model: nn.Module) -> Any:
     """Return the processor beside the model's own files; never from the network."""
     config = getattr(model, "config", None)
     if config is None:
-        raise ValueError(f"{type(model).__name__} has no processor of its own; pass preprocess= and tokenizer=, or give ready batches.")
+        raise ValueError(
+            f"{type(model).__name__} has no processor of its own; pass processor=corda_vlm.OpenClipPairs(preprocess, tokenizer), or give "
+            "ready batches."
+        )
     path = getattr(config, "_name_or_path", "")
     reader = AutoTokenizer if is_text_only(model) else AutoProcessor
     try:
@@ -182,6 +185,8 @@ def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any])
     """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+    if is_open_clip(model):  # which leaves it to the caller to convert images
+        inputs["image"] = inputs["image"].to(image_dtype(model))
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known or getattr(model, "can_generate", lambda: False)():
         inputs["use_cache"] = False

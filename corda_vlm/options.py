@@ -69,7 +69,6 @@ EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "enum": "{expected}",
     "value_error": "{error}",
 }
 """pydantic's kinds of errors in our words; for others its own are taken."""
@@ -114,11 +113,16 @@ def members_of(declared: Any) -> tuple[Any, ...]:
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
 
 
+def _choices(declared: Any) -> type[Enum] | None:
+    """Return the enumeration that a type is, or that its union has."""
+    return next((member for member in members_of(declared) if isinstance(member, type) and issubclass(member, Enum)), None)
+
+
 def _adapter(declared: Any) -> TypeAdapter[Any]:
     if dataclasses.is_dataclass(declared):
         return TypeAdapter(Annotated[declared, InstanceOf()])  # such a type takes no config from here
     # The text of a StrEnum is as good as itself.
-    return TypeAdapter(declared) if isinstance(declared, type) and issubclass(declared, Enum) else TypeAdapter(declared, config=STRICT)
+    return TypeAdapter(declared) if _choices(declared) else TypeAdapter(declared, config=STRICT)
 
 
 def _read(name: str, value: Any, declared: Any, adapter: TypeAdapter[Any], written: bool) -> Any:
@@ -160,7 +164,9 @@ def _sentence(name: str, value: Any, declared: Any, error: ValidationError) -> s
     found: Sequence[Any] = error.errors(include_url=False)
     if sum(member is not NoneType for member in members) == 1:  # places in unions of more name their members too
         name, value, found = name + "".join(f"[{place!r}]" for place in found[0]["loc"] if place != "[key]"), found[0]["input"], found[:1]
-    words = [*dict.fromkeys(map(_expected, found)), *(["null"] if NoneType in members else [])]
+    known = _choices(declared)
+    expected = map(_expected, found) if known is None else [f"one of {[str(choice) for choice in known]}"]
+    words = [*dict.fromkeys(expected), *(["null"] if NoneType in members else [])]
     return f"{name} is {_short(value)}; expected {' or '.join(words)}."
 
 

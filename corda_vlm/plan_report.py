@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from corda_core import AdapterInit, AdapterPlan
+from corda_core import AdapterInit, AdapterPlan, Choice
 from corda_core.files import write_whole
 from corda_vlm.pages import COLORS, STYLE, address_of, page, require_extra
 
@@ -34,7 +34,7 @@ def write_plan_report(plan: AdapterPlan, path: Path) -> None:
         f"ranks {min(ranks)} … {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}",
         f"{len(plan.provenance.get('fallbacks', []))} layer(s) in which the exact solver had to help",
     ]
-    names = [name for name, init in plan.layers.items() if init.candidates]
+    names = [name for name, init in plan.layers.items() if init.choice is not None]
     count = min(SHOWN_SPECTRA, len(names))
     shown = [names[place * (len(names) - 1) // max(1, count - 1)] for place in range(count)]
     maps = _maps(plan)
@@ -51,13 +51,18 @@ def write_plan_report(plan: AdapterPlan, path: Path) -> None:
 
 def _maps(plan: AdapterPlan) -> dict[str, Callable[[AdapterInit], float]]:
     """Return what is shown of each layer, by title."""
-    most_candidates = max(len(init.candidates) for init in plan.layers.values())
+    most_candidates = max(len(init.choice.candidates) if init.choice else 0 for init in plan.layers.values())
     maps: dict[str, Callable[[AdapterInit], float]] = {"rank": lambda init: init.rank}
     if most_candidates:
-        maps["compactness log π (lower is more compact)"] = lambda init: init.candidates[init.chosen].log_pi
+        maps["compactness log π (lower is more compact)"] = lambda init: _choice(init).best.log_pi
     if most_candidates > 1:
-        maps["candidate chosen"] = lambda init: init.chosen + 1
+        maps["candidate chosen"] = lambda init: _choice(init).index + 1
     return maps
+
+
+def _choice(init: AdapterInit) -> Choice:
+    assert init.choice is not None, "only such layers are asked for"
+    return init.choice
 
 
 def _by_part(plan: AdapterPlan) -> dict[str, Layers]:
@@ -95,8 +100,8 @@ def _spectra(init: AdapterInit) -> str:
     """Return the address of one layer's spectra: the chosen candidate's strong, the others faint, the trained components shaded."""
     figure, axes = _panel(3.5, 2.1)
     axes.axvspan(init.components.start, init.components.stop, color=SHADE, linewidth=0)
-    chosen = init.candidates[init.chosen]
-    for candidate in (*init.candidates, chosen):
+    chosen = _choice(init).best
+    for candidate in (*_choice(init).candidates, chosen):
         is_chosen = candidate is chosen
         axes.plot(candidate.spectrum / candidate.spectrum[0], color=STRONG if is_chosen else FAINT, linewidth=1.8 if is_chosen else 0.8)
     axes.set_yscale("log")

@@ -10,7 +10,7 @@ import time
 
 import typer
 
-from corda_core import collect, plan, select_covariances
+from corda_core import choose, collect, plan
 from corda_eval.bench.cases import CASES, batched
 
 CANDIDATES, REPEATS = 5, 3
@@ -23,7 +23,7 @@ def selection() -> None:
     times: dict[str, list[float]] = {"selection": [], "decomposition": []}
     for _ in range(REPEATS):
         start = time.perf_counter()
-        select_covariances(case.model, [covariances] * CANDIDATES)
+        choose(case.model, [covariances] * CANDIDATES)
         between = time.perf_counter()
         plan(case.model, covariances, mode="kpm", rank=case.rank)
         times["selection"].append(between - start)

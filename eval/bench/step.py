@@ -59,7 +59,7 @@ def run_side(side: str, steps: int, rank: int, batch_size: int, length: int) -> 
     else:
         adapter = plan(model, collect(model, [{"input_ids": windows[:8]}], names), mode="kpm", rank=rank)
         residual = "subtract" if side == "subtract" else "offset"
-        adapted = attach(model, adapter, protect="strict" if side == "strict" else "start", residual=residual)  # type: ignore[arg-type]
+        adapted = attach(model, adapter, protect="strict" if side == "strict" else "start", residual=residual)
         del adapter
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     adapted.train()

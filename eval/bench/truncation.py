@@ -25,7 +25,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from corda_core import Covariance, collect, decompose, select_covariances
+from corda_core import Covariance, choose, collect, decompose
 from corda_core.layers import over_layers
 from corda_core.linears import weight_matrix
 from corda_eval.lab.smollm2 import smollm2_model
@@ -72,12 +72,12 @@ def measure(windows: int) -> dict[str, Any]:
     sets = [[{"input_ids": window[None]} for window in drawn[number::SETS]] for number in range(SETS)]
     first = collect(model, progress_bar(sets[0], "context"), names)
     others = (collect(model, progress_bar(batches, "candidate"), names) for batches in sets[1:])
-    selection = select_covariances(model, chain([first], others))
+    best, choices = choose(model, chain([first], others))
     methods: dict[str, tuple[dict[str, Covariance], float]] = {
         "plain SVD": ({name: Covariance.of(torch.eye(C.packed.n), C.num_tokens) for name, C in first.items()}, 0.0),
         "ASVD": ({name: Covariance.of(C.packed.diagonal().pow(0.25).diag(), C.num_tokens) for name, C in first.items()}, 0.0),
         "CorDA": (first, 0.01),
-        "CorDA++": (dict(selection.covariances), 0.01),
+        "CorDA++": (best, 0.01),
     }
     perplexities: dict[str, dict[str, list[float]]] = {domain: {} for domain in texts}
     with torch.no_grad():
@@ -90,7 +90,7 @@ def measure(windows: int) -> dict[str, Any]:
                 with _without(model, bases, count):
                     for domain, text in texts.items():
                         perplexities[domain][method].append(perplexity(model, text))
-    chosen = list(selection.chosen.values())
+    chosen = [choice.index for choice in choices.values()]
     return {"dropped": DROPPED, "perplexity": perplexities, "windows": windows, "chosen": [chosen.count(number) for number in range(SETS)]}
 
 

@@ -243,7 +243,7 @@ def test_refusals() -> None:
     made, ipm = planned(model), planned(model, "ipm")
     with pytest.raises(ValueError, match="strict.*kpm"):
         attach(model, ipm, protect="strict")
-    with pytest.raises(ValueError, match="nothing to subtract"):
+    with pytest.raises(ValueError, match="goes with mode.*nothing to subtract"):
         attach(model, made, protect="strict", residual="subtract")
     with pytest.raises(ValueError, match="whitened.*kpm"):
         attach(model, ipm, protect="whitened")

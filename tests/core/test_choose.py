@@ -11,8 +11,7 @@ import torch
 from conftest import tiny_llama
 from torch import nn
 
-from corda_core import Covariance, collect, plan, select_covariances, select_linears
-from corda_core.allocate import resolved
+from corda_core import Covariance, choose, collect, plan, select_linears
 from corda_core.decompose import spectrum
 from corda_core.linears import weight_matrix
 
@@ -29,7 +28,7 @@ def some_set(model: nn.Module, seed: int, tokens: int = 160) -> dict[str, Covari
 
 def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) -> None:
     sets = [some_set(model, seed) for seed in range(4)]
-    found = select_covariances(model, sets)
+    covariances, choices = choose(model, sets)
     places = set()
     for name in select_linears(model):
         W = model.get_submodule(name).weight.detach().double()
@@ -39,27 +38,30 @@ def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) 
             C = C / C.diagonal().mean() + 0.01 * torch.eye(len(C))
             values, sigma = torch.linalg.eigvalsh(C), torch.linalg.svdvals(W @ C)
             scores.append(math.log(math.sqrt(len(W) * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
-        assert [one.score for one in found.candidates[name]] == pytest.approx(scores, rel=1e-4)
-        assert found.chosen[name] == scores.index(min(scores))
-        assert found.covariances[name] is sets[found.chosen[name]][name]
-        assert found.best(name) is found.candidates[name][found.chosen[name]]
-        places.add(found.chosen[name])
+        assert [one.score for one in choices[name].candidates] == pytest.approx(scores, rel=1e-4)
+        assert choices[name].index == scores.index(min(scores))
+        assert covariances[name] is sets[choices[name].index][name]
+        assert choices[name].best is choices[name].candidates[choices[name].index]
+        places.add(choices[name].index)
     assert len(places) > 1
 
 
 def test_of_equal_candidates_the_first_is_chosen(model: nn.Module) -> None:
     one = some_set(model, 0)
-    assert set(select_covariances(model, [one, dict(one), dict(one)]).chosen.values()) == {0}
+    _, choices = choose(model, [one, dict(one), dict(one)])
+    assert {choice.index for choice in choices.values()} == {0}
 
 
-def test_only_the_chosen_spectra_are_resolved(model: nn.Module) -> None:
-    found = select_covariances(model, [some_set(model, seed) for seed in range(3)])
-    full = resolved(model, found)
-    assert full.chosen == found.chosen
-    for name, place in found.chosen.items():
-        for number, (before, after) in enumerate(zip(found.candidates[name], full.candidates[name], strict=True)):
-            assert (after is before) == (number != place)
-        torch.testing.assert_close(full.best(name).spectrum, spectrum(weight_matrix(model, name), found.covariances[name]), rtol=0, atol=0)
+def test_only_the_chosen_spectra_are_in_full(model: nn.Module) -> None:
+    sets = [some_set(model, seed) for seed in range(3)]
+    _, choices = choose(model, sets)
+    covariances, full = choose(model, sets, in_full=True)
+    for name, choice in choices.items():
+        assert full[name].index == choice.index
+        for number, (before, after) in enumerate(zip(choice.candidates, full[name].candidates, strict=True)):
+            assert torch.equal(after.spectrum, before.spectrum) or number == choice.index
+        expected = spectrum(weight_matrix(model, name), covariances[name])
+        torch.testing.assert_close(full[name].best.spectrum, expected, rtol=0, atol=0)
 
 
 def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> None:
@@ -76,8 +78,8 @@ def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> No
             yield made
             del made
 
-    found = select_covariances(model, sets())
-    layers = len(found.covariances)
+    found, _ = choose(model, sets())
+    layers = len(found)
     distinct = len({id(one) for one in some_set(model, 0).values()})
     assert most <= layers + distinct  # at worst a chosen one for every layer, and the next set
     del found
@@ -103,12 +105,12 @@ def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
     one, other = some_set(model, 0), some_set(model, 1)
     other.pop("model.layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match=r"Candidate 1 has other layers than candidate 0: model\.layers\.1\.mlp\.up_proj"):
-        select_covariances(model, [one, other])
+        choose(model, [one, other])
     with pytest.raises(ValueError, match="no candidates"):
-        select_covariances(model, [])
+        choose(model, [])
     name = "model.layers.0.mlp.down_proj"
     nothing = Covariance.of(torch.zeros(one[name].packed.n, one[name].packed.n), one[name].num_tokens)
     with pytest.raises(ValueError, match=r"Candidate 1: model\.layers\.0\.mlp\.down_proj: the covariance has trace 0"):
-        select_covariances(model, [one, {**one, name: nothing}])
+        choose(model, [one, {**one, name: nothing}])
     with pytest.raises(ValueError, match="candidate 1 saw 16 tokens for 32 inputs"):
-        select_covariances(model, [one, some_set(model, 1, tokens=16)])
+        choose(model, [one, some_set(model, 1, tokens=16)])

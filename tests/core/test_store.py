@@ -18,7 +18,7 @@ from conftest import tiny_llama
 from safetensors.torch import save_file
 from torch import nn
 
-from corda_core import Covariance, collect, plan, select_covariances, select_linears
+from corda_core import Choice, Covariance, choose, collect, plan, select_linears
 from corda_core.files import read_tensors, write_tensors
 from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
 
@@ -72,9 +72,9 @@ def test_covariances_come_back(model: nn.Module, covariances: dict[str, Covarian
 
 
 def test_plan_comes_back(model: nn.Module, covariances: dict[str, Covariance], tmp_path: Path) -> None:
-    selection = select_covariances(model, [covariances, covariances])
+    _, choices = choose(model, [covariances, covariances])
     made = plan(model, covariances, mode="kpm", rank=3, whiten=True)
-    layers = {name: replace(init, candidates=selection.candidates[name], chosen=1) for name, init in made.layers.items()}
+    layers = {name: replace(init, choice=Choice(choices[name].candidates, 1)) for name, init in made.layers.items()}
     made = replace(made, layers=layers)
     save_plan(made, tmp_path / "plan.safetensors")
     found = load_plan(tmp_path / "plan.safetensors")
@@ -84,13 +84,13 @@ def test_plan_comes_back(model: nn.Module, covariances: dict[str, Covariance], t
         assert torch.equal(again.A0, init.A0)
         assert torch.equal(again.B0, init.B0)
         assert torch.equal(again.sigma, init.sigma)
-        assert (again.components, again.num_tokens, again.chosen) == (init.components, init.num_tokens, 1)
+        assert (again.components, again.num_tokens, again.choice.index) == (init.components, init.num_tokens, 1)
         assert init.whitening is not None
         assert again.whitening is not None
         assert torch.equal(again.whitening.vectors, init.whitening.vectors)
         assert torch.equal(again.whitening.lengths, init.whitening.lengths)
         assert (again.whitening.unit, again.whitening.error) == (init.whitening.unit, init.whitening.error)
-        assert [one.score for one in again.candidates] == [one.score for one in init.candidates]
+        assert [one.score for one in again.choice.candidates] == [one.score for one in init.choice.candidates]
 
 
 def test_refused_for_another_base_other_options_other_data(model: nn.Module, path: Path) -> None:

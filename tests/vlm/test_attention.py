@@ -120,7 +120,7 @@ def test_open_clip_from_preparation_to_a_normal_checkpoint(make: Any, protect: s
         rows = [[49406, *[ord(letter) for letter in caption[:10]], 49407] for caption in captions]
         return torch.tensor([row + [0] * (12 - len(row)) for row in rows])
 
-    adapted = corda_vlm.prepare(model, pictures, rank=2, preprocess=preprocess, tokenizer=tokenizer, protect=protect)
+    adapted = corda_vlm.prepare(model, pictures, rank=2, processor=corda_vlm.OpenClipPairs(preprocess, tokenizer), protect=protect)
     layers = lora_layers(adapted)
     assert len(layers) == 4 * 6  # two towers of two blocks: q, k, v, out and two of the MLP
     assert {part_of(model, name) for name in layers} == {"vision", "language"}
@@ -166,8 +166,7 @@ def test_images_are_converted_for_a_tower_of_lower_precision(precision: torch.dt
         model,
         pictures,
         rank=2,
-        preprocess=lambda _: torch.randn(3, 16, 16),
-        tokenizer=lambda captions: batch()["text"][:1].repeat(len(captions), 1),
+        processor=corda_vlm.OpenClipPairs(lambda _: torch.randn(3, 16, 16), lambda captions: batch()["text"][:1].repeat(len(captions), 1)),
     )
     assert len(lora_layers(adapted)) == 24
 

@@ -44,8 +44,6 @@ def test_kpm_is_strict_unless_something_else_is_asked_for(options: dict[str, Any
         ({"num_samples": 0}, "num_samples is 0"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"alpha": 0.0}, "alpha 0.0"),
-        ({"solver": "fast"}, "solver is 'fast'"),
-        ({"normalize": "max"}, "normalize is 'max'"),
         ({"tokens": "imgae"}, "tokens is 'imgae'"),
         ({"tokens": {"image": 1.0}}, "tokens is "),
         ({"tokens": {"image": 0.0, "text": 0.0}}, "not all zero"),

@@ -188,10 +188,10 @@ def test_candidates_and_budget_apart(tokenizer: Any) -> None:
     model = tiny_llama()
     made = corda_vlm.plan_contexts(model, contexts, config, tokenizer)
     assert {init.rank for init in made.layers.values()} == {4}
-    assert {len(init.candidates) for init in made.layers.values()} == {3}
-    assert {init.chosen for init in made.layers.values()} <= {0, 1, 2}
+    assert {len(init.choice.candidates) for init in made.layers.values()} == {3}
+    assert {init.choice.index for init in made.layers.values()} <= {0, 1, 2}
     spread = corda_vlm.plan_contexts(model, [texts], corda_vlm.CordaConfig(budget=5000, min_rank=2, max_rank=9), tokenizer)
-    assert {len(init.candidates) for init in spread.layers.values()} == {1}
+    assert {len(init.choice.candidates) for init in spread.layers.values()} == {1}
     assert min(init.rank for init in spread.layers.values()) >= 2
     assert max(init.rank for init in spread.layers.values()) <= 9
     assert spread.num_parameters <= spread.provenance["budget"] == 5000
@@ -199,7 +199,7 @@ def test_candidates_and_budget_apart(tokenizer: Any) -> None:
         model, [texts], corda_vlm.CordaConfig(budget=5000, min_rank=2, max_rank=9, max_memory="9KB"), tokenizer
     )
     assert {name: init.rank for name, init in within.layers.items()} == {name: init.rank for name, init in spread.layers.items()}
-    several = corda_vlm.prepare(tiny_llama(), texts, processor=tokenizer, rank=4, candidates=[texts[:30], texts[30:]])
+    several = corda_vlm.prepare(tiny_llama(), texts[:30], processor=tokenizer, rank=4, further_contexts=[texts[30:]])
     assert {layer.r["default"] for layer in lora_layers(several).values()} == {4}
 
 
@@ -228,7 +228,7 @@ def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) ->
     assert len(alive) > 2 * len({id(one) for one in alive if one() is not None})
     assert most <= limit
     for name, init in free.layers.items():
-        assert (within.layers[name].rank, within.layers[name].chosen) == (init.rank, init.chosen)
+        assert (within.layers[name].rank, within.layers[name].choice.index) == (init.rank, init.choice.index)
 
 
 def test_a_context_that_is_gone_over_twice_must_be_a_list(tokenizer: Any) -> None:

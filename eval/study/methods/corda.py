@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from corda_core import Covariance, allocate_ranks, attach, plan, select_covariances
-from corda_core.allocate import resolved
+from corda_core import Covariance, allocate, attach, choose, plan
+from corda_core.allocate import budget_of_rank
 from corda_core.decompose import Mode, Split
-from corda_core.linears import weight_matrix
+from corda_core.linears import weight_shape
 from corda_core.lora import Protect
 from corda_eval.study.method import Adapted
 from corda_eval.study.task import Task
@@ -19,7 +19,7 @@ class Corda:
 
     rank: Count
     mode: Mode = Mode.KPM
-    protect: Protect = "start"
+    protect: Protect = Protect.START
     split: Split = Split.BALANCED
     context: Sequence[str] = ()
     """Domains that the covariances are taken from, together; by default all that is kept (KPM), what is learned (IPM)."""
@@ -38,22 +38,15 @@ class Corda:
         """
         if self.context and self.candidates:
             raise ValueError("CorDA got both context and candidates, which are contexts themselves; leave one of the two out.")
-        whiten = self.protect == "whitened"
+        whiten = self.protect is Protect.WHITENED
         covariances: Mapping[str, Covariance]
         if not self.candidates:
             domains = self.context or task.default_context(self.mode)
             covariances, ranks = task.covariances(*domains, first=self.context_batches), None
         else:
-            sets = (task.covariances(*domains, first=self.context_batches) for domains in self.candidates)
-            selection = resolved(task.model, select_covariances(task.model, sets))
-            covariances, shapes = selection.covariances, {name: weight_matrix(task.model, name).shape for name in task.layers}
-            best = {name: selection.best(name) for name in task.layers}
-            ranks = allocate_ranks(
-                {name: one.spectrum for name, one in best.items()},
-                {name: one.log_pi for name, one in best.items()},
-                {name: sum(shape) for name, shape in shapes.items()},
-                sum(min(self.rank, *shape) * sum(shape) for shape in shapes.values()),
-                self.mode,
-            )
+            collections = (task.covariances(*domains, first=self.context_batches) for domains in self.candidates)
+            covariances, choices = choose(task.model, collections, in_full=True)
+            budget = budget_of_rank((weight_shape(task.model, name) for name in task.layers), self.rank)
+            ranks = allocate(task.model, choices, budget, self.mode)
         made = plan(task.model, covariances, mode=self.mode, rank=self.rank, ranks=ranks, split=self.split, whiten=whiten)
         return Adapted(attach(task.model, made, protect=self.protect))

@@ -131,9 +131,7 @@ def test_images_of_any_shape_come_with_their_masks() -> None:
 def test_adapted_models_are_evaluated_as_they_are() -> None:
     model, pairs = open_clips()
     data = pictures()
-    adapted = corda_vlm.prepare(
-        model, [(coloured(number), "red") for number in range(4)], rank=2, preprocess=pairs.preprocess, tokenizer=pairs.tokenizer
-    )
+    adapted = corda_vlm.prepare(model, [(coloured(number), "red") for number in range(4)], rank=2, processor=pairs)
     before = classify_images(adapted, data, pairs)
     assert before.scores == classify_images(open_clips()[0], data, pairs).scores
     adapted.train()

@@ -94,7 +94,7 @@ def pictures() -> list[tuple[Image.Image, str]]:
 def test_fine_tuning_teaches_pairs_and_the_checkpoint_is_open_clips() -> None:
     model = clip()
     keys = list(model.state_dict())
-    adapted = corda_vlm.prepare(model, pictures(), "ipm", rank=8, preprocess=preprocess, tokenizer=tokenizer)
+    adapted = corda_vlm.prepare(model, pictures(), "ipm", rank=8, processor=corda_vlm.OpenClipPairs(preprocess, tokenizer))
     pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
     losses = corda_vlm.fine_tune(adapted, pictures(), pairs, steps=60, batch_size=4, learning_rate=3e-3, seed=0)
     assert losses[-1][1] < 0.3 * losses[0][1]
@@ -147,9 +147,9 @@ def test_bad_pairs_are_named(samples: list[Any]) -> None:
         pairs([(None, "red")])
     with pytest.raises(ValueError, match="the caption None"):
         pairs([{"image": Image.new("RGB", (4, 4))}])
-    with pytest.raises(ValueError, match="preprocess= and tokenizer="):
+    with pytest.raises(ValueError, match=r"pass processor=corda_vlm\.OpenClipPairs"):
         corda_vlm.prepare(clip(), pictures(), rank=2)
-    with pytest.raises(ValueError, match="are for open_clip models, and go together"):
+    with pytest.raises(TypeError, match=r"no option 'preprocess': give processor=corda_vlm\.OpenClipPairs"):
         corda_vlm.prepare(clip(), pictures(), rank=2, preprocess=preprocess)
 
 
@@ -158,7 +158,7 @@ def pairs_to_learn(count: int) -> list[tuple[Image.Image, str]]:
 
 
 def test_smaller_batches_at_the_end_are_left_out_wherever_pairs_are_learned(tmp_path: Path) -> None:
-    adapted = corda_vlm.prepare(clip(), pairs_to_learn(9), "ipm", rank=4, preprocess=preprocess, tokenizer=tokenizer)
+    adapted = corda_vlm.prepare(clip(), pairs_to_learn(9), "ipm", rank=4, processor=corda_vlm.OpenClipPairs(preprocess, tokenizer))
     pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
     losses = corda_vlm.fine_tune(adapted, pairs_to_learn(9), pairs, steps=4, batch_size=4, learning_rate=1e-4, seed=0)
     assert all(loss > 0.5 for _, loss in losses)  # of one pair it is 0
@@ -181,7 +181,7 @@ def test_fewer_pairs_than_one_batch_are_refused(learned: int, held_out: int, nam
 
 @pytest.mark.parametrize(("steps", "rate"), [(2, 1e38), (3, 1e38), (6, 1e38), (6, 1e30)])
 def test_training_that_leaves_the_numbers_is_refused(steps: int, rate: float) -> None:
-    adapted = corda_vlm.prepare(clip(), pictures(), "ipm", rank=4, preprocess=preprocess, tokenizer=tokenizer)
+    adapted = corda_vlm.prepare(clip(), pictures(), "ipm", rank=4, processor=corda_vlm.OpenClipPairs(preprocess, tokenizer))
     pairs = corda_vlm.OpenClipPairs(preprocess, tokenizer)
     for expected in (FloatingPointError, ValueError):
         with pytest.raises(expected, match=r"(loss|grad_norm) is (nan|inf) at step|has weights that are not finite at step"):
@@ -205,9 +205,7 @@ def test_training_leaves_batch_statistics_of_the_base_alone(tmp_path: Path) -> N
         lambda texts: torch.tensor([[1, words[text], 63, 0, 0, 0, 0, 0] for text in texts]),
     )
     model = build_model()
-    adapted = corda_vlm.prepare(
-        model, pairs, rank=2, parts=["language"], preprocess=pairs_reader.preprocess, tokenizer=pairs_reader.tokenizer
-    )
+    adapted = corda_vlm.prepare(model, pairs, rank=2, parts=["language"], processor=pairs_reader)
     corda_vlm.fine_tune(adapted, pairs, pairs_reader, steps=3, batch_size=4, learning_rate=1e-2, seed=0)
     assert any("running_mean" in name for name, _ in model.named_buffers())
     again = corda_vlm.load(build_model(), corda_vlm.save(adapted, tmp_path))
