@@ -42,7 +42,7 @@ def write_plan_report(plan: AdapterPlan, path: Path) -> None:
         values = {
             "layers": plan.layers,
             "facts": " · ".join(facts),
-            "heat": {part: {title: _heat_map(its, value) for title, value in maps.items()} for part, its in _by_part(plan).items()},
+            "heat": {part: {title: _heat_map(layers, value) for title, value in maps.items()} for part, layers in _by_part(plan).items()},
             "spectra": {name: _spectra(plan.layers[name]) for name in dict.fromkeys(shown)},
         }
     title = f"Adapter plan: {plan.mode.upper()}, {plan.num_parameters:,} parameters in {len(ranks)} layers"

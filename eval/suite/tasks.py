@@ -179,7 +179,8 @@ def read_suite(path: Path) -> Suite:
     values = read_yaml(path)
     if not isinstance(values, dict) or not isinstance(values.get("tasks"), list) or not values["tasks"]:
         raise ValueError(f"{path} has no list of tasks; expected tasks: [{{task: easy_vqa, role: kept}}, …].")
-    tasks = [from_mapping(one if isinstance(one, dict) else {"task": one}, SuiteTask, f"{path}, tasks") for one in values["tasks"]]
+    given = [task if isinstance(task, dict) else {"task": task} for task in values["tasks"]]
+    tasks = [from_mapping(options, SuiteTask, f"{path}, tasks") for options in given]
     names = [task.title for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(f"{path} names {next(name for name in names if names.count(name) > 1)!r} twice; give one of them another name.")

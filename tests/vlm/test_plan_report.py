@@ -23,13 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*larg
 def test_page_of_a_corda_plus_plus_plan(processor: Any, samples: list[Any], tmp_path: Path) -> None:
     many = [samples[place % len(samples)] for place in range(40)]
     config = corda_vlm.CordaConfig(rank=4, budget="rank", parts=("vision", "projector", "language"))
-    made = corda_vlm.plan_contexts(tiny_llava(), [many[:20], many[20:]], config, processor)
-    write_plan_report(made, tmp_path / "plan.html")
+    planned = corda_vlm.plan_contexts(tiny_llava(), [many[:20], many[20:]], config, processor)
+    write_plan_report(planned, tmp_path / "plan.html")
     text = (tmp_path / "plan.html").read_text()
-    assert f"{made.num_parameters:,} parameters in {len(made.layers)} layers" in text
+    assert f"{planned.num_parameters:,} parameters in {len(planned.layers)} layers" in text
     assert "candidate chosen" in text
     assert "compactness" in text
-    pictures = [base64.b64decode(one).decode() for one in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    pictures = [base64.b64decode(picture).decode() for picture in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
     parts = {"model.vision_tower.encoder.layers", "model.multi_modal_projector", "model.language_model.layers"}
     assert all(part in text for part in parts)
     assert len(pictures) == 3 * len(parts) + 9
@@ -40,8 +40,8 @@ def test_page_of_a_plain_plan_has_only_its_ranks(tmp_path: Path) -> None:
     import torch
 
     model = tiny_llama()
-    made = plan(model, collect(model, [{"input_ids": torch.randint(5, 20, (8, 16))}], select_linears(model)), mode="kpm", rank=3)
-    write_plan_report(made, tmp_path / "plan.html")
+    plain = plan(model, collect(model, [{"input_ids": torch.randint(5, 20, (8, 16))}], select_linears(model)), mode="kpm", rank=3)
+    write_plan_report(plain, tmp_path / "plan.html")
     text = (tmp_path / "plan.html").read_text()
     assert text.count("data:image") == 1
     assert "Spectra" not in text

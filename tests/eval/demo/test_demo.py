@@ -50,7 +50,7 @@ def test_leaves_report_summary_and_predictions(report: Path) -> None:
     assert all(set(entry["results"]) == set(TITLES) for entry in summary["models"].values())
     for model in summary["models"]:
         stored = [json.loads((report / "measured" / model / f"{task}.json").read_text()) for task in ("digits", "easy_vqa", "facts")]
-        assert [len(one["result"]["records"]) for one in stored] == [16, 16, 8]
+        assert [len(task["result"]["records"]) for task in stored] == [16, 16, 8]
     page = (report / "report.html").read_text()
     assert all(label in page for label in LABELS.values())
     assert not re.search(r"(src|href)=[\"']https?:", page)
@@ -105,11 +105,11 @@ def test_verdict_says_what_came_out_whatever_it_is() -> None:
     base = {"digits": 10.0, "easy_vqa": 95.0, "facts": 70.0, "perplexity": 15.0}
     lora = {"digits": 90.0, "easy_vqa": 65.0, "facts": 68.0, "perplexity": 18.0}
     better, worse = base | {"digits": 90.0, "easy_vqa": 92.0}, base | {"digits": 90.0, "easy_vqa": 50.0}
-    found = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, better), strict=True)})
-    assert (found["kept_task"], found["lora_drop"]) == ("easy_vqa", pytest.approx(30.0))
-    assert found["ratios"]["CorDA KPM, strict"] == pytest.approx(10)
-    assert found["ratios"]["CorDA KPM, start"] < 1
-    assert found["sentences"] == [
+    said = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, better), strict=True)})
+    assert (said["kept_task"], said["lora_drop"]) == ("easy_vqa", pytest.approx(30.0))
+    assert said["ratios"]["CorDA KPM, strict"] == pytest.approx(10)
+    assert said["ratios"]["CorDA KPM, start"] < 1
+    assert said["sentences"] == [
         "CorDA KPM, start lost 45.0 points on easy-VQA, no less than LoRA.",
         "CorDA KPM, strict lost 3.0 points on easy-VQA: 10.0 times less than LoRA.",
         "LoRA lost 30.0 points on easy-VQA. Unseen digits read: Base 10.0 %, LoRA 90.0 %, CorDA KPM, start 90.0 %, "

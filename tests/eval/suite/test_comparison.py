@@ -55,20 +55,20 @@ def test_perplexities_of_the_harness_come_from_log_likelihoods() -> None:
 
 
 def test_averages() -> None:
-    found = averages(compare(BEFORE, AFTER, ROLES))
+    means = averages(compare(BEFORE, AFTER, ROLES))
     kept, target = 100 * (0.45 + 0.7) / 2, 60.0
-    assert found.gain == pytest.approx(60)
-    assert found.kept_drop == pytest.approx((45 + 10) / 2)
-    assert found.worst_drop == pytest.approx(45)
-    assert found.o_average == pytest.approx((kept + target) / 2)
-    assert found.h_average == pytest.approx(2 * kept * target / (kept + target))
+    assert means.gain == pytest.approx(60)
+    assert means.kept_drop == pytest.approx((45 + 10) / 2)
+    assert means.worst_drop == pytest.approx(45)
+    assert means.o_average == pytest.approx((kept + target) / 2)
+    assert means.h_average == pytest.approx(2 * kept * target / (kept + target))
     alone = averages(compare(BEFORE[1:2], AFTER[:1], ROLES))
     assert (alone.gain, alone.o_average, alone.h_average) == (None, None, None)
 
 
 def test_other_tasks_or_examples_are_refused() -> None:
     with pytest.raises(ValueError, match="text was done with one of"):
-        compare(BEFORE, [one for one in AFTER if one.task != "text"], ROLES)
+        compare(BEFORE, [result for result in AFTER if result.task != "text"], ROLES)
     other = dataclasses.replace(AFTER[1], records=[{"id": number + 1} for number in range(20)])
     with pytest.raises(ValueError, match=r"digits asked the base and the tuned model other examples"):
         compare(BEFORE, [other, *AFTER[2:], AFTER[0]], ROLES)

@@ -83,15 +83,15 @@ def test_base_and_adapters_are_compared(place: Path) -> None:
     done = called(place, "tuned", "lora")
     assert done.exit_code == 0, (done.output, done.exception)
     assert "tuned: gain on targets" in done.output
-    found = json.loads((place / "out" / "summary.json").read_text())
-    rows = {name: {row["task"]: row for row in found["comparison"][name]["rows"]} for name in ("tuned", "lora")}
+    summary = json.loads((place / "out" / "summary.json").read_text())
+    rows = {name: {row["task"]: row for row in summary["comparison"][name]["rows"]} for name in ("tuned", "lora")}
     assert list(rows["tuned"]) == ["digits", "image_folder", "perplexity", "own"]
     for task, row in rows["tuned"].items():  # the LoRA is the same function
         assert row["after"] == pytest.approx(rows["lora"][task]["after"], rel=1e-4), task
     assert rows["tuned"]["perplexity"]["before"] != rows["tuned"]["perplexity"]["after"]
     assert rows["tuned"]["image_folder"]["num_examples"] == 9
-    assert found["comparison"]["tuned"]["change"] == pytest.approx(found["comparison"]["lora"]["change"], rel=1e-4)
-    assert found["models"]["base"]["results"]["own"]["acc,none"] == 0.5
+    assert summary["comparison"]["tuned"]["change"] == pytest.approx(summary["comparison"]["lora"]["change"], rel=1e-4)
+    assert summary["models"]["base"]["results"]["own"]["acc,none"] == 0.5
     for name in ("report.html", "report.md"):
         text = (place / "out" / name).read_text()
         assert all(word in text for word in ("digits", "perplexity", "tuned", "lora"))
