@@ -41,7 +41,7 @@ def headline(rows: Mapping[str, Sequence[Row]], base: str) -> bytes:
             _role(figure, [axes for axes, task in zip(columns, tasks, strict=True) if task[0].role == role], role)
         taught = " and ".join(TITLES[task[0].task] for task in tasks if task[0].role == "target")
         figure.text(0.02, 0.945, f"Fine-tuned on: {taught}", fontsize=21, fontweight="bold", va="center")
-        note = f"Change against the base model {base}. Thin lines: 95% interval. Perplexity: lower is better."
+        note = f"Change against {base}: points of percent, or of perplexity, where lower is better. Thin lines: 95 % interval."
         figure.text(0.02, 0.04, note, fontsize=11, color=MUTED, va="center")
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
@@ -86,10 +86,9 @@ def _scale(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _heading(axes: Any, row: Row) -> None:
-    unit = f"points of {row.metric}" if row.higher_is_better else row.metric.partition(",")[0]
     place: dict[str, Any] = {"transform": axes.transAxes, "va": "center"}
-    axes.text(0, 1.205, TITLES[row.task], fontsize=16, fontweight="bold", **place)
-    axes.text(0, 1.09, f"{unit}, was {score(row.before, row)}", fontsize=11, color=MUTED, **place)
+    axes.text(0, 1.205, TITLES[row.task], fontsize=14, fontweight="bold", **place)
+    axes.text(0, 1.09, f"{row.metric}, was {score(row.before, row)}", fontsize=11, color=MUTED, **place)
 
 
 def _role(figure: Any, columns: Sequence[Any], role: str) -> None:

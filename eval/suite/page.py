@@ -122,7 +122,8 @@ def change(row: Row) -> str:
 
 def signed(difference: float, row: Row) -> str:
     """Return a difference of scores: in points of percent, or in the perplexity's own unit."""
-    return (f"{100 * difference:+.1f}" if row.higher_is_better else f"{difference:+.2f}").replace("-", "−")
+    text = f"{100 * difference:+.1f}" if row.higher_is_better else f"{difference:+.2f}"
+    return text.replace("-", "−") if float(text) else f"±{text[1:]}"
 
 
 def verdict(row: Row) -> str:
