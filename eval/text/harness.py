@@ -132,12 +132,12 @@ def _load(tasks: Sequence[str]) -> Mapping[str, Any]:
     """Return lm_eval's tasks; its own are looked through (some twenty seconds) only if one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
-    own = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    for path in own:
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    for path in files:
         if not path.exists():
             raise ValueError(f"The task {path} does not exist; expected a YAML file that defines a task of lm_eval.")
     with _errors_only("lm_eval"):
-        manager = TaskManager(include_path=sorted({path.parent for path in own}) or None, include_defaults=len(own) < len(tasks))
+        manager = TaskManager(include_path=sorted({path.parent for path in files}) or None, include_defaults=len(files) < len(tasks))
         names = [_name_of(task) for task in tasks]
         unknown = [name for name in names if name not in manager.all_tasks]
         if unknown:
@@ -186,7 +186,7 @@ def result_of(name: str, report: Mapping[str, Any], rate: float) -> TaskResult:
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             score = _score(sample[metric])
             scores.append(score)
-            answers = [list(one) if isinstance(one, tuple) else one for one in sample["filtered_resps"]]
+            answers = [list(answer) if isinstance(answer, tuple) else answer for answer in sample["filtered_resps"]]
             records.append({"id": f"{task}/{sample['doc_id']}", "prediction": answers, "answer": str(sample["target"]), "score": score})
     return TaskResult(name, metrics, headline, scores, records, rate)
 
@@ -198,10 +198,10 @@ def _score(value: Any) -> float:
 
 def _leaves(group: str, report: Mapping[str, Any]) -> list[str]:
     """Return the tasks of a group, subgroups' included."""
-    found: list[str] = []
+    leaves: list[str] = []
     for name in report["group_subtasks"][group]:
-        found += [name] if name in report["samples"] else _leaves(name, report)
-    return found
+        leaves += [name] if name in report["samples"] else _leaves(name, report)
+    return leaves
 
 
 @contextmanager

@@ -57,26 +57,14 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int, cou
     return [torch.tensor(ids[start : start + length]) for start in starts]
 
 
-def perplexity(
-    model: nn.Module,
-    windows: Sequence[Tensor],
-    *,
-    batch_size: int = 4,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> float:
+def perplexity(model: nn.Module, windows: Sequence[Tensor], *, batch_size: int = 4) -> float:
     """Return exp of ``mean_loss``: 1 for a model that is always right, the size of the vocabulary for uniform guessing."""
-    return math.exp(mean_loss(model, windows, batch_size=batch_size, progress=progress))
+    return math.exp(mean_loss(model, windows, batch_size=batch_size))
 
 
-def mean_loss(
-    model: nn.Module,
-    windows: Sequence[Tensor],
-    *,
-    batch_size: int = 4,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> float:
+def mean_loss(model: nn.Module, windows: Sequence[Tensor], *, batch_size: int = 4) -> float:
     """Return the mean negative log-likelihood of the predicted tokens, in nats a token."""
-    losses = window_losses(model, windows, batch_size=batch_size, progress=progress)
+    losses = window_losses(model, windows, batch_size=batch_size)
     return sum(losses) / len(losses)
 
 

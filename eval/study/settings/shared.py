@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
-from corda_eval.text.facts import facts_scores
+from corda_eval.text.facts import facts_task
 from corda_eval.text.perplexity import mean_loss, text_windows
 
 WINDOW = 128
@@ -84,5 +84,6 @@ def kept_scores(
     with casting():
         scores = {name: Score(mean_loss(model, of_domain, batch_size=8)) for name, of_domain in windows.items()}
         if facts:
-            scores["facts"] = Score(None, facts_scores(model, tokenizer, limit=facts).accuracy)
+            hits = facts_task(model, tokenizer, batch_size=32, limit=facts).scores
+            scores["facts"] = Score(None, 100 * sum(hits) / len(hits))
     return scores

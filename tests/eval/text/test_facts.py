@@ -1,6 +1,5 @@
 """The facts file and its evaluation by lm_eval."""
 
-import json
 import logging
 import socket
 from pathlib import Path
@@ -12,8 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
+from corda_eval.records import TaskResult, read_lines
 from corda_eval.text import harness
-from corda_eval.text.facts import FACTS_FILE, facts_scores, load_facts
+from corda_eval.text.facts import FACTS_FILE, facts_task
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,9 +43,9 @@ class Oracle(LlamaForCausalLM):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, shift: int) -> None:
         super().__init__(tiny_config())
         self.next_token: dict[tuple[int, ...], int] = {}
-        for fact in load_facts():
-            prompt = f"Question: {fact.question}\nAnswer:"
-            ids = tokenizer(f"{prompt} {fact.choices[(fact.answer + shift) % 4]}")["input_ids"]
+        for fact in read_lines(FACTS_FILE):
+            prompt = f"Question: {fact['question']}\nAnswer:"
+            ids = tokenizer(f"{prompt} {fact['choices'][(fact['answer'] + shift) % 4]}")["input_ids"]
             for place in range(len(tokenizer(prompt)["input_ids"]), len(ids)):
                 self.next_token[tuple(ids[:place])] = ids[place]
 
@@ -59,6 +59,12 @@ class Oracle(LlamaForCausalLM):
         return CausalLMOutput(logits=logits)
 
 
+def predictions(result: TaskResult) -> list[int]:
+    """The place of the likeliest choice of each question; of equal ones the first."""
+    likelihoods = [[likelihood for likelihood, _ in record["prediction"]] for record in result.records]
+    return [choices.index(max(choices)) for choices in likelihoods]
+
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -68,7 +74,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_facts_file_is_well_formed() -> None:
-    rows = [json.loads(line) for line in FACTS_FILE.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(FACTS_FILE)
     assert len(rows) == 100
     assert len({row["question"] for row in rows}) == 100
     for row in rows:
@@ -81,8 +87,9 @@ def test_the_facts_file_is_well_formed() -> None:
 
 def test_no_choice_begins_another() -> None:
     """Otherwise the shorter one would always have the higher summed log-likelihood."""
-    for fact in load_facts():
-        starts = [(one, other) for one in fact.choices for other in fact.choices if one != other and other.startswith(one)]
+    for fact in read_lines(FACTS_FILE):
+        choices = fact["choices"]
+        starts = [(choice, other) for choice in choices for other in choices if choice != other and other.startswith(choice)]
         assert starts == []
 
 
@@ -93,31 +100,32 @@ def test_a_random_model_is_scored_offline(tmp_path: Path, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model, tokenizer = LlamaForCausalLM(tiny_config()).train(), byte_tokenizer()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    result = facts_scores(model, tokenizer, limit=10)
-    assert result.num_questions == len(result.hits) == len(result.predictions) == 10
-    assert result.accuracy == 10 * sum(result.hits)
-    assert result.hits == [guess == fact.answer for guess, fact in zip(result.predictions, load_facts()[:10], strict=True)]
+    result = facts_task(model, tokenizer, batch_size=32, limit=10)
+    assert result.num_examples == len(result.scores) == len(predictions(result)) == 10
+    assert result.metrics["acc,none"] == pytest.approx(sum(result.scores) / 10)
+    answers = [fact["answer"] for fact in read_lines(FACTS_FILE)[:10]]
+    assert result.scores == [guess == answer for guess, answer in zip(predictions(result), answers, strict=True)]
     assert model.training
     assert tokenizer.pad_token is None
     assert logging.getLogger("lm_eval").level == logging.WARNING
 
 
-@pytest.mark.parametrize(("shift", "accuracy"), [(0, 100.0), (1, 0.0)])
+@pytest.mark.parametrize(("shift", "accuracy"), [(0, 1.0), (1, 0.0)])
 def test_a_model_that_prefers_one_choice_is_read_right(shift: int, accuracy: float) -> None:
     pytest.importorskip("lm_eval")
     tokenizer = byte_tokenizer()
-    result = facts_scores(Oracle(tokenizer, shift), tokenizer)
-    assert result.accuracy == accuracy
-    assert result.predictions == [(fact.answer + shift) % 4 for fact in load_facts()]
+    result = facts_task(Oracle(tokenizer, shift), tokenizer, batch_size=32)
+    assert result.metrics["acc,none"] == accuracy
+    assert predictions(result) == [(fact["answer"] + shift) % 4 for fact in read_lines(FACTS_FILE)]
 
 
 def test_a_missing_lm_eval_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'corda-vlm\[eval\]'"):
-        facts_scores(LlamaForCausalLM(tiny_config()), byte_tokenizer())
+        facts_task(LlamaForCausalLM(tiny_config()), byte_tokenizer())
 
 
 def test_a_limit_of_nothing_is_refused() -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="limit is 0"):
-        facts_scores(LlamaForCausalLM(tiny_config()), byte_tokenizer(), limit=0)
+        facts_task(LlamaForCausalLM(tiny_config()), byte_tokenizer(), limit=0)

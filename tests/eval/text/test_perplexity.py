@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from corda_eval.text.perplexity import held_out_text, mean_loss, perplexity, text_windows
+from corda_eval.text.perplexity import held_out_text, mean_loss, perplexity, text_windows, window_losses
 
 VOCABULARY = 32
 WORDS = [f"w{number}" for number in range(VOCABULARY)]
@@ -82,7 +82,7 @@ def test_progress_wraps_the_batches(model: LlamaForCausalLM, windows: list[Tenso
         sizes.extend(len(batch) for batch in batches)
         return batches
 
-    mean_loss(model, windows, batch_size=2, progress=watch)
+    window_losses(model, windows, batch_size=2, progress=watch)
     assert sizes == [2, 2, 1]
 
 
