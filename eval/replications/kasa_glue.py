@@ -17,7 +17,6 @@ Note:
 
 import csv
 import dataclasses
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from corda_core.files import write_whole
+from corda_eval.records import read_lines, table, write_json
 from corda_eval.study.methods.kasa import kasa_penalty
 
 METHODS = ("lora", "kasa")
@@ -47,7 +46,7 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class GlueRecipe:
     """What both methods are trained with."""
 
     rank: int = 8
@@ -84,29 +83,26 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the encoder and its tokenizer.")],
     data: Annotated[Path, typer.Option(help="Folder with train and dev: .tsv, .csv or .jsonl with the columns sentence and label.")],
     output: Annotated[Path | None, typer.Option(help="JSON file for recipe and results.")] = None,
-    rank: int = Recipe.rank,
-    alpha: int = Recipe.alpha,
-    beta: float = Recipe.beta,
-    gamma: float = Recipe.gamma,
-    rate: float = Recipe.rate,
-    batch_size: int = Recipe.batch_size,
-    epochs: float = Recipe.epochs,
-    max_length: int = Recipe.max_length,
-    seed: int = Recipe.seed,
+    rank: int = GlueRecipe.rank,
+    alpha: int = GlueRecipe.alpha,
+    rate: float = GlueRecipe.rate,
+    batch_size: int = GlueRecipe.batch_size,
+    epochs: float = GlueRecipe.epochs,
+    max_length: int = GlueRecipe.max_length,
+    seed: int = GlueRecipe.seed,
 ) -> None:
     """Train LoRA and KaSA and print their accuracy on the dev set."""
-    recipe = Recipe(rank, alpha, beta, gamma, rate, batch_size, epochs, max_length, seed=seed)
+    recipe = GlueRecipe(rank, alpha, rate=rate, batch_size=batch_size, epochs=epochs, max_length=max_length, seed=seed)
     try:
         results = compare(model, data, recipe)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from error
-    print(table(results))
+    print(comparison(results))
     if output is not None:
-        found = {"recipe": dataclasses.asdict(recipe), "results": [dataclasses.asdict(one) for one in results]}
-        write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(output, {"recipe": dataclasses.asdict(recipe), "results": [dataclasses.asdict(result) for result in results]})
 
 
-def compare(model: Path, data: Path, recipe: Recipe) -> list[Result]:
+def compare(model: Path, data: Path, recipe: GlueRecipe) -> list[Result]:
     """Return the results of LoRA and KaSA on a folder's task.
 
     Raises:
@@ -121,13 +117,12 @@ def compare(model: Path, data: Path, recipe: Recipe) -> list[Result]:
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"{model} holds no config.json; expected the folder of a transformers model.")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    encoded = {split: encode(ones, labels, tokenizer, recipe.max_length) for split, ones in rows.items()}
+    encoded = {split: encode(of_split, labels, tokenizer, recipe.max_length) for split, of_split in rows.items()}
     results = []
     for method in METHODS:
         set_seed(recipe.seed)
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(labels))
-        with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder even if it saves nothing
-            results.append(_train(adapter(method, base, recipe), method, tokenizer, encoded, recipe, scratch))
+        results.append(_train(adapter(method, base, recipe), method, tokenizer, encoded, recipe))
     return results
 
 
@@ -141,14 +136,9 @@ def read_rows(folder: Path, split: str) -> list[Row]:
     path = next((path for suffix in (".tsv", ".csv", ".jsonl") if (path := folder / f"{split}{suffix}").is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no {split}.tsv, {split}.csv or {split}.jsonl; expected GLUE's layout for SST-2.")
+    layout: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     with path.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]]
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows: list[dict[str, Any]] = read_lines(path) if path.suffix == ".jsonl" else list(csv.DictReader(file, **layout))
     if not rows:
         raise ValueError(f"{path} holds no rows; expected some with the columns sentence and label.")
     for number, row in enumerate(rows, 1):
@@ -176,15 +166,15 @@ class KasaTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def adapter(method: str, base: Any, recipe: Recipe) -> PeftModel:
+def adapter(method: str, base: Any, recipe: GlueRecipe) -> PeftModel:
     """Return the classifier with LoRA or KaSA on the layers that PEFT has for its kind: query and value of BERT and RoBERTa."""
     kasa = KasaConfig(beta=recipe.beta, gamma=recipe.gamma) if method == "kasa" else None
     return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=recipe.rank, lora_alpha=recipe.alpha, kasa_config=kasa))
 
 
-def _train(model: PeftModel, method: str, tokenizer: Any, data: Mapping[str, list[dict[str, Any]]], recipe: Recipe, scratch: str) -> Result:
+def _train(model: PeftModel, method: str, tokenizer: Any, data: Mapping[str, list[dict[str, Any]]], recipe: GlueRecipe) -> Result:
     arguments = TrainingArguments(
-        output_dir=scratch,
+        output_dir=tempfile.gettempdir(),  # the Trainer wants a folder even if it saves nothing
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
         num_train_epochs=recipe.epochs,
@@ -213,7 +203,7 @@ def _train(model: PeftModel, method: str, tokenizer: Any, data: Mapping[str, lis
         method=method,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=trained.global_step,
-        accuracies=[round(one["eval_accuracy"], 2) for one in trainer.state.log_history if "eval_accuracy" in one],
+        accuracies=[round(entry["eval_accuracy"], 2) for entry in trainer.state.log_history if "eval_accuracy" in entry],
         training_loss=round(trained.training_loss, 5),
     )
 
@@ -223,13 +213,20 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": 100 * float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def table(results: Sequence[Result]) -> str:
+def comparison(results: Sequence[Result]) -> str:
     """Return the results as a Markdown table."""
-    lines = ["| method | parameters | steps | mean loss | dev accuracy, last | best |", "|---" * 6 + "|"]
-    for one in results:
-        cells = [f"{one.trainable_parameters:,}", str(one.steps), f"{one.training_loss:.4f}"]
-        lines.append(f"| {one.method} | " + " | ".join(cells) + f" | {one.accuracies[-1]:.2f} % | {max(one.accuracies):.2f} % |")
-    return "\n".join(lines)
+    rows = [
+        [
+            result.method,
+            f"{result.trainable_parameters:,}",
+            str(result.steps),
+            f"{result.training_loss:.4f}",
+            f"{result.accuracies[-1]:.2f} %",
+            f"{max(result.accuracies):.2f} %",
+        ]
+        for result in results
+    ]
+    return "\n".join(table(["method", "parameters", "steps", "mean loss", "dev accuracy, last", "best"], rows))
 
 
 if __name__ == "__main__":

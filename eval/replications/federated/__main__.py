@@ -1,7 +1,6 @@
 """SmolLM2-135M learns additions from clients that have operands of different size."""
 
 import dataclasses
-import json
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from corda_eval.lab.smollm2 import smollm2_model
+from corda_eval.records import add_line
 from corda_eval.replications.federated.rules import FedAvg, FedSmooth, FullRank, Rule
 from corda_eval.replications.federated.simulate import Client, Federation, federate
 from corda_eval.study.settings.lines import additions
@@ -57,13 +57,12 @@ def main(
     rate: float = 1e-3,
     zeta: Annotated[float, typer.Option(help="fedsmooth: ζ in the first round.")] = FedSmooth.zeta,
     min_zeta: Annotated[float, typer.Option(help="fedsmooth: what ζ falls to.")] = FedSmooth.min_zeta,
-    gamma: Annotated[float, typer.Option(help="fedsmooth: the smaller, the larger the gradient-aligned start.")] = FedSmooth.gamma,
     seed: int = 0,
 ) -> None:
     """Simulate federated rounds of SmolLM2 learning additions, split over clients by the operands' size."""
     options = {key: value for key, value in locals().items() if key != "out"}
     rules: dict[MethodName, Rule] = {
-        MethodName.FEDSMOOTH: FedSmooth(zeta, min_zeta, gamma),
+        MethodName.FEDSMOOTH: FedSmooth(zeta, min_zeta),
         MethodName.FEDAVG: FedAvg(),
         MethodName.FULLRANK: FullRank(seed),
     }
@@ -72,11 +71,10 @@ def main(
         federation = smollm2_federation(clients, rounds, steps, seed=seed)
     except ValueError as error:
         raise SystemExit(f"corda_eval.replications.federated: {error}") from error
-    before = [client.validate(federation.model) for client in federation.clients]
-    with out.open("w", encoding="utf-8") as file:
-        print(json.dumps({"options": options, "base": before}), file=file, flush=True)
-        for one in federate(federation, rules[method], rank=rank, rate=rate):
-            print(json.dumps(dataclasses.asdict(one)), file=file, flush=True)
+    out.unlink(missing_ok=True)
+    add_line(out, {"options": options, "base": [client.validate(federation.model) for client in federation.clients]})
+    for finished in federate(federation, rules[method], rank=rank, rate=rate):
+        add_line(out, dataclasses.asdict(finished))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class FullRank:
         generator = torch.Generator().manual_seed(1000 * self.seed + turn.number)
         return Start(
             {
-                name: Change(nn.init.kaiming_uniform_(one.A.clone(), a=math.sqrt(5), generator=generator), torch.zeros_like(one.B))
-                for name, one in turn.own.items()
+                name: Change(nn.init.kaiming_uniform_(own.A.clone(), a=math.sqrt(5), generator=generator), torch.zeros_like(own.B))
+                for name, own in turn.own.items()
             }
         )
 
@@ -114,7 +114,7 @@ class FedSmooth:
 
     Note:
         From the authors' code: the truncations, and that the gradient is taken at the start. With ζ = 1 throughout, and r large enough,
-        no client's start holds anything of the others' work: each goes on alone, and the server's W is the mean of them all. With a small
+        no client's start holds anything of the others' work: each trains on alone, and the server's W is the mean of them all. With a small
         r the truncation is what limits how smooth it is: the r equal singular values of Ŵ_ga, √(m / γ²), crowd out what is to be matched
         where that is smaller; a larger γ leaves more room.
     """

@@ -91,9 +91,9 @@ def federate(federation: Federation, rule: Rule, *, rank: int, rate: float, grad
             started.append(client.validate(site.model))
             site.train(batches, rate * cosine(number, count))
             ended.append(client.validate(site.model))
-            own[place] = {name: rule.upload(one, start.removed.get(name)) for name, one in site.factors().items()}
+            own[place] = {name: rule.upload(trained, start.removed.get(name)) for name, trained in site.factors().items()}
         served = {name: rule.serve([changes[name] for changes in own]) for name in served}
-        errors = [_relative_error(average_changes([changes[name] for changes in own]), one) for name, one in served.items()]
+        errors = [_relative_error(average_changes([changes[name] for changes in own]), change) for name, change in served.items()]
         site.serve(served, merge=rule.merges)
         jump = (sum(started) - sum(before)) / len(before) if before else None
         losses = [client.validate(site.model) for client in federation.clients]
@@ -122,6 +122,10 @@ class _Site:
         """Return copies of what LoRA has in it."""
         return {name: Change(self.downs[name].detach().clone(), self.ups[name].detach().clone()) for name in self.weights}
 
+    def no_change(self) -> Changes:
+        """Return A as it is and B = 0."""
+        return {name: 0.0 * change for name, change in self.factors().items()}
+
     @torch.no_grad()
     def load(self, factors: Changes, removed: Changes) -> None:
         """Let the model compute with ``W − removed + B A``."""
@@ -132,14 +136,13 @@ class _Site:
 
     def gradients(self, batches: Sequence[Batch], added: Changes) -> dict[str, Tensor]:
         """Return the mean gradients of the weights over batches at ``W + added``."""
-        nothing = {name: 0.0 * one for name, one in self.factors().items()}
-        self.load(nothing, {name: -1 * one for name, one in added.items()})
+        self.load(self.no_change(), {name: -1 * change for name, change in added.items()})
         tensors = [base.requires_grad_() for base in self.bases.values()]
         self.model.train()
         total = [torch.zeros_like(tensor) for tensor in tensors]
         for batch in batches:
-            for sum_, one in zip(total, torch.autograd.grad(self.loss(self.model, batch), tensors), strict=True):
-                sum_ += one / len(batches)
+            for total_, gradient in zip(total, torch.autograd.grad(self.loss(self.model, batch), tensors), strict=True):
+                total_ += gradient / len(batches)
         for tensor in tensors:
             tensor.requires_grad_(False)
         return dict(zip(self.bases, total, strict=True))
@@ -161,5 +164,5 @@ class _Site:
         if merge:
             for name, weight in self.weights.items():
                 weight += served[name].dense()
-            served = {name: 0.0 * one for name, one in self.factors().items()}
+            served = self.no_change()
         self.load(served, {})

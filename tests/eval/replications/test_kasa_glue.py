@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from corda_core.lora import lora_layers
-from corda_eval.replications.kasa_glue import KasaTrainer, Recipe, adapter, compare, main, read_rows, table
+from corda_eval.replications.kasa_glue import GlueRecipe, KasaTrainer, adapter, compare, comparison, main, read_rows
 from corda_eval.study.methods.kasa import kasa_penalty
 
-TINY = Recipe(rank=2, alpha=4, rate=1e-2, batch_size=4, epochs=2, max_length=8)
+TINY = GlueRecipe(rank=2, alpha=4, rate=1e-2, batch_size=4, epochs=2, max_length=8)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_both_methods_run_the_same_steps(bert: Path, task: Path, tmp_path: Path,
 
 
 def test_table_shows_last_and_best(bert: Path, task: Path) -> None:
-    shown = table(compare(bert, task, TINY))
+    shown = comparison(compare(bert, task, TINY))
     assert shown.count("| 6 |") == 2
     assert "| dev accuracy, last | best |" in shown
 
