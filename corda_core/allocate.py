@@ -97,8 +97,7 @@ def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, ani
 
 
 def allocate_ranks(
-    spectra: Mapping[str, Tensor],
-    log_pi: Mapping[str, float],
+    candidates: Mapping[str, Candidate],
     costs: Mapping[str, int],
     budget: int,
     mode: Mode | str,
@@ -114,8 +113,7 @@ def allocate_ranks(
     miss get more rank in KPM and less in IPM. Of equal scores the layer that comes first is taken.
 
     Args:
-        spectra: σ (k,) of ``W C``, descending, by layer.
-        log_pi: ``log π(C)``, by layer.
+        candidates: log π(C) and σ (k,) of ``W C`` in full, by layer.
         costs: Parameters of one component, m + n, by layer.
         budget: Parameters for all layers together.
         mode: "kpm" or "ipm".
@@ -130,32 +128,29 @@ def allocate_ranks(
         The paper has neither limit. Without ``max_rank`` a layer with σ = 0 in its tail gets all of that in KPM, as it costs nothing
         to change.
     """
-    mode = Mode(mode)
-    _check(spectra, log_pi, costs, min_rank, max_rank)
-    sizes = {name: len(sigma) for name, sigma in spectra.items()}
+    _check(candidates, costs, min_rank, max_rank)
+    trains_filtered = Mode(mode) is Mode.KPM
+    sizes = {name: len(candidate.spectrum) for name, candidate in candidates.items()}
     check_budget(budget, [(costs[name], k) for name, k in sizes.items()], min_rank)
     lowest = {name: min(min_rank, k) for name, k in sizes.items()}
     highest = {name: min(max_rank or k, k) for name, k in sizes.items()}
-    scores = {name: _scores(sigma, log_pi[name]) for name, sigma in spectra.items()}
-    filtered = dict(lowest) if mode is Mode.KPM else {name: sizes[name] - highest[name] for name in sizes}
-    if mode is Mode.IPM:  # the paper begins with one filtered component
-        filtered = {name: min(max(f, 1), sizes[name] - lowest[name]) for name, f in filtered.items()}
-    ends = highest if mode is Mode.KPM else {name: sizes[name] - lowest[name] for name in sizes}
-    ranks = {name: f if mode is Mode.KPM else sizes[name] - f for name, f in filtered.items()}
-    spent = sum(costs[name] * rank for name, rank in ranks.items())
+    filtered, ends = dict(lowest), highest
+    if not trains_filtered:  # the paper begins with one filtered component
+        ends = {name: k - lowest[name] for name, k in sizes.items()}
+        filtered = {name: min(max(k - highest[name], 1), ends[name]) for name, k in sizes.items()}
+    spent = sum(costs[name] * (f if trains_filtered else sizes[name] - f) for name, f in filtered.items())
+    scores = {name: _scores(candidate) for name, candidate in candidates.items()}
     heap = [(scores[name][f], place, name) for place, (name, f) in enumerate(filtered.items()) if f < ends[name]]
     heapq.heapify(heap)
-    step = 1 if mode is Mode.KPM else -1
-    while heap and (mode is Mode.KPM or spent > budget):
+    while heap and (trains_filtered or spent > budget):
         _, place, name = heapq.heappop(heap)
-        if mode is Mode.KPM and spent + costs[name] > budget:
+        if trains_filtered and spent + costs[name] > budget:
             break
-        ranks[name] += step
-        spent += step * costs[name]
+        spent += costs[name] if trains_filtered else -costs[name]
         filtered[name] += 1
         if filtered[name] < ends[name]:
             heapq.heappush(heap, (scores[name][filtered[name]], place, name))
-    return ranks
+    return {name: f if trains_filtered else sizes[name] - f for name, f in filtered.items()}
 
 
 def check_budget(budget: int, layers: Sequence[tuple[int, int]], min_rank: int) -> None:
@@ -177,30 +172,27 @@ def check_budget(budget: int, layers: Sequence[tuple[int, int]], min_rank: int) 
         )
 
 
-def _scores(sigma: Tensor, log_pi: float) -> list[float]:
+def _scores(candidate: Candidate) -> list[float]:
     """Return s for f = 0 … k − 1 filtered components; s is 0 for f = 0, where nothing is filtered, and wherever σ₋f is 0."""
-    sigma = sigma.double()
+    sigma = candidate.spectrum.double()
     smallest = torch.cat([sigma.new_zeros(1), sigma.flip(0)])[: len(sigma)]
     kept = sigma.cumsum(0).flip(0)
-    return torch.where(smallest > 0, log_pi * smallest / kept, 0.0).tolist()
+    return torch.where(smallest > 0, candidate.log_pi * smallest / kept, 0.0).tolist()
 
 
-def _check(
-    spectra: Mapping[str, Tensor], log_pi: Mapping[str, float], costs: Mapping[str, int], min_rank: int, max_rank: int | None
-) -> None:
-    if not spectra:
+def _check(candidates: Mapping[str, Candidate], costs: Mapping[str, int], min_rank: int, max_rank: int | None) -> None:
+    if not candidates:
         raise ValueError("There are no layers to spread a budget over.")
-    for what, other in (("log_pi", log_pi), ("costs", costs)):
-        if other.keys() != spectra.keys():
-            name = min(spectra.keys() ^ other.keys())
-            raise ValueError(f"spectra and {what} are of different layers: {name} is in only one of them.")
+    if costs.keys() != candidates.keys():
+        name = min(candidates.keys() ^ costs.keys())
+        raise ValueError(f"candidates and costs are of different layers: {name} is in only one of them.")
     if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
         raise ValueError(f"min_rank is {min_rank} and max_rank {max_rank}; expected 1 <= min_rank <= max_rank.")
-    bad = [name for name, value in log_pi.items() if not value > 0]
-    if bad:
-        raise ValueError(
-            f"{bad[0]}: log π is {log_pi[bad[0]]:.3g}, and CorDA++ needs it positive; scale its covariance to a mean diagonal of 1."
-        )
+    for name, candidate in candidates.items():
+        if not candidate.log_pi > 0:
+            raise ValueError(
+                f"{name}: log π is {candidate.log_pi:.3g}, and CorDA++ needs it positive; scale its covariance to a mean diagonal of 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -282,8 +274,7 @@ def allocate(
         ValueError: As ``allocate_ranks``.
     """
     return allocate_ranks(
-        {name: choice.best.spectrum for name, choice in choices.items()},
-        {name: choice.best.log_pi for name, choice in choices.items()},
+        {name: choice.best for name, choice in choices.items()},
         {name: sum(weight_shape(model, name)) for name in choices},
         budget,
         mode,
@@ -331,7 +322,7 @@ def _in_full(
 
 def _anisotropies(covariances: Mapping[str, Covariance], damping: float) -> dict[int, float]:
     """Return ``anisotropy`` of each distinct covariance, by its id."""
-    readers = {id(one): name for name, one in covariances.items()}  # one layer of each
+    readers = {id(covariance): name for name, covariance in covariances.items()}  # one layer of each
 
     def anisotropy_of(name: str) -> float:
         try:
@@ -340,14 +331,15 @@ def _anisotropies(covariances: Mapping[str, Covariance], damping: float) -> dict
             raise ValueError(f"{name}: {error}") from error
 
     packed = [covariances[name].packed for name in readers.values()]
-    workers = num_workers(((one.n, one.n) for one in packed), packed[0].device)
+    workers = num_workers(((C.n, C.n) for C in packed), packed[0].device)
     return dict(zip(readers, in_threads(anisotropy_of, readers.values(), workers), strict=True))
 
 
 def _check_tokens(number: int, covariances: Mapping[str, Covariance]) -> None:
-    for name, one in covariances.items():
-        if one.num_tokens < one.packed.n:
+    for name, covariance in covariances.items():
+        tokens, n = covariance.num_tokens, covariance.packed.n
+        if tokens < n:
             raise ValueError(
-                f"{name}: candidate {number} saw {one.num_tokens} tokens for {one.packed.n} inputs, so that its compactness is only that "
-                "of the damping; give more samples, or fewer candidates."
+                f"{name}: candidate {number} saw {tokens} tokens for {n} inputs, so that its compactness is only that of the damping; "
+                "give more samples, or fewer candidates."
             )

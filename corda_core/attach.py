@@ -49,7 +49,7 @@ class Attachment:
             object.__setattr__(self, name, None if value is None else kind(value))  # frozen from here on
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha is {self.alpha}; expected a finite number above 0.")
-        if not all(isinstance(one, str) for one in dict(self.rest or {}).values()):
+        if not all(isinstance(text, str) for text in dict(self.rest or {}).values()):
             raise TypeError(f"rest is {self.rest!r}; expected a description of each tensor.")
 
 
@@ -152,16 +152,16 @@ def attachment_of(model: nn.Module, adapter_name: str = "default") -> Attachment
     Raises:
         ValueError: If the model carries no CorDA adapter of this name.
     """
-    found = _attached(model, adapter_name)
-    if found is None:
+    attachment = _attached(model, adapter_name)
+    if attachment is None:
         raise ValueError(f"The model carries no CorDA adapter named {adapter_name!r}; expected one from prepare, attach or load.")
-    return found
+    return attachment
 
 
 def _attached(model: nn.Module, adapter_name: str) -> Attachment | None:
     """Return what an adapter was attached with; None for one that is not ours."""
-    found: Attachment | None = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
-    return found
+    attachment: Attachment | None = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
+    return attachment
 
 
 def _with_lora(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
@@ -265,10 +265,10 @@ def _check_whole(model: PeftModel, train_fully: Sequence[str], adapter_name: str
         raise ValueError(f"PEFT trains {min(others)} whole, asked for was {list(train_fully)}; please report this model.")
 
 
-def _check_layers(found: dict[str, int], planned: dict[str, int]) -> None:
-    wrong = {name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name)}
+def _check_layers(ranks: dict[str, int], planned: dict[str, int]) -> None:
+    wrong = {name for name in ranks.keys() | planned.keys() if ranks.get(name) != planned.get(name)}
     if wrong:
         name = min(wrong)
         raise ValueError(
-            f"PEFT gave {name} the rank {found.get(name)}, planned was {planned.get(name)}; please report this model's layer names."
+            f"PEFT gave {name} the rank {ranks.get(name)}, planned was {planned.get(name)}; please report this model's layer names."
         )

@@ -44,15 +44,15 @@ def other_tensors(base: nn.Module, layers: Mapping[str, object], train_fully: Se
     return dict(in_threads(_described, wanted, threads_for(base)))
 
 
-def check_same(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_same(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse a base that has other tensors, or other values in them; floating types may be others.
 
     Raises:
         ValueError: If a tensor differs; the text names it.
     """
-    name = next((name for name in {**recorded, **found} if not _equal(recorded.get(name), found.get(name))), None)
+    name = next((name for name in {**recorded, **now} if not _equal(recorded.get(name), now.get(name))), None)
     if name is not None:
-        change = _change(recorded.get(name), found.get(name))
+        change = _change(recorded.get(name), now.get(name))
         raise ValueError(
             f"The adapter's outputs depend on {name}, which {change} in this base: load it on the one that it was attached to, as "
             "save_pretrained wrote it (what is resized or made anew has other values each time); or train again with that module in "
@@ -60,17 +60,17 @@ def check_same(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
         )
 
 
-def check_unchanged(recorded: Mapping[str, str], found: Mapping[str, str]) -> None:
+def check_unchanged(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse to leave out of an adapter's file what has changed since it was attached; what has another type by now is not compared.
 
     Raises:
         ValueError: If a tensor has changed; the text names it.
     """
-    both = [name for name in recorded if name in found and recorded[name].partition(" ")[0] == found[name].partition(" ")[0]]
-    name = next((name for name in both if not _equal(recorded[name], found[name])), None)
+    both = [name for name in recorded if name in now and recorded[name].partition(" ")[0] == now[name].partition(" ")[0]]
+    name = next((name for name in both if not _equal(recorded[name], now[name])), None)
     if name is not None:
         raise ValueError(
-            f"{name} {_change(recorded[name], found[name])} since the adapter was attached, but is no part of its file: merge the adapter "
+            f"{name} {_change(recorded[name], now[name])} since the adapter was attached, but is no part of its file: merge the adapter "
             "and save the whole model; or attach it anew with that module in train_fully."
         )
 
@@ -132,16 +132,16 @@ def _described(named: tuple[str, Tensor | None]) -> tuple[str, str]:
     return name, f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} {checksum(tensor)}"
 
 
-def _equal(one: str | None, other: str | None) -> bool:
+def _equal(before: str | None, now: str | None) -> bool:
     """Return whether two tensors have the same shape and values, as far as they could be read; None stands for no tensor."""
-    if one is None or other is None:
-        return one is other
-    return UNREAD in (one, other) or one.partition(" ")[2] == other.partition(" ")[2]
+    if before is None or now is None:
+        return before is now
+    return UNREAD in (before, now) or before.partition(" ")[2] == now.partition(" ")[2]
 
 
 def _change(before: str | None, now: str | None) -> str:
     """Return in words how a tensor differs from what it was."""
-    was, is_now = (one.rpartition(" ")[0] if one else "absent" for one in (before, now))
+    was, is_now = (text.rpartition(" ")[0] if text else "absent" for text in (before, now))
     return "has other values" if was == is_now else f"is {is_now} instead of {was}"
 
 

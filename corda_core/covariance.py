@@ -61,12 +61,12 @@ class Symmetric:
 
     def add_(self, other: "Symmetric") -> None:
         """Add another S of the same size in place."""
-        for mine, panel in zip(self.panels, other.panels, strict=True):
-            mine += panel.to(mine.device)
+        for panel, added in zip(self.panels, other.panels, strict=True):
+            panel += added.to(panel.device)
 
     def plus(self, other: "Symmetric") -> "Symmetric":
         """Return the sum with another S of the same size."""
-        return Symmetric(tuple(mine + theirs for mine, theirs in zip(self.panels, other.panels, strict=True)))
+        return Symmetric(tuple(left + right for left, right in zip(self.panels, other.panels, strict=True)))
 
     def divide_(self, divisor: float) -> None:
         """Divide in place."""

@@ -108,9 +108,9 @@ def decompose(
         empty = in_float64(weight[:, :0])
         return Decomposition(empty, empty[0], in_float64(weight[:0]), chosen, fell_back=False)
     iterate = Solver(solver).iterates(k, rank)
-    found = (solvers.smallest if Mode(mode) is Mode.KPM else solvers.largest)(weight, C, rank) if iterate else None
-    if found is not None:
-        return Decomposition(*found, chosen, fell_back=False)
+    components = (solvers.smallest if Mode(mode) is Mode.KPM else solvers.largest)(weight, C, rank) if iterate else None
+    if components is not None:
+        return Decomposition(*components, chosen, fell_back=False)
     return Decomposition(*solvers.exact(weight, C, chosen), chosen, fell_back=iterate)
 
 

@@ -246,5 +246,5 @@ def _untie_configs(model: nn.Module) -> None:
     part: Any
     for part in model.modules():
         tied = getattr(part, "get_expanded_tied_weights_keys", dict)
-        if any(part.get_parameter(one) is not part.get_parameter(other) for one, other in tied().items()):
+        if any(part.get_parameter(name) is not part.get_parameter(source) for name, source in tied().items()):
             part.config.tie_word_embeddings = False

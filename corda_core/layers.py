@@ -55,11 +55,10 @@ def over_layers(
 
     plain = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     workers = num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device) if plain else 1
-    mine = dict(in_threads(named, own(), workers))
-    everyone: dict[str, R] = {}
-    for theirs in gathered(mine):
-        everyone |= theirs
-    return {name: everyone[name] for name in names}
+    results: dict[str, R] = {}
+    for part in gathered(dict(in_threads(named, own(), workers))):
+        results |= part
+    return {name: results[name] for name in names}
 
 
 def num_workers(shapes: Iterable[tuple[int, int]], device: torch.device) -> int:

@@ -77,18 +77,18 @@ def check_pattern(pattern: str, option: str) -> None:
 def _matching(names: list[str], patterns: str | Sequence[str], option: str) -> list[str]:
     if isinstance(patterns, str):
         check_pattern(patterns, option)
-        found = [name for name in names if re.fullmatch(patterns, name)]
-        unmatched = [] if found else [patterns]
+        matching = [name for name in names if re.fullmatch(patterns, name)]
+        unmatched = [] if matching else [patterns]
     else:
         hits = {pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns}
         unmatched = [pattern for pattern, matched in hits.items() if not matched]
-        found = [name for name in names if any(name in matched for matched in hits.values())]
+        matching = [name for name in names if any(name in matched for matched in hits.values())]
     if unmatched:
         raise ValueError(
             f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(names, unmatched[0])}. "
             "A string is a regular expression for the whole name, a list holds name endings."
         )
-    return found
+    return matching
 
 
 def _closest(names: list[str], pattern: str) -> str:
@@ -148,8 +148,8 @@ def check_in_memory(named: Iterable[tuple[str, Tensor]]) -> None:
         )
 
 
-def check_present(model: nn.Module, names: Iterable[str], made: str) -> None:
-    """Refuse a model that lacks a layer; ``made`` is what was made for these layers.
+def check_present(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """Refuse a model that lacks a layer; ``what`` was made for these layers.
 
     Raises:
         ValueError: If a layer is missing.
@@ -157,12 +157,12 @@ def check_present(model: nn.Module, names: Iterable[str], made: str) -> None:
     modules = dict(unwrapped(model).named_modules())
     absent = [name for name in names if name not in modules]
     if absent:
-        raise ValueError(f"{made} was made for another model: this one has no layer {absent[0]}; use the base that it was made from.")
+        raise ValueError(f"{what} was made for another model: this one has no layer {absent[0]}; use the base that it was made from.")
 
 
 def is_shared(model: nn.Module, weight: Tensor) -> bool:
     """Return whether this parameter has several names: a tied output layer has the embedding's, and a module may stand in two places."""
-    return sum(_is_same(one, weight) for _, one in model.named_parameters(remove_duplicate=False)) > 1
+    return sum(_is_same(other, weight) for _, other in model.named_parameters(remove_duplicate=False)) > 1
 
 
 def hold_statistics_(model: nn.Module) -> None:
@@ -172,10 +172,10 @@ def hold_statistics_(model: nn.Module) -> None:
             module.eval()
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
     """Return whether writing into one tensor changes the other."""
-    plain = not (isinstance(one, DTensor) or isinstance(other, DTensor) or one.is_meta)
-    return one is other or (plain and one.numel() > 0 and one.data_ptr() == other.data_ptr())
+    plain = not (isinstance(tensor, DTensor) or isinstance(other, DTensor) or tensor.is_meta)
+    return tensor is other or (plain and tensor.numel() > 0 and tensor.data_ptr() == other.data_ptr())
 
 
 def write_weight_(model: nn.Module, name: str, weight: Tensor) -> None:

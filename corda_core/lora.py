@@ -90,8 +90,8 @@ class ContextLoraModel(LoraModel):
             ValueError: If a layer's weight is tied, or the layer stands in two places.
         """
         super()._check_merge_allowed()
-        layers = {name: one for name, one in self.model.named_modules() if isinstance(one, LoraLayer)}
-        shared = next((name for name, one in layers.items() if is_shared(self.model, one.get_base_layer().weight)), None)
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        shared = next((name for name, layer in layers.items() if is_shared(self.model, layer.get_base_layer().weight)), None)
         if shared is not None:
             raise ValueError(f"PEFT would merge into the weight of {shared}, which another module uses too; merge with corda_core.merge.")
 
@@ -116,8 +116,8 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
 
 def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, ModulesToSaveWrapper]:
     """Return what trains whole beside this adapter, by full names in the base model."""
-    modules = base_of(model).named_modules()
-    return {name: one for name, one in modules if isinstance(one, ModulesToSaveWrapper) and adapter_name in one.modules_to_save}
+    wrappers = ((name, module) for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper))
+    return {name: wrapper for name, wrapper in wrappers if adapter_name in wrapper.modules_to_save}
 
 
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     ``protect="start"``: ``[A; A − A0]`` and ``[B − B0, B0]``, r' = 2r. Differences of factors, not of products: exactly zero at the
     start whatever kernels torch picks, and no cancellation later. "whitened": ``Ã P`` and B. Else A and B.
     """
-    A, B = (gathered_whole(one[adapter_name].weight) for one in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
+    A, B = (gathered_whole(factor[adapter_name].weight) for factor in (layer.lora_A, layer.lora_B))  # whole anyway in a forward pass
     if adapter_name in getattr(layer, "lora_A0", {}):
         # Rounded as what trains is, so that the two still cancel at the start.
         A0, B0 = layer.lora_A0[adapter_name].to(A.dtype), layer.lora_B0[adapter_name].to(B.dtype)
@@ -236,12 +236,12 @@ def context_drift(
 
 def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     """Return ``‖ΔW‖_F / ‖W‖_F`` per layer: the size of the change where there is no context; W as in ``context_drift``."""
-    found = {}
+    sizes = {}
     for name, layer in lora_layers(model, adapter_name).items():
         A, B = change_factors(layer, adapter_name)
         changed = _trace(B.T @ B, A @ A.T)
-        found[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
-    return found
+        sizes[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
+    return sizes
 
 
 def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:

@@ -77,9 +77,9 @@ def leading(C: DampedCovariance, count: int) -> tuple[Tensor, Tensor]:
     n = C.packed.n
     if n > SMALL and 4 * count <= n:
         block = _start(n, count + 8, C.device)
-        found = _largest_ritz(C.times, block, count, lambda theta: theta.flip(0).cumsum(0))
-        if found is not None:
-            basis = torch.linalg.qr(found[1]).Q
+        ritz = _largest_ritz(C.times, block, count, lambda theta: theta.flip(0).cumsum(0))
+        if ritz is not None:
+            basis = torch.linalg.qr(ritz[1]).Q
             projected = basis.T @ C.times(basis)
             values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
             return values.flip(0), basis @ rotation.flip(1)
@@ -125,10 +125,10 @@ def largest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
     """
     W = off_mps(W)
     for dtype in (torch.float32, torch.float64) if W.dtype != torch.float64 else (torch.float64,):
-        found = _largest_settled(W.to(dtype), C, rank)
-        if found is not None:
-            components = _rotated(W.double(), C, found[1].double())
-            shown, promised = components.sigma.square().flip(0).cumsum(0), found[0].flip(0).cumsum(0)
+        settled = _largest_settled(W.to(dtype), C, rank)
+        if settled is not None:
+            components = _rotated(W.double(), C, settled[1].double())
+            shown, promised = components.sigma.square().flip(0).cumsum(0), settled[0].flip(0).cumsum(0)
             if bool((shown >= (1 - TOLERANCE) * promised).all()):
                 return components
     return None
@@ -170,10 +170,10 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
         return None
     solve, lift = solvers
     block = _start(min(W.shape), rank + 8, W.device)
-    found = _largest_ritz(solve, block, rank, lambda theta: (1 / theta).sum(0, keepdim=True))
-    if found is None:
+    ritz = _largest_ritz(solve, block, rank, lambda theta: (1 / theta).sum(0, keepdim=True))
+    if ritz is None:
         return None
-    theta, vectors = found
+    theta, vectors = ritz
     components = _rotated(W.double(), C, lift(vectors))
     return components if float(components.sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
 

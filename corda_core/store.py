@@ -56,16 +56,16 @@ def save_covariances(
         data: ``data_digest`` of the batches.
         options: All that changes the result (normalize, token weights, ...), as JSON values.
     """
-    distinct = list({id(one): one for one in covariances.values()}.values())
-    places = {id(one): number for number, one in enumerate(distinct)}
-    tensors = {f"{i}.{j}": panel for i, one in enumerate(distinct) for j, panel in enumerate(one.packed.panels)}
+    distinct = list({id(covariance): covariance for covariance in covariances.values()}.values())
+    places = {id(covariance): number for number, covariance in enumerate(distinct)}
+    tensors = {f"{i}.{j}": panel for i, covariance in enumerate(distinct) for j, panel in enumerate(covariance.packed.panels)}
     header = {
         "kind": "covariances",
         "base_digest": base_digest(model, covariances),
         "data_digest": data,
         "options": dict(options),
-        "layers": {name: places[id(one)] for name, one in covariances.items()},
-        "num_tokens": [one.num_tokens for one in distinct],
+        "layers": {name: places[id(covariance)] for name, covariance in covariances.items()},
+        "num_tokens": [covariance.num_tokens for covariance in distinct],
     }
     _write(tensors, header, Path(path))
 
@@ -87,17 +87,17 @@ def load_covariances(
     """
     tensors, header = _read(Path(path), "covariances")
     with _sound_header(path):
-        found = _covariances(tensors, header["layers"], header["num_tokens"])
-        made = {"options": header["options"], "data": header["data_digest"], "base weights": header["base_digest"]}
-    check_present(model, found, str(path))
-    wanted = {"options": dict(options), "data": data or made["data"], "base weights": base_digest(model, found)}
+        covariances = _covariances(tensors, header["layers"], header["num_tokens"])
+        recorded = {"options": header["options"], "data": header["data_digest"], "base weights": header["base_digest"]}
+    check_present(model, covariances, str(path))
+    wanted = {"options": dict(options), "data": data or recorded["data"], "base weights": base_digest(model, covariances)}
     for what, value in wanted.items():
-        if made[what] != value:
-            raise ValueError(f"{path} was made with other {what}: {made[what]}, but here is {value}; collect again.")
-    for name, covariance in found.items():
+        if recorded[what] != value:
+            raise ValueError(f"{path} was made with other {what}: {recorded[what]}, but here is {value}; collect again.")
+    for name, covariance in covariances.items():
         if covariance.packed.n != weight_shape(model, name)[1]:
             raise ValueError(f"{path} has a covariance of {covariance.packed.n} inputs for {name}, which has others; collect again.")
-    return found
+    return covariances
 
 
 def _covariances(tensors: Mapping[str, Tensor], places: Mapping[str, int], num_tokens: list[int]) -> dict[str, Covariance]:
@@ -141,16 +141,6 @@ def save_plan(
     provenance = dict(plan.provenance)
     header = {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers}
     _write(tensors, {**header, "attached": attached, "beside": beside}, Path(path))
-
-
-def load_plan(path: str | os.PathLike[str]) -> AdapterPlan:
-    """Return the adapter plan in a file; ``attach`` checks that it fits the model.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds something else.
-    """
-    return read_plan(path)[0]
 
 
 def read_plan(path: str | os.PathLike[str]) -> tuple[AdapterPlan, dict[str, Any] | None, dict[str, Any] | None]:

@@ -107,10 +107,10 @@ def share_out(num_samples: int, batch_size: int) -> list[range]:
     """
     if num_samples < num_processes():
         raise ValueError(f"There are {num_samples} samples of context for {num_processes()} processes; give at least one for each.")
-    mine = range(process_rank(), num_samples, num_processes())
+    places = range(process_rank(), num_samples, num_processes())
     count = min(-(-num_samples // (batch_size * num_processes())), num_samples // num_processes())
-    bounds = [number * len(mine) // count for number in range(count + 1)]
-    return [mine[start:end] for start, end in pairwise(bounds)]
+    bounds = [number * len(places) // count for number in range(count + 1)]
+    return [places[start:end] for start, end in pairwise(bounds)]
 
 
 def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool]:

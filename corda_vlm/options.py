@@ -34,7 +34,7 @@ def plain_file_name(name: str) -> str:
 
 def one_of(*known: str) -> AfterValidator:
     """Return what refuses every text but these."""
-    names = [str(one) for one in known]
+    names = [str(name) for name in known]
 
     def check(value: str) -> str:
         if value not in names:
@@ -69,6 +69,7 @@ EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
+    "enum": "{expected}",
     "value_error": "{error}",
 }
 """pydantic's kinds of errors in our words; for others its own are taken."""
@@ -113,16 +114,12 @@ def members_of(declared: Any) -> tuple[Any, ...]:
     return get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
 
 
-def _choices(declared: Any) -> type[Enum] | None:
-    """Return the enumeration that a type is, or that its union has."""
-    return next((member for member in members_of(declared) if isinstance(member, type) and issubclass(member, Enum)), None)
-
-
 def _adapter(declared: Any) -> TypeAdapter[Any]:
     if dataclasses.is_dataclass(declared):
         return TypeAdapter(Annotated[declared, InstanceOf()])  # such a type takes no config from here
     # The text of a StrEnum is as good as itself.
-    return TypeAdapter(declared) if _choices(declared) else TypeAdapter(declared, config=STRICT)
+    has_enum = any(isinstance(member, type) and issubclass(member, Enum) for member in members_of(declared))
+    return TypeAdapter(declared) if has_enum else TypeAdapter(declared, config=STRICT)
 
 
 def _read(name: str, value: Any, declared: Any, adapter: TypeAdapter[Any], written: bool) -> Any:
@@ -138,9 +135,9 @@ def _read(name: str, value: Any, declared: Any, adapter: TypeAdapter[Any], writt
 def _with_numbers(value: Any, written: bool) -> Any:
     """Return a value with Python's numbers for numpy's; what was written, also with those that texts read as, and whole ones for 8.0."""
     if isinstance(value, Mapping):
-        return {key: _with_numbers(one, written) for key, one in value.items()}
+        return {key: _with_numbers(item, written) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_numbers(one, written) for one in value]
+        return [_with_numbers(item, written) for item in value]
     if isinstance(value, str):
         return _number_in(value) if written else value
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -161,12 +158,11 @@ def _number_in(text: str) -> str | float:
 def _sentence(name: str, value: Any, declared: Any, error: ValidationError) -> str:
     """Return what is wrong with a value."""
     members = members_of(declared)
-    found: Sequence[Any] = error.errors(include_url=False)
+    errors: Sequence[Any] = error.errors(include_url=False)
     if sum(member is not NoneType for member in members) == 1:  # places in unions of more name their members too
-        name, value, found = name + "".join(f"[{place!r}]" for place in found[0]["loc"] if place != "[key]"), found[0]["input"], found[:1]
-    known = _choices(declared)
-    expected = map(_expected, found) if known is None else [f"one of {[str(choice) for choice in known]}"]
-    words = [*dict.fromkeys(expected), *(["null"] if NoneType in members else [])]
+        name += "".join(f"[{place!r}]" for place in errors[0]["loc"] if place != "[key]")
+        value, errors = errors[0]["input"], errors[:1]
+    words = [*dict.fromkeys(map(_expected, errors)), *(["null"] if NoneType in members else [])]
     return f"{name} is {_short(value)}; expected {' or '.join(words)}."
 
 

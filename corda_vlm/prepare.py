@@ -131,10 +131,10 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     if budget is not None:
         ranks = allocate(model, choices, budget, config.mode, min_rank=config.min_rank, max_rank=config.max_rank)
     again = (_chosen(choices, part, collect_of) for part in parts)
-    made = plan_adapters(model, covariances if len(parts) == 1 else again, config, ranks, choices)
+    adapter_plan = plan_adapters(model, covariances if len(parts) == 1 else again, config, ranks, choices)
     if budget is not None:
-        logger.info("%d parameters of a budget of %d, in %d layers", made.num_parameters, budget, len(made.layers))
-    return replace(made, provenance={**made.provenance, "budget": budget})
+        logger.info("%d parameters of a budget of %d, in %d layers", adapter_plan.num_parameters, budget, len(adapter_plan.layers))
+    return replace(adapter_plan, provenance={**adapter_plan.provenance, "budget": budget})
 
 
 def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:

@@ -37,8 +37,8 @@ class Family:
 
     def prefixes(self, part: str) -> tuple[str, ...]:
         """Return where a part's modules live."""
-        found: tuple[str, ...] = getattr(self, part)
-        return found
+        prefixes: tuple[str, ...] = getattr(self, part)
+        return prefixes
 
     def part_of(self, name: str) -> str | None:
         """Return which part a layer belongs to."""
@@ -98,8 +98,8 @@ def family_of(model: nn.Module) -> Family:
     known = _listed(model)
     if known is None:
         return WHOLE_LANGUAGE
-    found = {part: tuple(_existing(model, prefix) for prefix in known.prefixes(part)) for part in PARTS}
-    return Family(found["vision"], found["projector"], found["language"], default=known.default)
+    prefixes = {part: tuple(_existing(model, prefix) for prefix in known.prefixes(part)) for part in PARTS}
+    return Family(prefixes["vision"], prefixes["projector"], prefixes["language"], default=known.default)
 
 
 def has_two_towers(model: nn.Module) -> bool:
@@ -128,11 +128,6 @@ def image_dtype(model: Any) -> torch.dtype:
     return next(weights, torch.float32)
 
 
-def part_of(model: nn.Module, name: str) -> str | None:
-    """Return which part of the model a layer belongs to."""
-    return family_of(model).part_of(name)
-
-
 def modules_of(model: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the modules that make up these parts.
 
@@ -140,14 +135,14 @@ def modules_of(model: nn.Module, parts: Sequence[str]) -> tuple[str, ...]:
         ValueError: If the model has no such part.
     """
     family, modules = family_of(model), dict(model.named_modules())
-    found: list[str] = []
+    present: list[str] = []
     for part in parts:
         names = [name for name in (family.prefixes(part) if part in PARTS else ()) if name in modules and name]
         if not names:
             known = [part for part in PARTS if any(name in modules and name for name in family.prefixes(part))]
             raise ValueError(f"train_fully names {part!r}, which {type(model).__name__} does not have; expected some of {known}.")
-        found += names
-    return tuple(found)
+        present += names
+    return tuple(present)
 
 
 def select_layers(
@@ -191,7 +186,7 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
     Raises:
         ValueError: If none can.
     """
-    reaches = [reach for theirs in gathered([probe(model, batch, names) for batch in batches]) for reach in theirs]
+    reaches = [reach for process in gathered([probe(model, batch, names) for batch in batches]) for reach in process]
     learnable = {name for reach in reaches for name in reach.learnable}
     ran = learnable | {name for reach in reaches for name in reach.unused}
     reach = Reach(
@@ -281,8 +276,8 @@ def _decoder_prefix(model: Any) -> str:
 def _image_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens that stand for pieces of images and videos."""
     config: Any = getattr(model, "config", None)
-    found = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
-    return [token for token in found if isinstance(token, int)]
+    tokens = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
+    return [token for token in tokens if isinstance(token, int)]
 
 
 def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:

@@ -63,7 +63,7 @@ def _filled(values: Mapping[str, Any], schema: type[T], source: str, inside: tup
 def _inner(value: Any, declared: Any, source: str, inside: tuple[str, ...]) -> Any:
     """Return an option's value, which is a dataclass of its own if its field declares one."""
     members = members_of(declared)
-    nested = next((one for one in members if dataclasses.is_dataclass(one)), None)
+    nested = next((member for member in members if dataclasses.is_dataclass(member)), None)
     if nested is None or (value is None and NoneType in members) or isinstance(value, nested):  # type: ignore[arg-type]
         return value
     if not isinstance(value, Mapping):

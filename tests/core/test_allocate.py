@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_core import Covariance, allocate_ranks
-from corda_core.allocate import assess, compactness
+from corda_core import Covariance
+from corda_core.allocate import Candidate, allocate_ranks, assess, compactness
 from corda_core.decompose import spectrum
 
 
@@ -109,6 +109,10 @@ def literal(
     return {name: f[name] if mode == "kpm" else k[name] - f[name] for name in k}
 
 
+def candidates_of(spectra: dict[str, Tensor], log_pi: dict[str, float]) -> dict[str, Candidate]:
+    return {name: Candidate(log_pi[name], sigma) for name, sigma in spectra.items()}
+
+
 values = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 7.0])
 layers = st.lists(
     st.tuples(st.lists(values, min_size=1, max_size=8), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 9)), min_size=1, max_size=5
@@ -127,9 +131,9 @@ def test_allocation_is_the_greedy_loop_as_printed(
     least = sum(costs[name] * min(low, len(sigma)) for name, sigma in spectra.items())
     if budget < least:
         with pytest.raises(ValueError, match=re.escape(f"The budget of {budget} parameters is below {least}")):
-            allocate_ranks(tensors, log_pi, costs, budget, mode, min_rank=low, max_rank=high)
+            allocate_ranks(candidates_of(tensors, log_pi), costs, budget, mode, min_rank=low, max_rank=high)
         return
-    ranks = allocate_ranks(tensors, log_pi, costs, budget, mode, min_rank=low, max_rank=high)
+    ranks = allocate_ranks(candidates_of(tensors, log_pi), costs, budget, mode, min_rank=low, max_rank=high)
     assert ranks == literal(spectra, log_pi, costs, budget, mode, low, high)
     assert sum(costs[name] * rank for name, rank in ranks.items()) <= budget
     assert all(min(low, len(spectra[name])) <= rank <= min(high or 99, len(spectra[name])) for name, rank in ranks.items())
@@ -143,34 +147,34 @@ def test_random_spectra_follow_the_loop_too() -> None:
         costs = {name: int(torch.randint(1, 100, ())) for name in spectra}
         budget = sum(costs[name] * (1 + len(sigma) // 3) for name, sigma in spectra.items())
         lists = {name: sigma.double().tolist() for name, sigma in spectra.items()}
-        assert allocate_ranks(spectra, log_pi, costs, budget, mode) == literal(lists, log_pi, costs, budget, mode, 1, None)
+        assert allocate_ranks(candidates_of(spectra, log_pi), costs, budget, mode) == literal(lists, log_pi, costs, budget, mode, 1, None)
 
 
 def test_compact_layers_get_more_in_kpm_and_less_in_ipm() -> None:
     sigma = torch.linspace(2, 0.1, 32)
     spectra, costs = {"compact": sigma, "spread": sigma}, {"compact": 1, "spread": 1}
-    kpm = allocate_ranks(spectra, {"compact": 1.0, "spread": 4.0}, costs, 32, "kpm")
-    ipm = allocate_ranks(spectra, {"compact": 1.0, "spread": 4.0}, costs, 32, "ipm")
+    kpm = allocate_ranks(candidates_of(spectra, {"compact": 1.0, "spread": 4.0}), costs, 32, "kpm")
+    ipm = allocate_ranks(candidates_of(spectra, {"compact": 1.0, "spread": 4.0}), costs, 32, "ipm")
     assert kpm["compact"] > kpm["spread"]
     assert ipm["compact"] < ipm["spread"]
 
 
 def test_more_budget_than_there_are_components_is_left_over() -> None:
-    ranks = allocate_ranks({"a": torch.ones(4)}, {"a": 1.0}, {"a": 10}, 10**6, "kpm")
+    ranks = allocate_ranks(candidates_of({"a": torch.ones(4)}, {"a": 1.0}), {"a": 10}, 10**6, "kpm")
     assert ranks == {"a": 4}
     # The paper filters at least one component, so it never trains all of them in IPM.
-    assert allocate_ranks({"a": torch.ones(4)}, {"a": 1.0}, {"a": 10}, 10**6, "ipm") == {"a": 3}
+    assert allocate_ranks(candidates_of({"a": torch.ones(4)}, {"a": 1.0}), {"a": 10}, 10**6, "ipm") == {"a": 3}
 
 
 def test_bad_arguments_are_named() -> None:
     spectra, log_pi, costs = {"a": torch.ones(4)}, {"a": 1.0}, {"a": 10}
     for bad, words in (
-        (lambda: allocate_ranks({}, {}, {}, 10, "kpm"), "no layers"),
-        (lambda: allocate_ranks(spectra, {"b": 1.0}, costs, 10, "kpm"), "different layers: a is"),
-        (lambda: allocate_ranks(spectra, log_pi, {}, 10, "kpm"), "spectra and costs"),
-        (lambda: allocate_ranks(spectra, {"a": -0.5}, costs, 10, "kpm"), "a: log π is -0.5"),
-        (lambda: allocate_ranks(spectra, log_pi, costs, 10, "kpm", min_rank=0), "min_rank is 0"),
-        (lambda: allocate_ranks(spectra, log_pi, costs, 10, "kpm", min_rank=3, max_rank=2), "max_rank 2"),
+        (lambda: allocate_ranks({}, {}, 10, "kpm"), "no layers"),
+        (lambda: allocate_ranks(candidates_of(spectra, log_pi), {"b": 10}, 10, "kpm"), "different layers: a is"),
+        (lambda: allocate_ranks(candidates_of(spectra, log_pi), {}, 10, "kpm"), "candidates and costs"),
+        (lambda: allocate_ranks(candidates_of(spectra, {"a": -0.5}), costs, 10, "kpm"), "a: log π is -0.5"),
+        (lambda: allocate_ranks(candidates_of(spectra, log_pi), costs, 10, "kpm", min_rank=0), "min_rank is 0"),
+        (lambda: allocate_ranks(candidates_of(spectra, log_pi), costs, 10, "kpm", min_rank=3, max_rank=2), "max_rank 2"),
     ):
         with pytest.raises(ValueError, match=words):
             bad()

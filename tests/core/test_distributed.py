@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
 from corda_core import collect, plan, select_linears
-from corda_core.store import load_plan
+from corda_core.store import read_plan
 
 WORKER = """
 import os, sys
@@ -58,7 +58,7 @@ def test_two_processes_equal_one(how: str, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
-        made = load_plan(tmp_path / f"{how}{rank}.safetensors")
+        made = read_plan(tmp_path / f"{how}{rank}.safetensors")[0]
         assert list(made.layers) == list(alone.layers)
         assert made.provenance["base_digest"] == alone.provenance["base_digest"]
         matrices = load_file(tmp_path / f"covariances{rank}.safetensors")

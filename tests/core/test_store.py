@@ -20,7 +20,7 @@ from torch import nn
 
 from corda_core import Choice, Covariance, choose, collect, plan, select_linears
 from corda_core.files import read_tensors, write_tensors
-from corda_core.store import data_digest, load_covariances, load_plan, save_covariances, save_plan
+from corda_core.store import data_digest, load_covariances, read_plan, save_covariances, save_plan
 
 OPTIONS = {"normalize": None, "dtype": "float32"}
 
@@ -77,7 +77,7 @@ def test_plan_comes_back(model: nn.Module, covariances: dict[str, Covariance], t
     layers = {name: replace(init, choice=Choice(choices[name].candidates, 1)) for name, init in made.layers.items()}
     made = replace(made, layers=layers)
     save_plan(made, tmp_path / "plan.safetensors")
-    found = load_plan(tmp_path / "plan.safetensors")
+    found = read_plan(tmp_path / "plan.safetensors")[0]
     assert (found.mode, found.rank, found.provenance) == (made.mode, made.rank, made.provenance)
     for name, init in made.layers.items():
         again = found.layers[name]
@@ -115,9 +115,9 @@ def test_truncated_files_are_refused(model: nn.Module, path: Path, keep: float) 
 
 def test_missing_and_foreign_files(model: nn.Module, path: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_plan(tmp_path / "none.safetensors")
+        read_plan(tmp_path / "none.safetensors")[0]
     with pytest.raises(ValueError, match="holds 'covariances'.*expected 'plan'"):
-        load_plan(path)
+        read_plan(path)[0]
 
 
 @pytest.mark.parametrize("kind", ["plan", "covariances"])
@@ -133,7 +133,7 @@ def test_a_flipped_bit_anywhere_is_refused(
         spoilt[place // 8] ^= 1 << place % 8
         path.write_bytes(spoilt)
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            load_plan(path) if kind == "plan" else load_covariances(path, model=model, options=OPTIONS)
+            read_plan(path)[0] if kind == "plan" else load_covariances(path, model=model, options=OPTIONS)
 
 
 def test_files_of_the_first_version_load_with_a_warning(model: nn.Module, covariances: dict[str, Covariance], path: Path) -> None:
@@ -194,5 +194,5 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
         time.sleep(pause)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        A0 = load_plan(path).layers["layer"].A0
+        A0 = read_plan(path)[0].layers["layer"].A0
         assert len(A0.unique()) == 1

@@ -12,7 +12,8 @@ import torch
 from conftest import tiny_llama
 from typer.testing import CliRunner
 
-from corda_core.store import load_covariances, load_plan
+from corda_core.store import load_covariances
+from corda_core.store import read_plan as read_plan_file
 from corda_eval.cli import app
 from corda_vlm.data.items import load_items
 from corda_vlm.data.samples import Collator
@@ -89,7 +90,7 @@ def read_covariances(place: Place, folder: Path) -> str:
 def read_plan(place: Place, folder: Path) -> str:
     torch.set_printoptions(threshold=10**9, precision=12)
     try:
-        return repr(load_plan(folder / "plan.safetensors"))
+        return repr(read_plan_file(folder / "plan.safetensors")[0])
     finally:
         torch.set_printoptions(profile="default")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import corda_vlm
 from corda_core import lora_layers
 from corda_vlm.attention import SplitAttention, fuse_attention, split_attention
-from corda_vlm.towers import part_of
+from corda_vlm.towers import family_of
 
 open_clip = pytest.importorskip("open_clip")
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*never ran", "ignore:.*of no family")
@@ -123,7 +123,7 @@ def test_open_clip_from_preparation_to_a_normal_checkpoint(make: Any, protect: s
     adapted = corda_vlm.prepare(model, pictures, rank=2, processor=corda_vlm.OpenClipPairs(preprocess, tokenizer), protect=protect)
     layers = lora_layers(adapted)
     assert len(layers) == 4 * 6  # two towers of two blocks: q, k, v, out and two of the MLP
-    assert {part_of(model, name) for name in layers} == {"vision", "language"}
+    assert {family_of(model).part_of(name) for name in layers} == {"vision", "language"}
     torch.testing.assert_close(features(adapted, inputs), expected, rtol=1e-5, atol=1e-6)
     image, text, scale = adapted(**inputs)
     nn.functional.cross_entropy(scale * image @ text.T, torch.arange(3)).backward()
@@ -148,7 +148,7 @@ def test_names_that_end_alike_in_both_towers(options: dict[str, Any], tmp_path: 
     inputs["image"] = torch.randn(inputs["image"].shape)
     adapted = corda_vlm.prepare(model, [inputs] * 5, rank=3, **options, **({"candidates": 1} if "variant" in options else {}))
     layers = lora_layers(adapted)
-    assert {part_of(model, name) for name in layers} == set(options.get("parts", ["vision", "language"]))
+    assert {family_of(model).part_of(name) for name in layers} == set(options.get("parts", ["vision", "language"]))
     for layer in layers.values():
         layer.lora_B["default"].weight.data += 0.02
     expected = features(adapted, inputs)

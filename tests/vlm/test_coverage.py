@@ -18,7 +18,7 @@ from corda_core import lora_layers
 from corda_core.linears import weight_matrix
 from corda_vlm.cli import app
 from corda_vlm.coverage import coverage
-from corda_vlm.towers import part_of
+from corda_vlm.towers import family_of
 
 MIXED = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -54,7 +54,7 @@ def test_fused_experts_are_told_of(kind: str, tokenizer: Any) -> None:
 def test_the_share_is_logged_where_nothing_is_missed(processor: Any, samples: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llava()
     parts = ("vision", "language")
-    counted = [parameter for name, parameter in model.named_parameters() if part_of(model, name) in parts]
+    counted = [parameter for name, parameter in model.named_parameters() if family_of(model).part_of(name) in parts]
     with caplog.at_level(logging.INFO, "corda_vlm"):
         adapted = corda_vlm.prepare(model, samples, processor=processor, rank=2, parts=parts)
     linears = [weight_matrix(adapted.get_base_model(), name).numel() for name in lora_layers(adapted)]

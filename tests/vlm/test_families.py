@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import corda_vlm
 from corda_core import lora_layers
 from corda_vlm.probe import RESULTS
-from corda_vlm.towers import PARTS, family_of, part_of
+from corda_vlm.towers import PARTS, family_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*saw .* tokens", "ignore:.*never ran", "ignore:.*ran, but what", "ignore:rank .* is larger"
@@ -36,7 +36,7 @@ def test_every_layer_has_its_part() -> None:
     for family in FAMILIES:
         model, _ = build(family)
         names = corda_vlm.select_layers(model, parts=all_parts(model))
-        assert {part_of(model, name) for name in names} == set(all_parts(model)), family
+        assert {family_of(model).part_of(name) for name in names} == set(all_parts(model)), family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +49,7 @@ def test_every_planned_layer_starts_at_the_base_and_learns(family: str) -> None:
     found = adapted(**batch)
     next(found[key] for key in RESULTS if key in found).square().sum().backward()
     layers = lora_layers(adapted)
-    assert {part_of(model, name) for name in layers} == set(all_parts(model))
+    assert {family_of(model).part_of(name) for name in layers} == set(all_parts(model))
     for name, layer in layers.items():
         assert layer.lora_A["default"].weight.grad is not None, name
         assert float(layer.lora_B["default"].weight.grad.abs().max()) > 0, name
@@ -59,7 +59,7 @@ def test_every_planned_layer_starts_at_the_base_and_learns(family: str) -> None:
 def test_default_parts(family: str) -> None:
     model, batch = build(family)
     adapted = corda_vlm.prepare(model, [batch], "ipm", rank=2)
-    assert {part_of(model, name) for name in lora_layers(adapted)} == set(family_of(model).default)
+    assert {family_of(model).part_of(name) for name in lora_layers(adapted)} == set(family_of(model).default)
 
 
 def trained(family: str) -> tuple[Any, dict[str, Any], Tensor]:
@@ -117,7 +117,11 @@ def test_attention_and_mlp_are_words_for_layers() -> None:
         assert attention, family
         assert mlp, family
         assert not attention & mlp, family
-        rest = {name for name in corda_vlm.select_layers(model, parts=parts) if part_of(model, name) != "projector"} - attention - mlp
+        rest = (
+            {name for name in corda_vlm.select_layers(model, parts=parts) if family_of(model).part_of(name) != "projector"}
+            - attention
+            - mlp
+        )
         assert all(name.rpartition(".")[2] in ("visual_projection", "text_projection", "head") for name in rest), (family, rest)
         assert set(corda_vlm.select_layers(model, parts=parts, exclude="mlp")) & mlp == set()
 
@@ -149,7 +153,7 @@ def test_an_unknown_vision_language_model_has_its_own_masks() -> None:
     model.config.model_type = "unheard_of"
     batch["attention_mask"][0, :3] = 0
     found = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig())
-    assert {part_of(model, name) for name in found} == {"language"}  # one part, which is the whole model
+    assert {family_of(model).part_of(name) for name in found} == {"language"}  # one part, which is the whole model
     tokens = {name.split(".")[1]: one.num_tokens for name, one in found.items()}
     assert tokens == {"vision_tower": 2 * 5, "multi_modal_projector": 2 * 4, "language_model": int(batch["attention_mask"].sum())}
 
@@ -188,7 +192,7 @@ def test_several_contexts_and_lists_that_begin_with_text() -> None:
     text = {"input_ids": torch.randint(10, 60, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     parts = ["vision", "language"]
     adapted = corda_vlm.prepare(model, [text] * 3 + [batch], rank=2, parts=parts)
-    assert {part_of(model, name) for name in lora_layers(adapted)} == set(parts)
+    assert {family_of(model).part_of(name) for name in lora_layers(adapted)} == set(parts)
     with pytest.raises(ValueError, match="Context 1 of several, each of which must reach all layers: .*vision_tower.* never ran"):
         corda_vlm.prepare(build("llava")[0], [text], rank=2, parts=parts, candidates=[[batch]])
 
