@@ -19,7 +19,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,23 +79,23 @@ def write_data(
 ) -> None:
     """Read the packages and write the five files."""
     unseen_style = list(read_icons(icons, UNSEEN_STYLE))
-    train = [one for style in STYLES for one in read_icons(icons, style) if not is_held_out(one.caption)]
-    names = {one.caption for one in train}
+    train = [icon for style in STYLES for icon in read_icons(icons, style) if not is_held_out(icon.caption)]
+    names = {icon.caption for icon in train}
     drawings = list(read_clip_art(clip_art))
-    train += [one for one in drawings if not is_held_out(one.caption)]
+    train += [drawing for drawing in drawings if not is_held_out(drawing.caption)]
     train += read_stamps(stamps)
-    train += [one for one in read_shapes("train") if one.caption not in UNSEEN_SHAPES]
+    train += [shape for shape in read_shapes("train") if shape.caption not in UNSEEN_SHAPES]
     files = {
         "train": train,
-        "icons_seen": [one for one in unseen_style if one.caption in names],
-        "icons_unseen": [one for one in unseen_style if is_held_out(one.caption)],
-        "drawings": [one for one in drawings if is_held_out(one.caption)],
+        "icons_seen": [icon for icon in unseen_style if icon.caption in names],
+        "icons_unseen": [icon for icon in unseen_style if is_held_out(icon.caption)],
+        "drawings": [drawing for drawing in drawings if is_held_out(drawing.caption)],
         "shapes": list(read_shapes("test")),
     }
     with replacing_in(output) as fresh:
-        for name, found in files.items():
-            _write_table(fresh / f"{name}.parquet", found)
-            print(f"{name}: {len(found)} pictures, {len({one.caption for one in found})} captions")
+        for name, pictures in files.items():
+            _write_table(fresh / f"{name}.parquet", pictures)
+            print(f"{name}: {len(pictures)} pictures, {len({picture.caption for picture in pictures})} captions")
 
 
 def is_held_out(caption: str) -> bool:
@@ -130,7 +130,7 @@ def read_clip_art(folder: Path) -> Iterator[Captioned]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There are no drawings in {folder}; run: apt-get install openclipart-png")
     files = sorted(path for part in CLIP_ART_FOLDERS for path in (folder / part).rglob("*.png"))
-    found = []
+    drawings = []
     for path in tqdm(files, desc="drawings"):
         try:
             opened = Image.open(path)
@@ -140,9 +140,9 @@ def read_clip_art(folder: Path) -> Iterator[Captioned]:
             title, author = image.info.get("Title", ""), image.info.get("Author", "")
             caption = re.sub(r"[\W\d_]+", " ", title).strip().lower().removesuffix(" b and w")
             if 3 <= len(caption) <= 60 and title != author and image.width * image.height < 30e6:
-                found.append(Captioned(_small(image.convert("RGBA")), caption, "openclipart"))
-    counts = Counter(one.caption for one in found)
-    yield from (one for one in found if counts[one.caption] <= COLLECTION)
+                drawings.append(Captioned(_small(image.convert("RGBA")), caption, "openclipart"))
+    counts = Counter(drawing.caption for drawing in drawings)
+    yield from (drawing for drawing in drawings if counts[drawing.caption] <= COLLECTION)
 
 
 def read_stamps(folder: Path) -> Iterator[Captioned]:
@@ -193,22 +193,21 @@ def _small(image: Image.Image) -> Image.Image:
     return square
 
 
-def _write_table(path: Path, found: Iterable[Captioned]) -> None:
+def _write_table(path: Path, rows: Sequence[Captioned]) -> None:
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    rows = list(found)
-    names = sorted({one.caption for one in rows})
+    names = sorted({row.caption for row in rows})
     kinds: dict[str, Any] = {
         "image": ImageFeature(),
         "caption": Value("string"),
         "label": ClassLabel(names=names),
         "source": Value("string"),
     }
-    captions = [one.caption for one in rows]
+    captions = [row.caption for row in rows]
     # Training lays pictures on grounds of its own; what is measured looks the same to everybody.
-    pictures = [{"bytes": _png(one.image if path.stem == "train" else on_white(one.image)), "path": None} for one in rows]
-    columns = {"image": pictures, "caption": captions, "label": captions, "source": [one.source for one in rows]}
+    pictures = [{"bytes": _png(row.image if path.stem == "train" else on_white(row.image)), "path": None} for row in rows]
+    columns = {"image": pictures, "caption": captions, "label": captions, "source": [row.source for row in rows]}
     Dataset.from_dict(columns, features=Features(kinds)).to_parquet(str(path))
 
 

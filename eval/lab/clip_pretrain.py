@@ -19,7 +19,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,11 +81,11 @@ def pretrain(
     names = [*dict.fromkeys([*captions, *wordnet_names(wordnet)])]
     tokenizer = train_tokenizer([phrase.format(name) for name in names for phrase in PHRASES[:2]])
     model = open_clip.CLIP(**MODEL | {"vision_cfg": VISION | {"patch_dropout": PATCH_DROPOUT}})
-    optimise_text(model, tokenizer, names, epochs=text_epochs, batch_size=batch_size, record=record)
+    optimise_text(model, tokenizer, names, Stage("text", text_epochs * (len(names) // batch_size), batch_size, 1e-3, record))
     write_model(model, tokenizer, output)
-    optimise_images(model, tokenizer, pictures, captions, steps=image_steps, batch_size=batch_size, record=record)
+    optimise_images(model, tokenizer, pictures, captions, Stage("images", image_steps, batch_size, 1.5e-3, record))
     write_model(model, tokenizer, output)
-    optimise_both(model, tokenizer, pictures, captions, steps=both_steps, batch_size=batch_size // 2, record=record)
+    optimise_both(model, tokenizer, pictures, captions, Stage("both", both_steps, batch_size // 2, 1e-3, record))
     write_model(model, tokenizer, output)
 
 
@@ -120,36 +120,40 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def optimise_text(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    names: Sequence[str],
-    *,
-    epochs: int,
-    batch_size: int,
-    record: Callable[..., None],
-    learning_rate: float = 1e-3,
-) -> None:
+@dataclass(frozen=True)
+class Stage:
+    """How one of the three stages trains."""
+
+    name: str
+    steps: int
+    batch_size: int
+    """Names, or pictures, a step."""
+
+    rate: float
+    """Peak learning rate."""
+
+    record: Callable[..., None]
+    """Takes what is logged, by name."""
+
+
+def optimise_text(model: Any, tokenizer: PreTrainedTokenizerFast, names: Sequence[str], stage: Stage) -> None:
     """Draw the text tower's features of the names, in changing phrases, to the larger encoder's."""
     plain = encoder_features(names)
     mean = plain.mean(0)
     directions = torch.linalg.svd(plain[:: max(1, len(plain) // 20000)] - mean, full_matrices=False).Vh[:FEATURES].T
     wanted = F.normalize((plain - mean) @ directions, dim=-1)
     parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith(("visual", "logit"))]
-    steps = epochs * (len(names) // batch_size)
-    optimiser, schedule = _adamw(parameters, learning_rate, steps)
-    order = _endless_order(len(names), batch_size)
-    progress = tqdm(range(steps), desc="text tower")
-    for step in progress:
-        chosen = next(order)
+    optimiser, schedule = _adamw(parameters, stage)
+    progress = tqdm(zip(range(stage.steps), _endless_order(len(names), stage.batch_size), strict=False), "text tower", stage.steps)
+    for step, chosen in progress:
         texts = [random.choice(PHRASES).format(names[i]) for i in chosen.tolist()]
         with torch.autocast("cpu", torch.bfloat16):
             features = model.encode_text(tokens(tokenizer, texts))
         loss = 1 - F.cosine_similarity(features.float(), wanted[chosen], dim=-1).mean()
         _step(loss, parameters, optimiser, schedule)
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == stage.steps - 1:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-            record(stage="text", step=step, loss=round(loss.item(), 4))
+            stage.record(stage=stage.name, step=step, loss=round(loss.item(), 4))
 
 
 @torch.inference_mode()
@@ -169,17 +173,7 @@ def encoder_features(texts: Sequence[str]) -> Tensor:
     return features
 
 
-def optimise_images(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    pictures: Tensor,
-    captions: Sequence[str],
-    *,
-    steps: int,
-    batch_size: int,
-    record: Callable[..., None],
-    learning_rate: float = 1.5e-3,
-) -> None:
+def optimise_images(model: Any, tokenizer: PreTrainedTokenizerFast, pictures: Tensor, captions: Sequence[str], stage: Stage) -> None:
     """Train the image tower and the scale of the logits against the features of the captions, which stay."""
     distinct = list(dict.fromkeys(captions))
     heads = torch.stack([caption_features(model, tokenizer, [phrase.format(name) for name in distinct]) for phrase in PHRASES])
@@ -189,21 +183,11 @@ def optimise_images(
         return heads[torch.randint(len(PHRASES), (len(some),)), [number[caption] for caption in some]]
 
     parameters = [*model.visual.parameters(), model.logit_scale]
-    order = _pairs_of_different_captions(captions, [1] * len(distinct), batch_size)
-    _match(model, parameters, text_features, pictures, captions, order, steps, learning_rate, partial(record, stage="images"))
+    order = _pairs_of_different_captions(captions, [1] * len(distinct), stage.batch_size)
+    _match(model, parameters, text_features, pictures, captions, order, stage)
 
 
-def optimise_both(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    pictures: Tensor,
-    captions: Sequence[str],
-    *,
-    steps: int,
-    batch_size: int,
-    record: Callable[..., None],
-    learning_rate: float = 1e-3,
-) -> None:
+def optimise_both(model: Any, tokenizer: PreTrainedTokenizerFast, pictures: Tensor, captions: Sequence[str], stage: Stage) -> None:
     """Train both towers and the scale; a caption with n pictures comes √n times as often as one with a single one."""
 
     def text_features(some: Sequence[str]) -> Tensor:
@@ -212,8 +196,8 @@ def optimise_both(
         return F.normalize(features.float(), dim=-1)
 
     counts = Counter(captions)
-    order = _pairs_of_different_captions(captions, [round(count**0.5) for count in counts.values()], batch_size)
-    _match(model, [*model.parameters()], text_features, pictures, captions, order, steps, learning_rate, partial(record, stage="both"))
+    order = _pairs_of_different_captions(captions, [round(count**0.5) for count in counts.values()], stage.batch_size)
+    _match(model, [*model.parameters()], text_features, pictures, captions, order, stage)
 
 
 def _match(
@@ -223,15 +207,12 @@ def _match(
     pictures: Tensor,
     captions: Sequence[str],
     order: Iterator[list[int]],
-    steps: int,
-    learning_rate: float,
-    record: Callable[..., None],
+    stage: Stage,
 ) -> None:
     """Train parameters by CLIP's loss; pictures of one caption are not held against each other."""
-    optimiser, schedule = _adamw(parameters, learning_rate, steps)
-    progress = tqdm(range(steps), desc="matching")
-    for step in progress:
-        chosen = next(order)
+    optimiser, schedule = _adamw(parameters, stage)
+    progress = tqdm(zip(range(stage.steps), order, strict=False), "matching", stage.steps)
+    for step, chosen in progress:
         some = [captions[place] for place in chosen]
         texts = text_features(some)
         with torch.autocast("cpu", torch.bfloat16):
@@ -243,10 +224,10 @@ def _match(
         loss = (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
         _step(loss, parameters, optimiser, schedule)
         model.logit_scale.data.clamp_(0, math.log(100))
-        if step % 20 == 0 or step == steps - 1:
+        if step % 20 == 0 or step == stage.steps - 1:
             right = (logits.argmax(1) == numbers).float().mean().item()
             progress.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.2f}")
-            record(step=step, loss=round(loss.item(), 4), right=round(right, 3))
+            stage.record(stage=stage.name, step=step, loss=round(loss.item(), 4), right=round(right, 3))
 
 
 def _pairs_of_different_captions(captions: Sequence[str], times: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -262,8 +243,8 @@ def _pairs_of_different_captions(captions: Sequence[str], times: Sequence[int], 
 @torch.inference_mode()
 def caption_features(model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """Return the text tower's features (texts, 256) of length 1."""
-    found = [model.encode_text(tokens(tokenizer, texts[start : start + 512])) for start in range(0, len(texts), 512)]
-    return F.normalize(torch.cat(found), dim=-1).clone()
+    features = [model.encode_text(tokens(tokenizer, texts[start : start + 512])) for start in range(0, len(texts), 512)]
+    return F.normalize(torch.cat(features), dim=-1).clone()
 
 
 def tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
@@ -311,14 +292,13 @@ def _endless_order(count: int, batch_size: int) -> Iterator[Tensor]:
         yield from torch.randperm(count)[: count // batch_size * batch_size].view(-1, batch_size)
 
 
-def _adamw(
-    parameters: Sequence[nn.Parameter], rate: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _adamw(parameters: Sequence[nn.Parameter], stage: Stage) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    optimiser = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, stage.rate, total_steps=stage.steps, pct_start=0.1, cycle_momentum=False)
+    return optimiser, cycle
 
 
 def _step(loss: Tensor, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer, schedule: Any) -> None:

@@ -15,8 +15,8 @@ ICON_PROMPT, SHAPE_PROMPT = "an icon of a {}.", "{}"
 def shapes(split: str) -> ClassifiedImages:
     """Return easy-VQA's pictures of one split."""
     names = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    found = enumerate(named_images(load_easy_vqa(split)))
-    items = [LabelledImage(str(number), image, names.index(f"a {colour} {shape}")) for number, (image, colour, shape) in found]
+    pictures = enumerate(named_images(load_easy_vqa(split)))
+    items = [LabelledImage(str(number), image, names.index(f"a {colour} {shape}")) for number, (image, colour, shape) in pictures]
     return ClassifiedImages("shapes", items, names, (SHAPE_PROMPT,))
 
 
@@ -31,7 +31,7 @@ def icons(folder: Path, name: str) -> ClassifiedImages:
 
 def drawings(folder: Path) -> CaptionedImages:
     """Return one drawing of each title that pretraining did not have."""
-    found = defaultdict(list)
+    by_caption = defaultdict(list)
     for row in read_pictures(folder / "drawings.parquet"):
-        found[row["caption"]].append(row["image"])
-    return CaptionedImages("drawings", [images[0] for images in found.values()], [[caption] for caption in found])
+        by_caption[row["caption"]].append(row["image"])
+    return CaptionedImages("drawings", [images[0] for images in by_caption.values()], [[caption] for caption in by_caption])

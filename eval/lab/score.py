@@ -22,7 +22,9 @@ def score_easy_vqa(model: LlavaForConditionalGeneration, processor: LlavaProcess
     examples = load_easy_vqa("test")
     bar = partial(progress_bar, title="easy-VQA test")
     right = answer_benchmark(TASK, examples, model, processor, batch_size=64, progress=bar).scores
-    by_kind = {kind: [hit for hit, one in zip(right, examples, strict=True) if one.answer in names] for kind, names in KINDS.items()}
+    by_kind = {
+        kind: [hit for hit, example in zip(right, examples, strict=True) if example.answer in names] for kind, names in KINDS.items()
+    }
     return {name: round(100 * sum(hits) / len(hits), 2) for name, hits in ({"all": right} | by_kind).items()}
 
 

@@ -22,4 +22,4 @@ def named_images(examples: Sequence[VqaExample]) -> list[tuple[Any, str, str]]:
             for word in (*example.question.rstrip("?").split(), example.answer):
                 if word in COLOURS or word in SHAPES:
                     known.setdefault(id(example.image), {})[word in SHAPES] = word
-    return [(images[key], found[False], found[True]) for key, found in known.items() if len(found) == 2]
+    return [(images[key], words[False], words[True]) for key, words in known.items() if len(words) == 2]

@@ -15,6 +15,7 @@ from corda_eval.lab import clip_pretrain
 from corda_eval.lab.clip_data import PIXELS, is_held_out, read_clip_art, read_icons, read_stamps, write_data
 from corda_eval.lab.clip_pretrain import (
     MODEL,
+    Stage,
     augmented,
     caption_features,
     optimise_both,
@@ -162,9 +163,8 @@ def test_pictures_of_one_caption_are_not_held_against_each_other() -> None:
     def text_features(some: object) -> torch.Tensor:
         return torch.eye(2)[[0, 0, 1]]
 
-    clip_pretrain._match(
-        model, [model.logit_scale], text_features, pictures, captions, iter([[0, 1, 2]]), 1, 1e-3, lambda **entry: log.append(entry)
-    )
+    stage = Stage("both", 1, 3, 1e-3, lambda **entry: log.append(entry))
+    clip_pretrain._match(model, [model.logit_scale], text_features, pictures, captions, iter([[0, 1, 2]]), stage)
     assert log[0]["loss"] < 1e-4
 
 
@@ -189,13 +189,13 @@ def test_both_towers_learn_and_open_clip_reads_what_was_written(tmp_path: Path, 
     monkeypatch.setattr(clip_pretrain, "FEATURES", 4)  # four names span no more directions
     model = open_clip.CLIP(**small | {"embed_dim": 4})
     monkeypatch.setattr(clip_pretrain, "MODEL", small | {"embed_dim": 4})
-    optimise_text(model, tokenizer, names * 5, epochs=40, batch_size=10, record=lambda **entry: log.append(entry))
+    optimise_text(model, tokenizer, names * 5, Stage("text", 80, 10, 1e-3, lambda **entry: log.append(entry)))
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     before = caption_features(model, tokenizer, names)
-    optimise_images(model, tokenizer, pictures, names, steps=40, batch_size=4, record=lambda **entry: log.append(entry))
+    optimise_images(model, tokenizer, pictures, names, Stage("images", 40, 4, 1.5e-3, lambda **entry: log.append(entry)))
     assert log[-1]["right"] >= 0.75
     assert torch.equal(caption_features(model, tokenizer, names), before)  # the text tower stays
-    optimise_both(model, tokenizer, pictures, names, steps=2, batch_size=4, record=lambda **entry: log.append(entry))
+    optimise_both(model, tokenizer, pictures, names, Stage("both", 2, 4, 1e-3, lambda **entry: log.append(entry)))
     assert not torch.equal(caption_features(model, tokenizer, names), before)
     write_model(model, tokenizer, tmp_path)
     read, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
