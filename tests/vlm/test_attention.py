@@ -175,8 +175,8 @@ def test_padding_of_captions_does_not_count() -> None:
     model = clip()
     split_attention(model)
     config = corda_vlm.CordaConfig(parts=["language"], targets=["q_proj"])
-    found = corda_vlm.collect_context(model, [batch()], config)
-    assert {one.num_tokens for one in found.values()} == {5 + 8 + 12}
+    covariances = corda_vlm.collect_context(model, [batch()], config)
+    assert {covariance.num_tokens for covariance in covariances.values()} == {5 + 8 + 12}
 
 
 def test_fusing_under_an_adapter_is_refused() -> None:

@@ -57,7 +57,7 @@ def write_recipe_of(folder: Path, model: dict[str, Any]) -> None:
 
 
 def called(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_an_adapter_s_folder_has_no_say_in_trust_and_network(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_an_adapter_s_folder_has_no_say_in_trust_and_network(adapter: Path, tmp_
     assert called("export", "--adapter", adapter, "--output", tmp_path / "lora", "--trust-remote-code").exit_code == 0
     write_recipe_of(adapter, {"path": str(tmp_path / "base"), "attention": "somebody/kernel", "dtype": "float32"})
     assert called("export", "--adapter", adapter, "--output", tmp_path / "lora").exit_code == 0
-    assert [(one.trust_remote_code, one.download, one.attention) for one in seen] == [
+    assert [(config.trust_remote_code, config.download, config.attention) for config in seen] == [
         (False, False, None),
         (True, False, None),
         (False, False, None),

@@ -38,13 +38,13 @@ def mixed(kind: str) -> Any:
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*larger than min")
 def test_fused_experts_are_told_of(kind: str, tokenizer: Any) -> None:
     model = mixed(kind)
-    found = coverage(model, corda_vlm.select_layers(model))
-    assert found.total == sum(parameter.numel() for parameter in model.parameters())
-    assert found.stacked == sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 3)
-    assert found.stacked > 0.6 * found.total
-    assert found.adapted == sum(weight_matrix(model, name).numel() for name in corda_vlm.select_layers(model))
+    share = coverage(model, corda_vlm.select_layers(model))
+    assert share.total == sum(parameter.numel() for parameter in model.parameters())
+    assert share.stacked == sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 3)
+    assert share.stacked > 0.6 * share.total
+    assert share.adapted == sum(weight_matrix(model, name).numel() for name in corda_vlm.select_layers(model))
     said = (
-        rf"{found.adapted / found.total:.1%} of the {found.total:,} parameters of language .* fused experts, 3-D weights such as .*experts"
+        rf"{share.adapted / share.total:.1%} of the {share.total:,} parameters of language .* fused experts, 3-D weights such as .*experts"
     )
     texts = [(None, "a red circle in this shape is blue"), (None, "what color is the shape ?")] * 4
     with pytest.warns(UserWarning, match=said):

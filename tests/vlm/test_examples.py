@@ -102,8 +102,8 @@ def case(name: str, workspace: Path) -> tuple[nn.Module, dict[str, Tensor]]:
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    found = model(**batch)
-    return found.logits, found.loss
+    output = model(**batch)
+    return output.logits, output.loss
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -165,21 +165,21 @@ def test_trl_learns_from_images_what_the_trainer_learns(finished: Finished) -> N
 
 
 def test_two_processes_learn_what_one_does(workspace: Path, tmp_path: Path, finished: Finished) -> None:
-    expected, one = finished("accelerate_loop")
+    expected, first = finished("accelerate_loop")
     losses = run("accelerate_loop", workspace, tmp_path / "two", (*LAUNCH, "-m"))
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
-    expected_changes, found = _changes(one), _changes(tmp_path / "two")
-    assert expected_changes.keys() == found.keys()
+    expected_changes, changes = _changes(first), _changes(tmp_path / "two")
+    assert expected_changes.keys() == changes.keys()
     for key, change in expected_changes.items():  # sums in another order, of whose small gradients AdamW makes steps of full size
-        assert float((found[key] - change).norm() / change.norm()) < 0.02, key
+        assert float((changes[key] - change).norm() / change.norm()) < 0.02, key
 
 
 def _compare(first: Path, second: Path) -> None:
     """Check that two adapters change the same weights by the same."""
-    expected, found = _changes(first), _changes(second)
-    assert expected.keys() == found.keys()
+    expected, changes = _changes(first), _changes(second)
+    assert expected.keys() == changes.keys()
     for key, change in expected.items():
-        torch.testing.assert_close(found[key], change, rtol=0, atol=1e-5)
+        torch.testing.assert_close(changes[key], change, rtol=0, atol=1e-5)
 
 
 def _changes(folder: Path) -> dict[str, Tensor]:

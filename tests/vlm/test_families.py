@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 def outputs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        found = model(**batch)
-    return next(found[key] for key in RESULTS if key in found)
+        output = model(**batch)
+    return next(output[key] for key in RESULTS if key in output)
 
 
 def all_parts(model: nn.Module) -> list[str]:
@@ -46,8 +46,8 @@ def test_every_planned_layer_starts_at_the_base_and_learns(family: str) -> None:
     expected = outputs(model, batch)
     adapted = corda_vlm.prepare(model, [batch, batch], rank=3, protect="start", parts=all_parts(model))
     assert torch.equal(outputs(adapted, batch), expected)
-    found = adapted(**batch)
-    next(found[key] for key in RESULTS if key in found).square().sum().backward()
+    output = adapted(**batch)
+    next(output[key] for key in RESULTS if key in output).square().sum().backward()
     layers = lora_layers(adapted)
     assert {family_of(model).part_of(name) for name in layers} == set(all_parts(model))
     for name, layer in layers.items():
@@ -93,8 +93,8 @@ for family in {families!r}:
     model, batch = build(family)
     model = PeftModel.from_pretrained(model, f"{folder}/{{family}}").eval()
     with torch.no_grad():
-        found = model(**batch)
-    torch.save(next(found[key] for key in RESULTS if key in found), f"{folder}/{{family}}.pt")
+        output = model(**batch)
+    torch.save(next(output[key] for key in RESULTS if key in output), f"{folder}/{{family}}.pt")
 """
 
 
@@ -152,9 +152,9 @@ def test_an_unknown_vision_language_model_has_its_own_masks() -> None:
     model, batch = build("llava")
     model.config.model_type = "unheard_of"
     batch["attention_mask"][0, :3] = 0
-    found = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig())
-    assert {family_of(model).part_of(name) for name in found} == {"language"}  # one part, which is the whole model
-    tokens = {name.split(".")[1]: one.num_tokens for name, one in found.items()}
+    covariances = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig())
+    assert {family_of(model).part_of(name) for name in covariances} == {"language"}  # one part, which is the whole model
+    tokens = {name.split(".")[1]: covariance.num_tokens for name, covariance in covariances.items()}
     assert tokens == {"vision_tower": 2 * 5, "multi_modal_projector": 2 * 4, "language_model": int(batch["attention_mask"].sum())}
 
 
@@ -172,8 +172,8 @@ def test_models_that_flatten_their_tokens() -> None:
     ids = torch.randint(3, 60, (3, 9))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    found = corda_vlm.collect_context(model, [{"input_ids": ids, "attention_mask": mask}], corda_vlm.CordaConfig())
-    assert {one.num_tokens for one in found.values()} == {int(mask.sum())}
+    covariances = corda_vlm.collect_context(model, [{"input_ids": ids, "attention_mask": mask}], corda_vlm.CordaConfig())
+    assert {covariance.num_tokens for covariance in covariances.values()} == {int(mask.sum())}
 
 
 def test_a_lone_vision_tower_reads_images() -> None:

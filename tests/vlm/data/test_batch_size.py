@@ -68,10 +68,11 @@ def parts_of(family: str) -> tuple[Any, Any, list[Any]]:
 @pytest.mark.parametrize("family", [*FAMILIES, *ABSOLUTE])
 def test_the_batch_size_changes_no_covariance(family: str) -> None:
     model, reader, samples = parts_of(family)
-    found = [corda_vlm.collect_context(model, samples, corda_vlm.CordaConfig(batch_size=size, rank=2), reader) for size in (1, 8)]
-    for name, one in found[0].items():
-        assert one.num_tokens == found[1][name].num_tokens
-        torch.testing.assert_close(one.matrix, found[1][name].matrix, rtol=1e-5, atol=1e-5 * float(one.matrix.norm()), msg=name)
+    collected = [corda_vlm.collect_context(model, samples, corda_vlm.CordaConfig(batch_size=size, rank=2), reader) for size in (1, 8)]
+    for name, covariance in collected[0].items():
+        other, tolerance = collected[1][name], 1e-5 * float(covariance.matrix.norm())
+        assert covariance.num_tokens == other.num_tokens
+        torch.testing.assert_close(covariance.matrix, other.matrix, rtol=1e-5, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *ABSOLUTE) if "clip" not in name])
@@ -98,12 +99,12 @@ def test_the_batch_size_changes_no_answer(family: str) -> None:
 
     def answers(some: list[Any]) -> torch.Tensor:
         batch = collate(some)
-        found = model.generate(**batch, do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
-        return found[:, batch["input_ids"].shape[1] :]
+        tokens = model.generate(**batch, do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+        return tokens[:, batch["input_ids"].shape[1] :]
 
     together = answers(asked)
     assert len(set(map(tuple, together.tolist()))) > 1
-    assert torch.equal(together, torch.cat([answers([one]) for one in asked]))
+    assert torch.equal(together, torch.cat([answers([question]) for question in asked]))
 
 
 def test_positions_are_told_to_those_who_count_from_the_left() -> None:

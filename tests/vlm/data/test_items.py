@@ -70,7 +70,7 @@ def test_items_are_a_sequence(llava: str) -> None:
     items = load_items(DataConfig(llava))
     assert len(random.Random(0).sample(items, 3)) == 3
     assert items[-1] == items[4]
-    assert [len(one) for one in items[3:]] == [2, 1]
+    assert [len(item) for item in items[3:]] == [2, 1]
     with pytest.raises(IndexError):
         items[5]
     assert pickle.loads(pickle.dumps(items))[4] == items[4]
@@ -170,8 +170,8 @@ def test_rows_without_an_image_are_broken_where_one_is_needed(tmp_path: Path) ->
 def test_processes_share_the_reading_and_agree(half_broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[dict[int, str]] = []
 
-    def gather(mine: dict[int, str]) -> list[dict[int, str]]:
-        shares.append(mine)
+    def gather(reasons: dict[int, str]) -> list[dict[int, str]]:
+        shares.append(reasons)
         return [{7: "d", 4: "b"}, {5: "c", 1: "a"}, {}]
 
     for rank in range(3):

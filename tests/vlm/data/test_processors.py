@@ -191,8 +191,8 @@ def test_weights_of_image_tokens_reach_the_language_model(family: str) -> None:
     image = int((batch["input_ids"] == IMAGE).sum())
     both = int(batch["attention_mask"].sum())
     for tokens, expected in (("image", image), ("text", both - image), ("all", both)):
-        found = corda_vlm.collect_context(model, items(), corda_vlm.CordaConfig(tokens=tokens, rank=2), processor)
-        assert {one.num_tokens for one in found.values()} == {expected}
+        covariances = corda_vlm.collect_context(model, items(), corda_vlm.CordaConfig(tokens=tokens, rank=2), processor)
+        assert {covariance.num_tokens for covariance in covariances.values()} == {expected}
 
 
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*never ran")

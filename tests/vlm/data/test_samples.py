@@ -293,8 +293,8 @@ def test_of_several_answers_the_most_frequent_counts(answers: Any, expected: str
 def test_placeholders_stand_where_they_are_written(turns: list[tuple[str, str]], expected: str, openai: bool, processor: Any) -> None:
     keys = ("role", "content") if openai else ("from", "value")
     item = {"image": IMAGE, "conversations": [dict(zip(keys, turn, strict=True)) for turn in turns]}
-    found = text_of(item, processor).replace(" ".join(["<image>"] * 4), "I")
-    assert found == expected.replace("system", "<unk>")
+    text = text_of(item, processor).replace(" ".join(["<image>"] * 4), "I")
+    assert text == expected.replace("system", "<unk>")
 
 
 def test_to_a_language_model_a_placeholder_is_text(tokenizer: Any) -> None:
@@ -402,8 +402,8 @@ def test_an_old_processor_takes_its_patches_from_the_model(llava: Any, processor
     old = copy.copy(processor)
     old.patch_size = old.vision_feature_select_strategy = None
     old.num_additional_image_tokens = 0
-    expected, found = (collator_for(llava, one)(samples[:2]) for one in (processor, old))
-    assert torch.equal(expected["input_ids"], found["input_ids"])
+    expected, batch = (collator_for(llava, reader)(samples[:2]) for reader in (processor, old))
+    assert torch.equal(expected["input_ids"], batch["input_ids"])
     assert old.patch_size is None
     corda_vlm.prepare(llava, samples, processor=old, rank=2)
 

@@ -97,13 +97,13 @@ def test_the_estimate_counts_what_attach_makes(stand_ins: Path) -> None:
     overrides = [*changed("llama2_metamath_kpm", stand_ins), "training.steps=1", "training.log_to=none", "training.bf16=false"]
     overrides += ["training.batch_size=2", "training.micro_batch_size=2", "corda.max_memory=null"]
     recipe = read_recipe(CONFIGS / "llama2_metamath_kpm.yaml", overrides)
-    found = estimate(recipe)
+    estimated = estimate(recipe)
     CliRunner().invoke(app, ["train", "--config", str(CONFIGS / "llama2_metamath_kpm.yaml"), *overrides])
     adapted = corda_core.load(tiny_llama(), stand_ins / "output", is_trainable=True)
-    assert found.num_trainable == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert found.num_base == sum(parameter.numel() for parameter in tiny_llama().parameters())
-    assert found.base_bytes == 4 * found.num_base
-    assert sum(part.num_layers for part in found.parts.values()) == 14
+    assert estimated.num_trainable == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert estimated.num_base == sum(parameter.numel() for parameter in tiny_llama().parameters())
+    assert estimated.base_bytes == 4 * estimated.num_base
+    assert sum(part.num_layers for part in estimated.parts.values()) == 14
     frozen = sum(buffer.numel() for name, buffer in adapted.named_buffers() if "lora_A0" in name or "lora_B0" in name)
-    assert found.training_bytes == 4 * (4 * found.num_trainable + frozen)
-    assert torch.tensor(found.flops_per_second) > 1e8
+    assert estimated.training_bytes == 4 * (4 * estimated.num_trainable + frozen)
+    assert torch.tensor(estimated.flops_per_second) > 1e8

@@ -54,8 +54,8 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = torch.nn.parallel.DistributedDataParallel(clip())
 whole = load_file({folder!r} + "/batch.safetensors")
-mine = {{key: value[2 * rank : 2 * rank + 2] for key, value in whole.items()}}
-contrastive_loss(over_processes(features_of(model, mine))).backward()
+share = {{key: value[2 * rank : 2 * rank + 2] for key, value in whole.items()}}
+contrastive_loss(over_processes(features_of(model, share))).backward()
 gradients = {{name: parameter.grad for name, parameter in model.module.named_parameters()}}
 save_file(gradients, {folder!r} + f"/gradients{{rank}}.safetensors")
 dist.destroy_process_group()
@@ -73,9 +73,9 @@ def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
-        found = load_file(tmp_path / f"gradients{rank}.safetensors")
+        gradients = load_file(tmp_path / f"gradients{rank}.safetensors")
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def preprocess(image: Image.Image) -> Tensor:
@@ -131,10 +131,10 @@ def test_the_classifier_starts_as_zero_shot_and_learns(family: str) -> None:
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        found = classifier(images, labels)
-        found["loss"].backward()
+        output = classifier(images, labels)
+        output["loss"].backward()
         optimizer.step()
-        losses.append(found["loss"].item())
+        losses.append(output["loss"].item())
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(classifier.head.weight, head)
     with pytest.raises(ValueError, match="0 class"):

@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_an_adapter_that_loads_anywhere(processor: Any, 
     done = trained(path)
     assert [step for step, _ in done.losses] == list(range(1, 31))
     assert done.losses[-1][1] < 0.9 * done.losses[0][1]
-    assert json.loads((done.output / "training.json").read_text())["losses"] == [list(one) for one in done.losses]
+    assert json.loads((done.output / "training.json").read_text())["losses"] == [list(entry) for entry in done.losses]
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     batch = Collator(processor)([{"image": str(tmp_path / "0.png"), "question": "what color is this ?"}])
     with torch.no_grad():
@@ -338,7 +338,7 @@ def test_losses_go_to_tensorboard(processor: Any, tmp_path: Path) -> None:
     folders = {file.parent for file in done.output.rglob("events.out*")}
     events = accumulator.EventAccumulator(str(folders.pop()))
     events.Reload()
-    assert [one.value for one in events.Scalars("train/loss")] == pytest.approx([loss for _, loss in done.losses])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([loss for _, loss in done.losses])
 
 
 def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(processor: Any, tmp_path: Path) -> None:

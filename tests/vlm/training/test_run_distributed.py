@@ -42,17 +42,17 @@ def test_two_processes_do_what_one_does(processor: Any, tmp_path: Path) -> None:
     """DDP and FSDP2, stopped half way and gone on with: preparation, training, held-out loss and files."""
     changes = {"training": {"evaluate_every": 4, "gradient_checkpointing": True}}
     path = write_recipe(tmp_path, processor, evaluation={"source": str(tmp_path / "data.json"), "limit": 7}, **changes)
-    one = finished(path, tmp_path / "one")
+    alone = finished(path, tmp_path / "one")
     expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
     for name, environment in (("ddp", {}), ("fsdp2", FSDP2)):
         output = tmp_path / name
         two = finished(path, output, environment)
         for key in ("losses", "evaluation"):
-            assert [step for step, _ in two[key]] == [step for step, _ in one[key]]
-            assert [loss for _, loss in two[key]] == pytest.approx([loss for _, loss in one[key]], abs=2e-5), name
-        found = load_file(output / "adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        for key, value in found.items():
+            assert [step for step, _ in two[key]] == [step for step, _ in alone[key]]
+            assert [loss for _, loss in two[key]] == pytest.approx([loss for _, loss in alone[key]], abs=2e-5), name
+        weights = load_file(output / "adapter_model.safetensors")
+        assert weights.keys() == expected.keys()
+        for key, value in weights.items():
             if "vision_tower" in key:  # plain pictures leave its covariances singular, and its smallest directions to rounding
                 continue
             torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-3)

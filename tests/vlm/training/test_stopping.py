@@ -23,7 +23,7 @@ spec = importlib.util.spec_from_file_location("stopping", sys.argv[1])  # not co
 stopping = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(stopping)
 def say(number):
-    print("stopped by", number.name, flush=True)
+    print("stopped by " + number.name + "\\n", end="", flush=True)  # in one piece, whatever the main thread prints
 with stopping.stoppable(say):
     print("ready", flush=True)
     {body}
@@ -108,12 +108,12 @@ def test_signals_to_forked_workers_are_theirs() -> None:
 def test_what_was_ignored_stays_ignored_and_all_is_as_before_in_the_end() -> None:
     before = signal.getsignal(signal.SIGHUP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    handlers = [signal.getsignal(one) for one in stopping.SIGNALS]
+    handlers = [signal.getsignal(number) for number in stopping.SIGNALS]
     try:
         with stopping.stoppable(lambda number: None):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) not in handlers
-        assert [signal.getsignal(one) for one in stopping.SIGNALS] == handlers
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] == handlers
         with pytest.raises(ValueError, match="its own"), stopping.stoppable(lambda number: None):
             raise ValueError("its own")
     finally:
@@ -148,11 +148,11 @@ def test_training_says_how_to_go_on(processor: Any, tmp_path: Path) -> None:
 
 
 def runs_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
+    workers = []
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child] if "corda_eval.study.worker" in child.cmdline() else []
-    return found
+            workers += [child] if "corda_eval.study.worker" in child.cmdline() else []
+    return workers
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_study_s_runs_end_with_it(tmp_path: Path) -> None:
     assert process.returncode == 143
     assert "corda-vlm compare: stopped by SIGTERM; the same command makes the runs that are missing." in errors
     assert "Traceback" not in errors
-    assert all(has_ended(one.pid) for one in runs)
+    assert all(has_ended(worker.pid) for worker in runs)
 
 
 @pytest.mark.slow
