@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from corda_core.quantize import FourBit
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
@@ -31,7 +32,7 @@ class ModelConfig(Options):
     dtype: Annotated[str, one_of("float32", "bfloat16", "float16")] = "bfloat16"
     """Precision of the base: "float32", "bfloat16" or "float16"; what is trained is kept in float32."""
 
-    quantize: Annotated[str, one_of("nf4", "fp4")] | None = None
+    quantize: FourBit | None = None
     """"nf4" or "fp4": load the base in 4 bits (bitsandbytes), as QLoRA does; the adapter is made from the dequantised weights."""
 
     attention: str | None = None
