@@ -5,7 +5,7 @@ Rows are counted from 0, as ``rows[0]`` is; lines of a file from 1, as editors d
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from corda_vlm.failures import one_line
 from corda_vlm.options import Count, Options, Place, one_of
 
 FIELDS = ("text", "question", "answer", "conversations", "image")
-SUFFIXES = (".json", ".jsonl", ".parquet")
+Rows = Sequence[Mapping[str, Any]]
 
 SHARD = re.compile(r"(?P<split>.+)-\d+-of-(?P<count>\d+)(-[0-9a-f]+)?\.parquet")
 """The hub's names of parquet files."""
@@ -84,7 +84,7 @@ class DataConfig(Options):
         return [re.split(r"[.\[]", name)[0] for name in names]
 
 
-def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[Mapping[str, Any]], Path]:
+def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Rows, Path]:
     """Return a source's rows as plain values, and the folder that relative paths of their images start from.
 
     An id of the hub comes from the cache of ``datasets``, and from the network only with ``download``. Parquet files are written once, as
@@ -97,12 +97,12 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
         ValueError: If the source is broken, empty or of an unknown kind, or an option does not fit it.
     """
     path = Path(config.source)
-    rows: Sequence[Mapping[str, Any]]
-    if path.exists():
-        is_json = path.is_file() and path.suffix in (".json", ".jsonl")
-        rows = _json_rows(path, config) if is_json else ArrowRows.of(_local_table(path, config), config.limit)
-        folder = path if path.is_dir() else path.parent
-    elif HUB_ID.fullmatch(config.source) and path.suffix not in SUFFIXES:
+    rows: Rows
+    if path.is_dir():
+        rows, folder = ArrowRows.of(_folder_table(path, config), config.limit), path
+    elif path.exists():
+        rows, folder = _file_rows(path, config), path.parent
+    elif HUB_ID.fullmatch(config.source) and path.suffix not in FILE_READERS:
         rows, folder = ArrowRows.of(_hub_table(config, download), config.limit), Path()
     else:
         raise FileNotFoundError(f"source is {config.source!r}, but there is no such file or folder; correct the path.")
@@ -115,18 +115,30 @@ def load_rows(config: DataConfig, *, download: bool = False) -> tuple[Sequence[M
     return rows, folder
 
 
-def _json_rows(path: Path, config: DataConfig) -> list[Mapping[str, Any]]:
-    """Return the rows of a JSON list, or of a file with one row a line."""
+def _file_rows(path: Path, config: DataConfig) -> Rows:
+    """Return the rows of a file."""
+    if path.suffix not in FILE_READERS:
+        known = list(FILE_READERS)
+        raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {known}, a folder, or an id of the hub; convert it.")
     _refuse_splits(config)
-    if path.suffix == ".json":
-        rows = read_json(path, "expected a list of rows; get the file again, or mend it") if path.stat().st_size else []
-        if not isinstance(rows, list):
-            raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows; with one row a line, name the file .jsonl.")
-        rows = rows[: config.limit]
-    else:
-        with path.open("rb") as lines:
-            filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            rows = [_json_line(line, f"{path}, line {number}") for number, line in islice(filled, config.limit)]
+    return FILE_READERS[path.suffix](path, config)
+
+
+def _json_list(path: Path, config: DataConfig) -> Rows:
+    rows = read_json(path, "expected a list of rows; get the file again, or mend it") if path.stat().st_size else []
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; expected a list of rows; with one row a line, name the file .jsonl.")
+    return _objects(rows[: config.limit], path)
+
+
+def _json_lines(path: Path, config: DataConfig) -> Rows:
+    with path.open("rb") as lines:
+        filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        return _objects([_json_line(line, f"{path}, line {number}") for number, line in islice(filled, config.limit)], path)
+
+
+def _objects(rows: list[Any], path: Path) -> Rows:
+    """Return rows that are objects; refuse others."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number} is a {type(row).__name__}; expected an object of columns and values; mend the row.")
@@ -140,29 +152,37 @@ def _json_line(line: bytes, where: str) -> Any:
         raise ValueError(f"{where} is not whole JSON ({error}); expected one row a line; get the file again, or mend the line.") from error
 
 
-def _local_table(path: Path, config: DataConfig) -> Any:
-    """Return the table of a parquet file or a folder."""
+def _parquet_file(path: Path, config: DataConfig) -> Rows:
+    return ArrowRows.of(_parquet_table([path], config), config.limit)
+
+
+FILE_READERS: Mapping[str, Callable[[Path, DataConfig], Rows]] = {".json": _json_list, ".jsonl": _json_lines, ".parquet": _parquet_file}
+"""By a file's suffix: what reads its first ``limit`` rows."""
+
+
+def _folder_table(path: Path, config: DataConfig) -> Any:
+    """Return the table of a folder that was saved by ``save_to_disk``, or has parquet files."""
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _saved_table(path, config)
+    return _parquet_table(_files_of_split(sorted(path.glob("*.parquet")), config), config)
+
+
+def _parquet_table(files: Sequence[Path], config: DataConfig) -> Any:
     datasets = _import_datasets(config)
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return _saved_table(datasets, path, config)
-    if path.is_dir():
-        files = _files_of_split(sorted(path.glob("*.parquet")), config)
-    elif path.suffix == ".parquet":
-        _refuse_splits(config)
-        files = [path]
-    else:
-        raise ValueError(f"{path} ends in {path.suffix!r}; expected one of {list(SUFFIXES)}, a folder, or an id of the hub; convert it.")
     for file in files:
         _check_whole(file)
     try:
         return datasets.Dataset.from_parquet([str(file) for file in files])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = one_line(error.__cause__ or error)
-        raise ValueError(f"{path} cannot be read ({reason}); expected filled parquet files of the same columns; get them again.") from error
+        raise ValueError(
+            f"{config.source} cannot be read ({reason}); expected filled parquet files of the same columns; get them again."
+        ) from error
 
 
-def _saved_table(datasets: Any, path: Path, config: DataConfig) -> Any:
+def _saved_table(path: Path, config: DataConfig) -> Any:
     """Return a split of a folder saved by ``save_to_disk``."""
+    datasets = _import_datasets(config)
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError, LookupError) as error:
