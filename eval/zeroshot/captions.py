@@ -5,30 +5,12 @@ Data: Karpathy's splits as he published them (``dataset_coco.json``, ``dataset_f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from corda_core.files import read_json
-from corda_eval.zeroshot.images import open_file
+from corda_eval.zeroshot.images import Each, open_file
 from corda_eval.zeroshot.retrieval import CaptionedImages
-
-
-@dataclass(frozen=True)
-class OpenedImages(Sequence[Image.Image]):
-    """Images in files, read when asked for."""
-
-    files: Sequence[Path]
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.files)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the image at a place."""
-        return open_file(self.files[index])
 
 
 def karpathy(
@@ -72,7 +54,7 @@ def karpathy(
             f"There is no {missing[0]}, as for {len(missing)} of {path.name}'s {len(files)} images; expected all; name their folder."
         )
     captions = [[caption] if isinstance(caption, str) else list(caption) for _, caption in pairs]
-    return CaptionedImages(task or path.stem, OpenedImages(files), captions, captions_per_image)
+    return CaptionedImages(task or path.stem, Each(open_file, files), captions, captions_per_image)
 
 
 def _karpathys(rows: Sequence[Any], split: str) -> list[tuple[str, list[str]]]:

@@ -5,14 +5,14 @@ checksums before it opens them; or a table as in ``folders.py``. Nothing is down
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torchvision
 
 from corda_eval.zeroshot.folders import class_numbers, table
-from corda_eval.zeroshot.images import ClassifiedImages, LabelledImage
+from corda_eval.zeroshot.images import ClassifiedImages, Each, LabelledImage
 from corda_vlm.data.sources import DataConfig
 
 ADJECTIVES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
@@ -43,32 +43,19 @@ def cifar100(source: str | Path | DataConfig, *, image: str = "image", label: st
     return table(source, image=image, label=label, class_names=CIFAR100, templates=TEMPLATES, task="cifar100")
 
 
-@dataclass(frozen=True)
-class TorchvisionImages(Sequence[LabelledImage]):
-    """A dataset of torchvision; ids are places, from 0."""
-
-    dataset: Any
-    labels: Sequence[int]
-    """Of each class of the dataset's own order."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the image at a place."""
-        image, label = self.dataset[index]
-        return LabelledImage(str(index), image, self.labels[label])
-
-
 def _has(source: str | Path | DataConfig, folder: str) -> bool:
     return not isinstance(source, DataConfig) and (Path(source).expanduser() / folder).is_dir()
 
 
-def _official(kind: Any, source: Any, names: Sequence[str]) -> TorchvisionImages:
+def _official(kind: Any, source: Any, names: Sequence[str]) -> Each:
     try:
         dataset = kind(str(Path(source).expanduser()), train=False, download=False)
     except RuntimeError as error:
         raise FileNotFoundError(f"{source} does not hold all of {kind.__name__} ({error}); unpack its archive there again.") from error
     numbers = class_numbers(dataset.classes, names, str(source))
-    return TorchvisionImages(dataset, [numbers[name] for name in dataset.classes])
+    return Each(partial(_labelled, dataset, [numbers[name] for name in dataset.classes]), range(len(dataset)))
+
+
+def _labelled(dataset: Any, numbers: Sequence[int], place: int) -> LabelledImage:
+    image, label = dataset[place]
+    return LabelledImage(str(place), image, numbers[label])

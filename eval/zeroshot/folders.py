@@ -1,11 +1,11 @@
 """Any images with classes: a folder of class folders, parquet files, a folder of ``save_to_disk``, an id of the datasets hub."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from corda_eval.zeroshot.images import PLAIN_TEMPLATE, ClassifiedImages, LabelledImage, class_folders, labelled_files
+from corda_eval.zeroshot.images import PLAIN_TEMPLATE, ClassifiedImages, Each, LabelledImage, class_folders, labelled_files
 from corda_vlm.classifier import Template
 from corda_vlm.data.items import Items, load_items
 from corda_vlm.data.sources import DataConfig
@@ -71,8 +71,9 @@ def table(
         raise ValueError(f"{config.source} does not name the classes of {label!r}; expected their names in order; give class_names.")
     names = class_names.values() if isinstance(class_names, Mapping) else known
     by_number = stored is None and isinstance(items.rows[0][label], int)
-    rows = TableImages(items, label, None if by_number else class_numbers(stored or known, known, config.source))
-    return ClassifiedImages(task or Path(config.source).stem, rows, tuple(names), tuple(templates))
+    numbers = None if by_number else class_numbers(stored or known, known, config.source)
+    images = Each(partial(_labelled_row, items, label, numbers), range(len(items)))
+    return ClassifiedImages(task or Path(config.source).stem, images, tuple(names), tuple(templates))
 
 
 def class_numbers(own: Sequence[str], class_names: Sequence[str], source: str) -> dict[str, int]:
@@ -100,35 +101,16 @@ def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
-@dataclass(frozen=True)
-class TableImages(Sequence[LabelledImage]):
-    """Rows of a table; their ids are their numbers, from 0."""
-
-    items: Items
-    label: str
-    numbers: Mapping[str, int] | None
-    """Of the names in the column; None where it has the numbers."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.items)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return the image of a row.
-
-        Raises:
-            ValueError: If the row has no image, or its class has no name.
-        """
-        item = self.items[index]
-        row = self.items.places[index]
-        where = self.items.name_of(row)
-        if "image" not in item:
-            raise ValueError(f"{where} has no image; expected one; name its column with image, or remove the row.")
-        try:
-            text = item["text"]
-            number = int(text) if self.numbers is None else self.numbers[text if text in self.numbers else _plain(text)]
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"{where} has the class {item['text']!r}, which is no number or known name; correct {self.label!r}."
-            ) from error
-        return LabelledImage(str(row), item["image"], number)
+def _labelled_row(items: Items, label: str, numbers: Mapping[str, int] | None, place: int) -> LabelledImage:
+    """Return the image of a row, whose number, from 0, is its id; ``numbers`` is None where the column has the numbers of classes."""
+    item = items[place]
+    row = items.places[place]
+    where = items.name_of(row)
+    if "image" not in item:
+        raise ValueError(f"{where} has no image; expected one; name its column with image, or remove the row.")
+    try:
+        text = item["text"]
+        number = int(text) if numbers is None else numbers[text if text in numbers else _plain(text)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{where} has the class {item['text']!r}, which is no number or known name; correct {label!r}.") from error
+    return LabelledImage(str(row), item["image"], number)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
@@ -53,26 +53,19 @@ class ClassifiedImages:
 
 
 @dataclass(frozen=True)
-class ImageFiles(Sequence[LabelledImage]):
-    """Images in files under one folder, which their ids start from."""
+class Each(Sequence[Any]):
+    """What a function gives for each of some keys, when it is asked for: all images of a test set are more than the memory holds."""
 
-    folder: Path
-    files: Sequence[Path]
-    labels: Sequence[int]
-    border: int = 0
-    """Pixels cut off on each side."""
+    read: Callable[[Any], Any]
+    keys: Sequence[Any]
 
     def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.files)
+        """Return how many there are."""
+        return len(self.keys)
 
     def __getitem__(self, index: Any) -> Any:
-        """Return the image at a place."""
-        file = self.files[index]
-        image = open_file(file)
-        if self.border:
-            image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
-        return LabelledImage(file.relative_to(self.folder).as_posix(), image, self.labels[index])
+        """Return what is read for the key at a place."""
+        return self.read(self.keys[index])
 
 
 def open_file(file: Path) -> Image.Image:
@@ -107,8 +100,10 @@ def class_folders(folder: str | Path) -> list[Path]:
     return classes
 
 
-def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int = 0) -> ImageFiles:
+def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int = 0) -> Each:
     """Return the images inside class folders, by class folder and file name; hidden files and folders do not count.
+
+    Their ids are the files' names from the folder on; ``border`` pixels are cut off on each side.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -122,7 +117,15 @@ def labelled_files(folder: str | Path, labels: dict[Path, int], *, border: int =
     left = [file for file, _ in visible if file.suffix.lower() not in suffixes() and (guess_type(file.name)[0] or "").startswith("image/")]
     if left:
         warnings.warn(f"{len(left)} picture(s) such as {left[0]} are of a kind that Pillow does not read, and do not count.", stacklevel=3)
-    return ImageFiles(Path(folder).expanduser(), [file for file, _ in pairs], [label for _, label in pairs], border)
+    return Each(partial(_labelled_file, Path(folder).expanduser(), border), pairs)
+
+
+def _labelled_file(folder: Path, border: int, pair: tuple[Path, int]) -> LabelledImage:
+    file, label = pair
+    image = open_file(file)
+    if border:
+        image = image.crop((border, border, image.width - border, image.height - border))
+    return LabelledImage(file.relative_to(folder).as_posix(), image, label)
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

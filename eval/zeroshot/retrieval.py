@@ -7,6 +7,7 @@ least one of their captions among the k nearest (CLIP_benchmark's names and rule
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from corda_core.linears import evaluating
 from corda_eval.records import TaskResult
 from corda_eval.zeroshot.classify import Progress, image_features, text_features
-from corda_eval.zeroshot.images import LabelledImage, image_batches
+from corda_eval.zeroshot.images import Each, LabelledImage, image_batches
 from corda_vlm.data.pairs import PairCollator
 
 ROWS = 1024
@@ -72,7 +73,8 @@ def retrieve(
     owners = torch.tensor([number for number, captions in enumerate(kept) for _ in captions])
     start = time.perf_counter()
     with evaluating(model):
-        batches: Iterable[Any] = image_batches(_Numbered(data.images), pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
+        numbered = Each(partial(_numbered, data.images), range(len(data.images)))
+        batches: Iterable[Any] = image_batches(numbered, pairs.read, batch_size=batch_size, workers=workers, dtype=dtype)
         images = torch.cat([image_features(model, inputs, dtype) for _, _, inputs in progress(batches)])
         starts = progress(range(0, len(texts), batch_size))
         captions = torch.cat([text_features(model, pairs.tokenize(texts[first : first + batch_size]), dtype) for first in starts])
@@ -117,15 +119,8 @@ def _ranks(cosines: Tensor, right: Tensor) -> Tensor:
     return ((cosines > wanted) | ((cosines == wanted) & before)).sum(1)
 
 
-@dataclass(frozen=True)
-class _Numbered(Sequence[LabelledImage]):
-    images: Sequence[Image.Image]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return LabelledImage(str(index), self.images[index], index)
+def _numbered(images: Sequence[Image.Image], place: int) -> LabelledImage:
+    return LabelledImage(str(place), images[place], place)
 
 
 def _check(data: CaptionedImages, ks: Sequence[int]) -> None:
