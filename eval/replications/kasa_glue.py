@@ -162,7 +162,7 @@ class KasaTrainer(Trainer):
         """Return the loss of a batch, and the outputs where they are asked for."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            loss = loss + kasa_penalty(self.accelerator.unwrap_model(model), "reference")()
+            loss = loss + kasa_penalty(self.accelerator.unwrap_model(model), outer=True)()
         return (loss, outputs) if return_outputs else loss
 
 

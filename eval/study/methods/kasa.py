@@ -1,7 +1,7 @@
-"""KaSA (arXiv 2412.06071), PEFT's with options of the reference: the base loses its r smallest components, ``ΔW = (α/r) B diag(δ) A``.
+"""KaSA (arXiv 2412.06071), PEFT's, regularised as by the reference: the base loses its r smallest components, ``ΔW = (α/r) B diag(δ) A``.
 
-δ (r,) is normal, A Kaiming, B = 0, all three train, with ``β ‖δ‖² + γ (‖BᵀB − I‖_F + ‖A Aᵀ − I‖_F)`` added to the loss (eqs. 9 to 12).
-The function is NOT that of the base at the start: what was dropped is missing.
+δ (r,) is normal, A Kaiming, B = 0, all three train, with ``β ‖δ‖² + γ (‖BᵀB − I‖_F + ‖A Aᵀ − I‖_F)`` added to the loss (eqs. 9 to 12),
+the mean over the layers. The function is NOT that of the base at the start: what was dropped is missing.
 
 Note:
     The reference (juyongjiang/KaSA, ``main.py`` and its copy of PEFT's ``layer.py``) departs from the paper, and PEFT from the reference:
@@ -10,26 +10,23 @@ Note:
     - The reference takes the outer products, ``‖B Bᵀ − I_m‖_F`` and ``‖Aᵀ A − I_n‖_F``. As ``‖AᵀA − I_n‖² = ‖A Aᵀ − I_r‖² + n − r``,
       they have a floor (γ · 2 √760 = 0.055 for n = 768, r = 8, which its published losses of 0.059 end at) and pull less near it.
     - It keeps the first ``n − r`` of ``min(m, n)`` components, which drops fewer than r, or none, where a layer has more inputs than
-      outputs. The paper and PEFT drop r.
+      outputs. The paper and PEFT drop r, and so does this.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from peft import KasaConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from corda_core.linears import weight_matrix, weight_shape
+from corda_core.linears import weight_shape
 from corda_core.lora import lora_layers
 from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
 from corda_eval.study.task import Task
 from corda_vlm.options import Count, NotNegative, Positive
-
-Regulariser = Literal["sum", "mean", "reference"]
 
 
 @dataclass(frozen=True)
@@ -42,54 +39,34 @@ class Kasa:
 
     beta: NotNegative = 1e-4
     gamma: NotNegative = 1e-3
-    regulariser: Regulariser = "mean"
-    """Over the layers: their "sum", as PEFT; their "mean"; "reference", the mean with the reference's outer products."""
-
-    truncation: Literal["smallest", "reference"] = "smallest"
-    """What the base loses: the r smallest components of each layer, or what lies beyond the first ``n − r``."""
 
     def adapt(self, task: Task) -> Adapted:
         """Return the model with KaSA on the task's layers, and its regulariser as the penalty; base weights are written.
 
         Raises:
-            ValueError: If an option is unknown, the rank leaves nothing of a layer, or another module shares a layer's weight.
+            ValueError: If the rank leaves nothing of a layer, or another module shares a layer's weight.
         """
-        if self.regulariser not in ("sum", "mean", "reference") or self.truncation not in ("smallest", "reference"):
-            raise ValueError(
-                f'regulariser is {self.regulariser!r} and truncation {self.truncation!r}; expected "sum", "mean" or "reference", '
-                'and "smallest" or "reference".'
-            )
         small = [name for name in task.layers if min(weight_shape(task.model, name)) <= self.rank]
         if small:
             raise ValueError(f"{small[0]} has no more than {self.rank} components, all of which KaSA would drop; lower the rank.")
         refuse_shared(task, "KaSA")
         config = config_for(task, self.rank, 2 * self.rank if self.alpha is None else self.alpha)
-        wide = {}  # layers that the two truncations differ in
-        if self.truncation == "reference":
-            wide = {name: W.clone() for name in task.layers if (W := weight_matrix(task.model, name)).shape[0] < W.shape[1]}
         model = attach_variant(task, replace(config, kasa_config=KasaConfig(beta=self.beta, gamma=self.gamma)))
-        for name, W in wide.items():
-            base = lora_layers(model)[name].get_base_layer()
-            base.weight.data.copy_(first_components(W, W.shape[1] - self.rank))
-        return Adapted(model, penalty=kasa_penalty(model, self.regulariser))
+        return Adapted(model, penalty=kasa_penalty(model))
 
 
-def first_components(W: Tensor, count: int) -> Tensor:
-    """Return W (m, n) of its ``count`` largest singular components; W itself where it has no more."""
-    if count >= min(W.shape):
-        return W
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return (U[:, :count] * S[:count]) @ Vh[:count]
+def kasa_penalty(model: PeftModel, *, outer: bool = False) -> Callable[[], Tensor]:
+    """Return KaSA's regulariser, the mean over the layers, as a function of what the model's adapters are then.
 
-
-def kasa_penalty(model: PeftModel, regulariser: Regulariser) -> Callable[[], Tensor]:
-    """Return KaSA's regulariser as a function of what the model's adapters are then; β and γ are those of the adapter's config."""
+    Args:
+        model: With one adapter, whose config has β and γ.
+        outer: Take the outer products, as the reference does.
+    """
     layers = list(lora_layers(model).values())
     options = model.peft_config["default"].kasa_config
-    if regulariser == "reference":
+    if outer:
         return lambda: torch.stack([_outer_penalty(layer, options.beta, options.gamma) for layer in layers]).mean()
-    count = len(layers) if regulariser == "mean" else 1
-    return lambda: model.base_model._get_kasa_loss() / count
+    return lambda: model.base_model._get_kasa_loss() / len(layers)
 
 
 def _outer_penalty(layer: LoraLayer, beta: float, gamma: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama, tiny_llava
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,7 +24,7 @@ from corda_eval.study.methods import METHODS
 from corda_eval.study.methods.dora import Dora
 from corda_eval.study.methods.eva import Eva, valid_tokens
 from corda_eval.study.methods.full import Full
-from corda_eval.study.methods.kasa import Kasa, Regulariser, first_components
+from corda_eval.study.methods.kasa import Kasa, kasa_penalty
 from corda_eval.study.methods.lora_ga import LoraGa
 from corda_eval.study.methods.mica import Mica
 from corda_eval.study.methods.osf import Osf
@@ -321,41 +322,25 @@ def test_kasa_does_not_start_as_the_base() -> None:
     assert {layer.scaling["default"] for layer in lora_layers(adapted.model).values()} == {2.0}
 
 
-def test_kasa_as_the_reference_drops_what_lies_beyond_n_minus_r() -> None:
+@pytest.mark.parametrize("outer", [False, True])
+def test_kasa_penalty_is_the_formula(outer: bool) -> None:
     task = llama_task()
-    weights = {name: weight_matrix(task.model, name).clone() for name in task.layers}
-    adapted = Kasa(RANK, truncation="reference").adapt(task)
-    seen = set()
-    for name, W in weights.items():
-        m, n = W.shape
-        lost = min(RANK, max(0, min(m, n) - (n - RANK)))
-        seen.add(lost)
-        effective = effective_weight(adapted.model, name, n)
-        torch.testing.assert_close(effective, first_components(W, min(m, n) - lost), rtol=1e-3, atol=1e-6)
-        if not lost:
-            assert torch.equal(lora_layers(adapted.model)[name].get_base_layer().weight, W)
-    assert seen == {0, RANK}
-    W = torch.randn(8, 9).double()
-    assert torch.linalg.matrix_rank(first_components(W, 9 - RANK)) == 6  # 8 − 2: one of the three lies beyond m already
-
-
-@pytest.mark.parametrize("regulariser", ["sum", "mean", "reference"])
-def test_kasa_penalty_is_the_formula(regulariser: Regulariser) -> None:
-    task = llama_task()
-    adapted = Kasa(RANK, beta=0.3, gamma=0.7, regulariser=regulariser).adapt(task)
+    adapted = Kasa(RANK, beta=0.3, gamma=0.7).adapt(task)
     layers = lora_layers(adapted.model).values()
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight)
     penalties = []
     for layer in layers:
         A, B = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
-        grams = (B @ B.T, A.T @ A) if regulariser == "reference" else (B.T @ B, A @ A.T)
+        grams = (B @ B.T, A.T @ A) if outer else (B.T @ B, A @ A.T)
         distance = sum((gram - torch.eye(len(gram))).norm() for gram in grams)
         penalties.append(0.3 * layer.lora_diag["default"].double().square().sum() + 0.7 * distance)
     dense = torch.stack(penalties)
+    assert isinstance(adapted.model, PeftModel)
     assert adapted.penalty is not None
-    found = adapted.penalty()
-    assert found.item() == pytest.approx((dense.sum() if regulariser == "sum" else dense.mean()).item(), rel=1e-5)
+    found = kasa_penalty(adapted.model, outer=outer)()
+    assert outer or found.item() == adapted.penalty().item()
+    assert found.item() == pytest.approx(dense.mean().item(), rel=1e-5)
     found.backward()
     assert all(layer.lora_diag["default"].grad.any() for layer in layers)
 
@@ -406,7 +391,6 @@ def test_qlora_says_what_brings_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
     ("method", "message"),
     [
         (Kasa(16), r"model.layers.0.self_attn.k_proj has no more than 16 components"),
-        (Kasa(RANK, regulariser="both"), "regulariser is 'both'"),  # type: ignore[arg-type]
         (Osf(16), r"model.layers.0.self_attn.k_proj has no more than 16 directions"),
         (LoraGa(9), r"model.layers.0.self_attn.k_proj has fewer than 18 directions"),
         (LoraGa(RANK, form="mine"), "form is 'mine'"),  # type: ignore[arg-type]
