@@ -32,7 +32,7 @@ class CordaConfig(Options):
     """"kpm": keep what the context shows; "ipm": learn faster what the context shows."""
 
     rank: Count = 128
-    """r of every layer; clipped where a layer is smaller."""
+    """r of every layer, clipped where a layer is smaller; 128 is the papers', we measured 16 to 64."""
 
     alpha: float | None = None
     """LoRA's alpha; None takes the rank (scaling 1)."""
@@ -41,7 +41,7 @@ class CordaConfig(Options):
     """Layers to adapt, as PEFT's ``target_modules``, or "attention" or "mlp"; None takes every linear layer of the parts that can learn."""
 
     exclude: str | Sequence[str] | None = None
-    """Layers to leave out."""
+    """Layers to leave out, named as in ``targets``."""
 
     parts: Sequence[str] | None = None
     """Of "language", "vision", "projector"; None takes the language model, or both towers of CLIP, or the whole of a lone tower."""
@@ -50,20 +50,21 @@ class CordaConfig(Options):
     """"balanced" or "paper": how the scale of B A is shared between the factors."""
 
     damping: float = 0.01
-    """λ: C + λ · mean(diag C) · I."""
+    """λ of C + λ · mean(diag C) · I: tells directions apart that no sample reached."""
 
     residual: Residual = Residual.OFFSET
-    """"offset" leaves the base weights alone; "subtract" is the papers' form."""
+    """"offset" leaves the base weights alone; "subtract" is the papers' form, (W − B0 A0) x + B A x."""
 
     quantize: FourBit | None = None
     """"nf4" or "fp4": hold the adapted layers' base weights in 4 bits after the decomposition; the residual with ``residual: subtract``."""
 
     train_fully: Sequence[str] = ()
-    """Parts that train whole beside the adapters, such as "projector"."""
+    """Parts that train whole and get no adapters, such as "projector"."""
 
     protect: Protect | None = None
-    """"strict": A is frozen; "start": A and B train (as published); "whitened": A trains where the context is short. The first and the last
-    are for KPM in offset form; None is "strict" there and "start" elsewhere."""
+    """"strict": A stays frozen at the directions that the context uses least, B trains from 0 (half the parameters); "start": A and B
+    train, as published; "whitened": both train from where strict starts, A in coordinates in which the context's directions are short. The first
+    and the last are for KPM in offset form; None is "strict" there and "start" elsewhere."""
 
     variant: Variant = Variant.CORDA
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
@@ -72,7 +73,8 @@ class CordaConfig(Options):
     """From how many disjoint draws of samples each layer takes the covariance that suits it best; None is one, or CorDA++'s five."""
 
     budget: Annotated[int, Field(ge=1, lt=2**63)] | Annotated[str, one_of("rank")] | None = None
-    """Parameters of A and B to spread over the layers; "rank" for what ``rank`` everywhere takes; None gives each layer ``rank``."""
+    """Parameters of A and B to spread over the layers by their spectra; "rank" for what ``rank`` everywhere takes; None gives each layer
+    ``rank``."""
 
     min_rank: Count = 1
     """What each layer gets at least where a budget is spread."""
@@ -81,13 +83,14 @@ class CordaConfig(Options):
     """What each layer gets at most where a budget is spread."""
 
     tokens: str | Mapping[str, float] = "all"
-    """Which tokens the language model's covariances count: "all", "image", "text", or weights {"image": w, "text": v}."""
+    """Which tokens the language model's covariances count: "all", "image", "text", or weights such as {"image": 0.2, "text": 1}, as
+    hundreds of image tokens drown a question."""
 
     max_memory: str | float | None = None
-    """What the covariances may take at once, in bytes or as "8GB": the samples are run as often as that needs."""
+    """What the covariances may take at once, in bytes or as "8GB"; the samples are run as often as that needs, with the same result."""
 
     num_samples: Count = 256
-    """How many samples of context are used at most."""
+    """How many samples of context are drawn at most. Ready batches are all used, or this many of them for each of several candidates."""
 
     batch_size: Count = 8
     """Samples in one forward pass; does not change the result."""
