@@ -63,8 +63,8 @@ class CordaConfig(Options):
 
     protect: Protect | None = None
     """"strict": A stays frozen at the directions that the context uses least, B trains from 0 (half the parameters); "start": A and B
-    train, as published; "whitened": both train from where strict starts, A in coordinates in which the context's directions are short. The first
-    and the last are for KPM in offset form; None is "strict" there and "start" elsewhere."""
+    train, as published; "whitened": both train from where strict starts, A in coordinates in which the context's directions are short.
+    The first and the last are for KPM in offset form; None is "strict" there and "start" elsewhere."""
 
     variant: Variant = Variant.CORDA
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
