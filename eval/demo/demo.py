@@ -130,7 +130,8 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     record = describe_run(config, command, start) | {"methods": methods, "verdict": said, "export": exports}
     facts = {
         **{LABELS[method]: _fact(trained, exported) for (method, trained), exported in zip(methods.items(), exports, strict=True)},
-        **{name: str(record[name]) for name in ("command", "commit", "date", "seed", "machine")},
+        **{name: str(record[name]) for name in ("command", "commit", "date", "seed")},
+        "machine": "{cpu}, {cores} cores, {threads} threads".format(**record["machine"]),
         "took": f"{record['seconds'] / 60:.0f} minutes, {record['peak_memory_gb']:.1f} GB",
     }
     picture = headline(measured.rows, BASE_NAME)

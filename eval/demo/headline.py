@@ -87,8 +87,9 @@ def _scale(axes: Any, rows: Sequence[Row]) -> None:
 
 def _heading(axes: Any, row: Row) -> None:
     place: dict[str, Any] = {"transform": axes.transAxes, "va": "center"}
+    metric = "accuracy" if row.higher_is_better else "perplexity"
     axes.text(0, 1.205, TITLES[row.task], fontsize=14, fontweight="bold", **place)
-    axes.text(0, 1.09, f"{row.metric}, was {score(row.before, row)}", fontsize=11, color=MUTED, **place)
+    axes.text(0, 1.09, f"{metric}, was {score(row.before, row)}", fontsize=11, color=MUTED, **place)
 
 
 def _role(figure: Any, columns: Sequence[Any], role: str) -> None:
