@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import corda_vlm.config
 from corda_vlm import CordaConfig
+from corda_vlm.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "README.md"
@@ -60,7 +62,7 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
     """The Python example of the README, word for word, on a tiny LLaVA saved where it looks for its model."""
     from conftest import tiny_llava
 
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "prepare(" in block)
+    code = next(block for block in python_blocks(PAGE) if "prepare(" in block)
     monkeypatch.chdir(tmp_path)
     tiny_llava().save_pretrained(tmp_path / "my-llava")
     processor.save_pretrained(tmp_path / "my-llava")
@@ -73,7 +75,7 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
 def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from conftest import tiny_llama
 
-    alone, several = re.findall(r"```python\n(.*?)```", (ROOT / "corda_core/README.md").read_text(), re.S)
+    alone, several = python_blocks(ROOT / "corda_core/README.md")
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
@@ -85,11 +87,31 @@ def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkey
     assert 4000 < names["adapter"].num_parameters <= 5000
 
 
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_the_example_for_open_clip_runs(samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("open_clip")
+    folder = f"local-dir:{ROOT / 'eval/lab/weights/clip'}"
+    code = next(block for block in python_blocks(ROOT / "corda_vlm/README.md") if "open_clip" in block)
+    code = code.replace('"ViT-B-32", pretrained="my-clip.safetensors"', f'"{folder}"').replace('"ViT-B-32"', f'"{folder}"')
+    pairs = [(sample["image"], f"a {sample['answer']} square {number}") for number, sample in enumerate(samples)]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"kept_pairs": pairs, "new_pairs": pairs}
+    exec(compile(code.replace("steps=200", "steps=2").replace("batch_size=64", "batch_size=4"), "corda_vlm/README.md", "exec"), names)
+    assert load_file(tmp_path / "tuned.safetensors").keys() == load_file(ROOT / "eval/lab/weights/clip/open_clip_model.safetensors").keys()
+
+
+@pytest.mark.parametrize("path", [PAGE, ROOT / "corda_vlm/README.md"], ids=str)
+def test_the_recipe_is_one(path: Path, tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", path.read_text(), re.S)
+    (tmp_path / "first.yaml").write_text(recipe)
+    assert read_recipe(tmp_path / "first.yaml").output == "runs/first"
+
+
 def test_the_new_benchmark_of_the_recipe_is_scored(tmp_path: Path) -> None:
     from corda_eval.vqa.benchmark import score
 
     names: dict[str, Any] = {"__name__": "colours"}
-    exec(compile(recipe("TASK = "), "eval/README.md", "exec"), names)
+    exec(compile(block_of_eval("TASK = "), "eval/README.md", "exec"), names)
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "test.json").write_text('[{"question": "Which colour?", "image": "0.png", "answer": "black"}]')
     examples = names["TASK"].load(tmp_path)
@@ -100,7 +122,7 @@ def test_the_new_method_of_the_recipe_adapts(tmp_path: Path) -> None:
     from tiny_study import tiny_task
 
     names: dict[str, Any] = {"__name__": "frozen_a"}
-    exec(compile(recipe("def adapt"), "eval/README.md", "exec"), names)
+    exec(compile(block_of_eval("def adapt"), "eval/README.md", "exec"), names)
     adapted = names["FrozenA"](rank=4).adapt(tiny_task(tmp_path))
     trained = [name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2
@@ -166,9 +188,14 @@ def exists(name: str) -> bool:
     return hasattr(import_module(module), last)
 
 
-def recipe(mark: str) -> str:
+def python_blocks(page: Path) -> list[str]:
+    """Return a page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+def block_of_eval(mark: str) -> str:
     """Return the block of Python in eval's README that has this in it."""
-    return next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "eval/README.md").read_text(), re.S) if mark in block)
+    return next(block for block in python_blocks(ROOT / "eval/README.md") if mark in block)
 
 
 def without_code(text: str) -> str:
