@@ -1,6 +1,6 @@
 """Records of what was measured, whatever was asked.
 
-- ``TaskResult``: what one task came to, with a score and a record for each example.
+- ``TaskResult``: the result of one task, with a score and a record for each example.
 - ``describe_run``: what a result was made with: command, commit, options, versions, machine.
 - JSON: whole files, files that carry their digest (``write_sealed``), and lines that are added as results come in (``add_line``).
 - Markdown: tables whose cells show names and texts as they are.
@@ -61,7 +61,7 @@ PACKAGES = (*LIBRARIES, "accelerate", "safetensors", "lm_eval")
 
 
 def describe_run(config: Any, command: str, start: float) -> dict[str, Any]:
-    """Return plain values that stand in every summary.
+    """Return plain values that every summary has.
 
     Args:
         config: The run's options, a dataclass with a ``seed``.

@@ -30,10 +30,10 @@ def fresh_run(module: str, arguments: Sequence[str], about: Run, output: Path | 
     result = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{result.stderr[-2000:]}")
-    return told({**about, **json.loads(result.stdout.splitlines()[-1])}, output)
+    return recorded({**about, **json.loads(result.stdout.splitlines()[-1])}, output)
 
 
-def told(run: dict[str, Any], output: Path | None) -> dict[str, Any]:
+def recorded(run: dict[str, Any], output: Path | None) -> dict[str, Any]:
     """Print a run, add it to a file, and return it."""
     print(json.dumps(run), flush=True)
     if output is not None:

@@ -2,7 +2,7 @@
 
     python -m corda_eval.bench.selection
 
-SmolLM2-135M-Instruct, all linear layers but the output layer, rank 32, KPM. Covariances of one set of 32 × 512 tokens stand for all
+SmolLM2-135M-Instruct, all linear layers but the output layer, rank 32, KPM. Covariances of one set of 32 × 512 tokens serve as all
 candidates: the work does not depend on what they hold. Forward passes and collection are not counted.
 """
 

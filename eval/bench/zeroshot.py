@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from corda_eval.bench.process import by_side, in_turns, median_of, median_ratio, told
+from corda_eval.bench.process import by_side, in_turns, median_of, median_ratio, recorded
 from corda_eval.records import table
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches
@@ -58,7 +58,7 @@ def bench(
         accuracy = sides[name]()
         spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - busy}
         run = {"side": name, "round": turn, **spent, "acc1": accuracy, "images": len(data.items)}
-        runs.append(told({**run, **options, "threads": threads}, output))
+        runs.append(recorded({**run, **options, "threads": threads}, output))
     print(comparison(runs))
 
 

@@ -59,7 +59,7 @@ PATCH_DROPOUT = 0.5
 """Part of the patches that a picture in training lacks: half the cost of a step (FLIP, arXiv 2212.00794)."""
 PHRASES = ("{}", "a photo of a {}.", "a drawing of a {}.", "an icon of a {}.", "a picture of the {}.")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""OpenAI's CLIP's, which open_clip takes unless told otherwise."""
+"""OpenAI's CLIP's, which open_clip takes by default."""
 
 
 def pretrain(
@@ -231,7 +231,7 @@ def _match(
 
 
 def _pairs_of_different_captions(captions: Sequence[str], times: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of places: every caption so many times a pass, each time with any of its pictures."""
+    """Yield batches of places: every caption ``times`` times a pass, each time with any of its pictures."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, caption in enumerate(captions):
         places[caption].append(place)

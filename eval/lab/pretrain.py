@@ -155,7 +155,7 @@ def learn_to_answer(
 
 
 def _balanced(examples: list[VqaExample], seed: int) -> list[VqaExample]:
-    """Return all questions that ask for a name, and as many that ask for yes or no, drawn at random.
+    """Return all questions that ask for a name, and the same number that ask for yes or no, drawn at random.
 
     Three in four questions are of the second kind, and most of what they teach is the base rate of "no".
     """

@@ -10,7 +10,7 @@ def calibration_error(confidences: Tensor, hits: Tensor, num_bins: int = 15) -> 
     Args:
         confidences: (examples,), the top labels' probabilities; for CLIP of the softmax at the model's own scale or at 100: say which.
         hits: (examples,), whether the top labels are right.
-        num_bins: Bins on [0, 1], each without its upper end but for the last.
+        num_bins: Bins on [0, 1], each without its upper end except the last.
 
     Raises:
         ValueError: If there is no bin.

@@ -77,27 +77,15 @@ def _binary_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, f
 def scienceqa_answer(prediction: str) -> str | None:
     """Return the letter A … E that a prediction gives, by LLaVA's rule, or None if it gives none.
 
-    A letter alone; or a letter, a period and a space in front; or one single "The answer is X."; "A." is none of these.
+    A letter alone; or a letter, a period and a space in front; or exactly one "The answer is X.". "A." is none of these.
     """
     if prediction in tuple(SCIENCEQA_LETTERS):
         return prediction
     if len(prediction) >= 3 and prediction[0] in SCIENCEQA_LETTERS and prediction[1:3] == ". ":
         return prediction[0]
     # Any sign may follow the letter: LLaVA's pattern does not escape its period.
-    found = re.findall(r"The answer is ([A-Z]).", prediction)
-    return found[0] if len(found) == 1 and found[0] in SCIENCEQA_LETTERS else None
-
-
-def scienceqa_accuracy(predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the share of predictions whose letter is the answer's; one without a letter is wrong.
-
-    Raises:
-        ValueError: If the lengths differ or there are none.
-    """
-    if len(predictions) != len(answers) or not answers:
-        raise ValueError(f"There are {len(predictions)} predictions and {len(answers)} answers; expected as many, at least one.")
-    hits = [scienceqa_answer(prediction) == answer for prediction, answer in zip(predictions, answers, strict=True)]
-    return sum(hits) / len(hits)
+    letters = re.findall(r"The answer is ([A-Z]).", prediction)
+    return letters[0] if len(letters) == 1 and letters[0] in SCIENCEQA_LETTERS else None
 
 
 def multiple_choice_answer(prediction: str, choices: Sequence[str]) -> int | None:
@@ -123,8 +111,8 @@ def multiple_choice_answer(prediction: str, choices: Sequence[str]) -> int | Non
 
 
 def _choice_in(text: str, choices: Sequence[str]) -> int | None:
-    """Return the place of the one choice whose text is in a text that is not much longer than they are."""
+    """Return the place of the only choice whose text is in a text that is not much longer than they are."""
     if len(text) > 2 * sum(map(len, choices)):
         return None
-    found = [place for place, choice in enumerate(choices) if choice.lower() in text]
-    return found[0] if len(found) == 1 else None
+    places = [place for place, choice in enumerate(choices) if choice.lower() in text]
+    return places[0] if len(places) == 1 else None

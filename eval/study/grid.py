@@ -262,7 +262,7 @@ def complete(config: StudyConfig, report: Callable[[str], None]) -> list[str]:
                 problem = future.result()
                 if problem is not None:
                     failures[run.setting, run.arm] = f"{run.setting}, {run.arm} at {run.spec.rate:g}: {problem}"
-                report(f"{run.file_name}: {'failed' if problem else 'done'}; {len(needed) - len(begun)} more wait that are known of")
+                report(f"{run.file_name}: {'failed' if problem else 'done'}; {len(needed) - len(begun)} more are planned so far")
 
 
 def _run(run: Planned, folder: Path, threads: int) -> str | None:

@@ -14,8 +14,8 @@ class Adapted:
     """A model made ready for training by a method."""
 
     model: nn.Module
-    """What is trained and called: all its parameters that take gradients. The layers of the task stand in ``base_of(model)`` under their
-    names, and each is still linear in its input but for its bias."""
+    """What is trained and called: all its parameters that take gradients. The layers of the task are in ``base_of(model)`` under their
+    names, and each is still linear in its input, apart from its bias."""
 
     penalty: Callable[[], Tensor] | None = None
     """Added to the loss of each step."""

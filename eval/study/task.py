@@ -67,7 +67,7 @@ class Task:
     not to be kept."""
 
     guessing: float = math.inf
-    """The loss of what is learned, in nats, of one who knows the form of an answer and guesses the rest: gains count from there where the
+    """The loss of what is learned, in nats, of a guesser who knows the form of an answer: gains count from there where the
     base is worse, or a method that taught the form alone would look as good as one that taught the thing."""
 
     kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None

@@ -59,7 +59,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         measured = {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
         return about | measured | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
     originals = linear_copies(task.model, task.layers)
-    kept = task.covariances(*task.default_context("kpm"))  # of the base: no longer to be had once it is adapted
+    kept = task.covariances(*task.default_context("kpm"))  # of the base: cannot be collected once it is adapted
     start = time.perf_counter()
     adapted: Adapted = options_of(spec.method, "method", METHODS, "method").adapt(task)
     prepared = time.perf_counter() - start

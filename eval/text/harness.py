@@ -1,9 +1,9 @@
 """Text benchmarks by lm-evaluation-harness, on a language model in memory or the language part of a vision-language model.
 
 Tasks by their usual names (nq_open, triviaqa, webqs, arc_easy, hellaswag, mmlu, wikitext, gsm8k, …), whose data come from the cache of
-``datasets``; or YAML files of one's own, whose data may be local: then nothing is fetched. What is drawn by chance (examples in a prompt,
+``datasets``; or your own YAML files, whose data may be local: then nothing is fetched. What is drawn by chance (examples in a prompt,
 the order of choices) is drawn as by ``lm_eval.simple_evaluate`` with its default seeds, the same for every model that is measured. Figures
-are those of that function too, but for half precision, where log-likelihoods come from a softmax in float32.
+are those of that function too, except in half precision, where log-likelihoods come from a softmax in float32.
 """
 
 import copy

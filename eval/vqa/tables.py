@@ -27,7 +27,7 @@ def is_table(source: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """How a benchmark stands in a table."""
+    """How a benchmark is laid out in a table."""
 
     columns: Sequence[str]
     """What each row must have a value in."""

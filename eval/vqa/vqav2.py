@@ -29,7 +29,7 @@ def coco_questions(
 
     Args:
         files: Names of the two files in VQA's format, questions and annotations, with ``{}`` for the split.
-        table: How the benchmark stands in a table.
+        table: How the benchmark is laid out in a table.
         source: The folder, or the table.
         split: "val" or "train" of the files, or a split of the table; None takes the one that is reported.
         limit: How many.

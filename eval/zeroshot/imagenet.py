@@ -4,7 +4,7 @@ Data: the official folders, got and unpacked by the user; nothing is downloaded.
 ImageNet's (``imagenet_wnids.txt``); those of V2 by the number of the class. The validation images of ImageNet-1k come in one folder
 without classes: they have to be sorted into folders first. Names and the 80 prompts are open_clip's.
 
--R and -A have 200 of the classes: which ones, their folders say, and only these are told apart.
+-R and -A have 200 of the classes: their folders say which, and only these are answers.
 """
 
 import warnings
@@ -93,7 +93,7 @@ def _all_classes(task: str, folder: str | Path, num_images: int) -> ClassifiedIm
 
 
 def _subset(task: str, folder: str | Path, num_images: int) -> ClassifiedImages:
-    """Return images that are told apart among the folders' classes only."""
+    """Return images whose possible answers are the folders' classes only."""
     labels = _by_wnid(folder)
     if len(labels) != NUM_SUBSET:
         raise ValueError(

@@ -35,7 +35,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class ClassifiedImages:
-    """A test set: images, and the names that they are told apart by."""
+    """A test set: images, and the names of their classes."""
 
     task: str
     """Its usual name, such as "imagenet1k"."""
@@ -88,7 +88,7 @@ def suffixes() -> frozenset[str]:
 
 
 def class_folders(folder: str | Path) -> list[Path]:
-    """Return a folder's subfolders, sorted by name, but for hidden ones and those that macOS puts into archives.
+    """Return a folder's subfolders, sorted by name, without hidden ones and those that macOS puts into archives.
 
     Raises:
         FileNotFoundError: If there is no such folder, or none in it.

@@ -1,7 +1,7 @@
 """Classification by a LLaVA-type model: how likely each class's name is as the answer to a question about the image.
 
 Image and question are encoded once an image; the names, as the chat template writes answers (with what ends them), are scored against
-the cached prefix, many classes at a time. ``acc1`` goes by the sum of a name's log-probabilities, ``acc1_per_token`` by their mean,
+the cached prefix, many classes at a time. ``acc1`` compares sums of a name's log-probabilities, ``acc1_per_token`` their means,
 which does not favour short names.
 """
 

@@ -129,7 +129,9 @@ def _check(data: CaptionedImages, ks: Sequence[int]) -> None:
     if data.captions_per_image is not None and data.captions_per_image < 1:
         raise ValueError(f"captions_per_image is {data.captions_per_image}; expected at least 1, or None for all.")
     if len(data.images) != len(data.captions) or not data.captions:
-        raise ValueError(f"{data.task} has {len(data.images)} images and captions of {len(data.captions)}; expected as many, at least one.")
+        raise ValueError(
+            f"{data.task} has {len(data.images)} images and captions of {len(data.captions)}; expected the same number, at least one."
+        )
     bare = [number for number, captions in enumerate(data.captions) if isinstance(captions, str) or not captions]
     if bare:
         raise ValueError(f"{data.task}, image {bare[0]} has the captions {data.captions[bare[0]]!r}; expected a list of at least one text.")

@@ -1,7 +1,7 @@
-"""Federated rounds, simulated: clients in turn, in one process, each with data of its own.
+"""Federated rounds, simulated: clients in turn, in one process, each with its own data.
 
-FedSmoothLoRA (arXiv 2605.29460, Algorithm 2) beside FedAvg-LoRA, which averages A and B apart, and FedAvg of full-rank changes. Of each
-round are told the losses, how exact the aggregation was, and the jump of the clients' losses as they take up work again:
+FedSmoothLoRA (arXiv 2605.29460, Algorithm 2) beside FedAvg-LoRA, which averages A and B apart, and FedAvg of full-rank changes. Each
+round reports the losses, how exact the aggregation was, and by how much the clients' losses jump when they resume:
 
     python -m corda_eval.replications.federated rounds.jsonl --method fedsmooth --rounds 4 --steps 10
 

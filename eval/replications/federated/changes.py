@@ -1,4 +1,4 @@
-"""Low-rank changes of one layer: their mean, the nearest of rank r, and the one that a gradient suggests."""
+"""Low-rank changes of one layer: their mean, the nearest of rank r, and that which a gradient suggests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

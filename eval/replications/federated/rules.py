@@ -108,7 +108,7 @@ class FullRank:
 class FedSmooth:
     """FedSmoothLoRA: ``W_init,c = Ŵ_ga,c + ζ (B_c A_c − B_s A_s)`` of the last round, truncated to rank r, on the base ``W − Ŵ_ga,c``.
 
-    So, but for the truncation, a client takes up work at ``W + ζ (B_c A_c − B_s A_s)``; with ζ = 1 where it stopped, as W has the
+    So, apart from the truncation, a client resumes at ``W + ζ (B_c A_c − B_s A_s)``; with ζ = 1 where it stopped, as W has the
     B_s A_s of the last round in it. Ŵ_ga,c is ``aligned`` to the gradient there. Sent is ``SVD_r(B A − Ŵ_ga,c)``, served is ``SVD_r`` of
     the mean.
 

@@ -38,7 +38,7 @@ class Federation:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round came to. Losses are of each client on its own validation samples."""
+    """The result of a round. Losses are of each client on its own validation samples."""
 
     number: int
     served: list[float]
@@ -55,7 +55,7 @@ class Round:
 
 
 def federate(federation: Federation, rule: Rule, *, rank: int, rate: float, gradient_batches: int = 8) -> Iterator[Round]:
-    """Train in as many rounds as the clients have batches for, and tell what each came to.
+    """Train in as many rounds as the clients have batches for, and yield the result of each.
 
     Each client trains with an AdamW of its own, new in each round, gradients clipped to the norm 1, at a constant rate that falls from
     round to round by a cosine. After the last round the federation's model is the server's.
@@ -68,7 +68,7 @@ def federate(federation: Federation, rule: Rule, *, rank: int, rate: float, grad
         gradient_batches: How many of its batches of a round a client takes gradients of at the start, where the rule asks for them.
 
     Yields:
-        What a round came to, after it.
+        The result of each round, once it is done.
 
     Raises:
         ValueError: If there is no client, or they have batches for different numbers of rounds.

@@ -1,7 +1,7 @@
 """EVA (arXiv 2410.07170), PEFT's: A = main directions of each layer's inputs on what is learned, B = 0, ranks by explained variance.
 
 Note:
-    PEFT centres the inputs (incremental PCA), goes over the batches in turn until each direction stays within a cosine of 0.99, and keeps
+    PEFT centres the inputs (incremental PCA), iterates over the batches until each direction stays within a cosine of 0.99, and keeps
     alpha / rank the same in all layers. Padding does not count; unlike PEFT's default, tokens without a label do, as the batches of a
     context need no labels, and so do a vision tower's tokens, which have no mask. The directions take minutes where a training takes one
     (SmolLM2-135M, rank 32, rho 2: more than 30 batches of 256 tokens, each with a decomposition of each layer's inputs), so they are kept

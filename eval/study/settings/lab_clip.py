@@ -55,7 +55,7 @@ class LabClipClasses:
     photographs: Place | None = None
     """Learned instead of the digits: a table like CIFAR-10's (``corda_eval.zeroshot.cifar``)."""
     kept_photographs: Place | None = None
-    """Measured beside the digits: such a table."""
+    """Measured beside the digits: a table of the same kind."""
     data: Place | None = None
     """Folder that ``corda_eval.lab.clip_data`` wrote: icons to be kept, and the contexts ``icons`` and ``drawings``."""
     context_images: Count = 256
@@ -189,5 +189,5 @@ def digits(split: str) -> list[LabelledImage]:
 
 
 def some_of(data: ClassifiedImages, count: int) -> ClassifiedImages:
-    """Return at most so many of the images, spread over them."""
+    """Return at most ``count`` of the images, evenly spread."""
     return replace(data, items=[data.items[place] for place in spread(count, len(data.items))])

@@ -96,7 +96,7 @@ class LabLlavaDigits:
 
 
 def some_of(examples: Sequence[VqaExample], count: int) -> list[dict[str, object]]:
-    """Return some of a split's questions with their answers, spread over it."""
+    """Return at most ``count`` of a split's questions with their answers, evenly spread."""
     return [examples[place].as_item() for place in spread(count, len(examples))]
 
 
@@ -106,7 +106,7 @@ def batched(items: Sequence[Any], collate: Collate, size: int) -> list[Batch]:
 
 
 def unpadded(items: Sequence[Any], collate: Collate) -> list[Batch]:
-    """Return batches of samples that have as many tokens each, so that all tokens count and no mask is needed.
+    """Return batches of samples of equal length, so that all tokens count and no mask is needed.
 
     The mask would be that of the language model's tokens, which the layers of the vision tower do not have.
     """

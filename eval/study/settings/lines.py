@@ -1,6 +1,6 @@
 """Lines of a question and its answer, without end: sums with their digits reversed, letters to be sorted.
 
-A content (a pair of numbers, a set of letters), in whatever order it stands in the question, is in one of training, validation and test.
+A content (a pair of numbers, a set of letters), in whatever order the question has it, is in only one of training, validation and test.
 """
 
 import math
@@ -51,7 +51,7 @@ def split_of(content: str) -> str:
 
 
 def guessing(kind: str) -> float:
-    """Return the loss (nats a token) of one who knows the form of the answers, a token a digit or letter and one for the line's end.
+    """Return the loss (nats a token) of a guesser who knows the form of the answers, a token a digit or letter and one for the line's end.
 
     Sums: any digit is as likely, their number is known. Letters: those of the question that are left are as likely.
     """

@@ -80,7 +80,7 @@ def text_loss(model: nn.Module, batch: Batch, *, image_token: int = -100) -> Ten
 def kept_scores(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, windows: Mapping[str, Sequence[Tensor]], facts: int
 ) -> dict[str, Score]:
-    """Return the loss on each domain's windows, and the accuracy of so many facts, under "facts", if any are asked."""
+    """Return the loss on each domain's windows, and under "facts" the accuracy on the first ``facts`` facts, unless that is 0."""
     with casting():
         scores = {name: Score(mean_loss(model, of_domain, batch_size=8)) for name, of_domain in windows.items()}
         if facts:
