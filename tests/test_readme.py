@@ -159,6 +159,13 @@ def test_names_of_modules_functions_and_files_exist(path: Path) -> None:
     assert not [name for name in files if not (path.parent / name).exists()]
 
 
+@pytest.mark.parametrize("folder", ["corda_core", "corda_vlm", "configs", "eval", "eval/results"])
+def test_each_folder_names_what_it_holds(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text()
+    names = {path.name for path in (ROOT / folder).iterdir() if path.suffix in ("", ".py", ".yaml", ".json", ".jsonl", ".png")}
+    assert not {name for name in names - {"__init__.py", "__pycache__"} if name not in text}
+
+
 def test_the_files_of_the_core_stand_in_the_order_in_which_they_are_read() -> None:
     table = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "corda_core/README.md").read_text(), re.M)
     assert sorted(table) == sorted(path.stem for path in (ROOT / "corda_core").glob("*.py") if path.stem != "__init__")
