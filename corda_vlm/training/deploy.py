@@ -14,7 +14,7 @@ from corda_vlm.adapted import merge as merged
 from corda_vlm.outputs import LOCK, locked
 from corda_vlm.towers import is_open_clip
 from corda_vlm.training.models import load_base
-from corda_vlm.training.recipe import RECIPE, ModelConfig, read_recipe
+from corda_vlm.training.recipe import RECIPE, ModelConfig, read_model
 
 
 def deploy(
@@ -84,7 +84,7 @@ def _base_of(adapter: Path, base: str | None, dtype: str | None, *, download: bo
     recipe = next((folder / RECIPE for folder in (adapter, adapter.parent) if (folder / RECIPE).exists()), None)
     if recipe is None and base is None:
         raise FileNotFoundError(f"{adapter} has no {RECIPE} that names its base; give it with --base.")
-    named = ModelConfig(base or "", dtype="float32") if recipe is None else read_recipe(recipe).model
+    named = ModelConfig(base or "", dtype="float32") if recipe is None else read_model(recipe)
     return replace(
         named,
         path=base or named.path,

@@ -10,7 +10,7 @@ from corda_core.quantize import FourBit
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
-from corda_vlm.yaml import read_config
+from corda_vlm.yaml import from_mapping, read_config, read_yaml
 
 RECIPE = "recipe.yaml"
 """Its file in a run's output."""
@@ -172,3 +172,17 @@ def read_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         ValueError: If an option is unknown, missing or has an impossible value.
     """
     return read_config(path, Recipe, overrides)
+
+
+def read_model(path: Path) -> ModelConfig:
+    """Return the base that an output's recipe names, whatever its other options are: corda-vlm 0.1.0 had more of them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it names no base, or in a way that cannot be right.
+    """
+    values = read_yaml(path)
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict):
+        raise ValueError(f"{path} names no base; give it with --base.")
+    return from_mapping(model, ModelConfig, f"{path}, model")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 FREE = {
     *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
     *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
+    *("corda.solver", "corda.normalize"),  # options of corda-vlm 0.1.0: the plan that they made is read, not made again
 }
 """Options that may change when a run is resumed: the losses stay the same, except for what is skipped, or up to rounding."""
 STATE = "trainer_state.json"

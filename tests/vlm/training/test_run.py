@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_llava
 from peft import PeftModel
 from recipes import write_recipe
@@ -25,7 +26,7 @@ from corda_vlm import outputs
 from corda_vlm.cli import app
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import run
-from corda_vlm.training.recipe import read_recipe
+from corda_vlm.training.recipe import read_model, read_recipe
 from corda_vlm.training.resume import last_whole
 from corda_vlm.training.train import parameter_groups
 
@@ -160,6 +161,10 @@ def test_checkpoints_of_the_first_version_are_resumed(processor: Any, tmp_path: 
         save_file(tensors, file, {"corda": json.dumps({**header, "format": 2})})
     scheduler = whole.output / "checkpoint-8" / "scheduler.pt"
     scheduler.write_bytes(scheduler.read_bytes()[:-200])
+    recipe = yaml.safe_load((whole.output / "recipe.yaml").read_text())
+    old = {**recipe, "corda": {**recipe["corda"], "solver": "auto", "normalize": None}}
+    (whole.output / "recipe.yaml").write_text(yaml.safe_dump(old))
+    assert read_model(whole.output / "recipe.yaml").path == recipe["model"]["path"]
     with pytest.warns(UserWarning, match="was written by corda-vlm 0.1.0"):
         assert trained(path, resume=True).losses == whole.losses
 
