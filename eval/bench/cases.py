@@ -8,13 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaModel,
-)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from corda_core import select_linears
 from corda_eval.lab.smollm2 import smollm2_model

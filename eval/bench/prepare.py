@@ -27,15 +27,7 @@ from corda_eval.bench.process import by_side, fresh_run, in_turns, median_of, me
 from corda_eval.records import table
 
 SIDES = ("ours", "peft")
-FIGURES = {
-    "forward": "s",
-    "collection": "s",
-    "decomposition": "s",
-    "overhead": "s",
-    "whole": "s",
-    "forward_mb": "MB",
-    "extra_mb": "MB",
-}
+FIGURES = {"forward": "s", "collection": "s", "decomposition": "s", "overhead": "s", "whole": "s", "forward_mb": "MB", "extra_mb": "MB"}
 """Of each run, by name: what it is counted in."""
 
 

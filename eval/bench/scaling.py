@@ -40,14 +40,8 @@ def measure() -> dict[str, Any]:
     """Return seconds by method and size, with the lower bounds."""
     rates = {dtype: _gemm_rate(dtype) for dtype in (torch.float32, torch.float64)}
     methods: dict[str, tuple[Callable[[Tensor, Covariance], Any], Callable[[int], float]]] = {
-        "KPM, iteration": (
-            lambda W, C: decompose(W, C, RANK, "kpm", solver="partial"),
-            lambda n: 5 / 3 * n**3 / rates[torch.float64],
-        ),
-        "IPM, iteration": (
-            lambda W, C: decompose(W, C, RANK, "ipm", solver="partial"),
-            lambda n: 8 * n**2 * RANK / rates[torch.float32],
-        ),
+        "KPM, iteration": (lambda W, C: decompose(W, C, RANK, "kpm", solver="partial"), lambda n: 5 / 3 * n**3 / rates[torch.float64]),
+        "IPM, iteration": (lambda W, C: decompose(W, C, RANK, "ipm", solver="partial"), lambda n: 8 * n**2 * RANK / rates[torch.float32]),
         "exact": (lambda W, C: decompose(W, C, RANK, "kpm", solver="exact"), lambda n: 3 * n**3 / rates[torch.float64]),
     }
     by_size: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bound": []} for name in methods}

@@ -36,17 +36,7 @@ from corda_vlm.context import progress_bar
 DROPPED = (0, 8, 16, 32, 64, 128)
 LENGTH, WINDOWS, SETS = 512, 24, 5
 TITLES = {"manual": "other topics of the same manual", "code": "source code"}
-CODE = (
-    "argparse.py",
-    "ast.py",
-    "dataclasses.py",
-    "inspect.py",
-    "logging/__init__.py",
-    "pathlib.py",
-    "typing.py",
-    "zipfile.py",
-    "tarfile.py",
-)
+CODE = ["argparse", "ast", "dataclasses", "inspect", "logging/__init__", "pathlib", "typing", "zipfile", "tarfile"]
 
 
 def truncation(
@@ -122,7 +112,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 def library_code() -> str:
     """Return the source of some modules that come with every Python."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [folder / name for name in CODE]
+    files = [folder / f"{name}.py" for name in CODE]
     return "\n\n".join(file.read_text() for file in files if file.exists())
 
 

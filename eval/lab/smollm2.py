@@ -2,10 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from corda_core import select_linears
 from corda_eval.lab.base import load_lab

@@ -105,11 +105,7 @@ def run_tasks(
         # Backend: LLaVA's class is not among those lm_eval knows as causal. Softmax: in bfloat16 the choices would often tie.
         # Copy: lm_eval gives a tokenizer without a padding token one.
         language = HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            backend="causal",
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, softmax_dtype=torch.float32
         )
         # Not simple_evaluate: it reseeds the caller's random generators and runs pip and git to describe the machine.
         report: dict[str, Any] = evaluate(lm=language, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)

@@ -69,11 +69,7 @@ def mean_loss(model: nn.Module, windows: Sequence[Tensor], *, batch_size: int = 
 
 
 def window_losses(
-    model: nn.Module,
-    windows: Sequence[Tensor],
-    *,
-    batch_size: int = 4,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    model: nn.Module, windows: Sequence[Tensor], *, batch_size: int = 4, progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
 ) -> list[float]:
     """Return each window's mean negative log-likelihood over its predicted tokens, in nats a token.
 
