@@ -1,6 +1,6 @@
 """An image classifier whose last layer starts as the text tower's view of the classes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class ZeroShotClassifier(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return ``logits`` (batch, classes), and with labels (batch,) the cross-entropy as ``loss``."""
         base = base_of(self.model)
-        features = base.encode_image(images) if is_open_clip(base) else base.get_image_features(pixel_values=images)
-        logits = base.logit_scale.exp() * self.head(_unit_features(features))
+        features = encode_images(base, {"image" if is_open_clip(base) else "pixel_values": images})
+        logits = base.logit_scale.exp() * self.head(F.normalize(features, dim=-1))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -51,21 +51,30 @@ def zero_shot_head(model: nn.Module, tokenize: Callable[[list[str]], Any], class
     """
     if not classes or not templates:
         raise ValueError(f"There are {len(classes)} class(es) and {len(templates)} template(s); expected at least one of each.")
-    base = base_of(model)
-    device = next(base.parameters()).device
     step = max(1, PROMPTS_AT_ONCE // len(templates))
     rows = []
     for some in (classes[start : start + step] for start in range(0, len(classes), step)):
         prompts = [template.format(name) if isinstance(template, str) else template(name) for name in some for template in templates]
-        tokens = tokenize(prompts)
-        if is_open_clip(base):
-            features = base.encode_text(tokens.to(device))
-        else:
-            features = base.get_text_features(**{key: value.to(device) for key, value in tokens.items()})
-        rows.append(_unit_features(_unit_features(features).unflatten(0, (len(some), len(templates))).mean(1)))
+        features = F.normalize(encode_texts(model, tokenize(prompts)), dim=-1)
+        rows.append(F.normalize(features.unflatten(0, (len(some), len(templates))).mean(1), dim=-1))
     return torch.cat(rows)
 
 
-def _unit_features(output: Any) -> Tensor:
-    """Return normalised features, which transformers' models give as they are or in an output."""
-    return F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
+def encode_images(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the image tower's features (batch, d), not normalised, of what ``read`` of a ``PairCollator`` makes."""
+    base = base_of(model)
+    return _features(base.encode_image(inputs["image"]) if is_open_clip(base) else base.get_image_features(**inputs))
+
+
+def encode_texts(model: nn.Module, tokens: Any) -> Tensor:
+    """Return the text tower's features (batch, d), not normalised, of ids for open_clip, of a dict of tensors for transformers."""
+    base = base_of(model)
+    device = next(base.parameters()).device
+    if is_open_clip(base):
+        return _features(base.encode_text(tokens.to(device)))
+    return _features(base.get_text_features(**{key: value.to(device) for key, value in tokens.items()}))
+
+
+def _features(output: Any) -> Tensor:
+    """Return the features that models of transformers give as they are or in an output."""
+    return output if isinstance(output, Tensor) else output.pooler_output

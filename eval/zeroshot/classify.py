@@ -17,7 +17,7 @@ from corda_core.linears import base_of, evaluating
 from corda_eval.records import TaskResult
 from corda_eval.zeroshot.images import ClassifiedImages, ImageBatch, image_batches
 from corda_eval.zeroshot.tally import Tally
-from corda_vlm.classifier import zero_shot_head
+from corda_vlm.classifier import encode_images, encode_texts, zero_shot_head
 from corda_vlm.data.pairs import PairCollator
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -86,31 +86,19 @@ def cosine_batches(
 @torch.inference_mode()
 def image_features(model: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """Return the image tower's features (batch, d) of length 1, float32."""
-    base = base_of(model)
-    device = next(base.parameters()).device
+    device = next(model.parameters()).device
     inputs = {key: value.to(device, non_blocking=True) for key, value in inputs.items()}
     with precision(model, dtype):
-        output = base.encode_image(inputs["image"]) if hasattr(base, "encode_image") else base.get_image_features(**inputs)
-    return _length_one(output)
+        return F.normalize(encode_images(model, inputs).float(), dim=-1)
 
 
 @torch.inference_mode()
 def text_features(model: nn.Module, tokens: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Return the text tower's features (batch, d) of length 1, float32."""
-    base = base_of(model)
-    device = next(base.parameters()).device
     with precision(model, dtype):
-        if hasattr(base, "encode_text"):
-            return _length_one(base.encode_text(tokens.to(device)))
-        return _length_one(base.get_text_features(**{key: value.to(device) for key, value in tokens.items()}))
+        return F.normalize(encode_texts(model, tokens).float(), dim=-1)
 
 
 def precision(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """Return automatic casting to a precision, or nothing for None."""
     return nullcontext() if dtype is None else torch.autocast(next(model.parameters()).device.type, dtype)
-
-
-def _length_one(output: Any) -> Tensor:
-    # transformers' models give features as they are or in an output.
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1)
