@@ -178,20 +178,24 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     model, processor = load_base(recipe.model)
     sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
     samples = {name: _items(source, recipe, model, processor) for name, source in sources.items()}
-    _check_fits(model, recipe, arguments, {name: len(items) for name, items in samples.items()})
+    _check_fits(model, recipe, arguments, samples)
     if recipe.model.quantize is None:  # else it is there already
         model.to(arguments.device)
     return _adapted(model, processor, samples, recipe, output), processor, samples
 
 
-def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, num_samples: Mapping[str, int]) -> None:
+def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, samples: Mapping[str, Items]) -> None:
     """Refuse, before hours of preparation, what would fail or silently train something else after it."""
     corda, options = recipe.corda, recipe.training
     modules_of(model, corda.train_fully)
-    if has_two_towers(model) and arguments.gradient_accumulation_steps > 1:
-        raise ValueError(
-            "training.micro_batch_size splits a batch of pairs, each of which is told apart from all others: another loss; leave it out."
-        )
+    if has_two_towers(model):
+        if arguments.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "training.micro_batch_size splits a batch of pairs, each of which is told apart from all others: another loss; leave it "
+                "out."
+            )
+        for name, items in samples.items():
+            check_pairs(len(items), options.batch_size, name)
     if corda.train_fully and recipe.model.dtype != "float32" and not options.bf16:
         raise ValueError(
             f"corda.train_fully trains weights of {recipe.model.dtype}, which small steps do not move; set training.bf16 to true (then "
@@ -204,9 +208,6 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
         )
     if corda.quantize is not None:
         check_quantizable(model, select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude))
-    if has_two_towers(model):
-        for name, count in num_samples.items():
-            check_pairs(count, options.batch_size, name)
     if options.gradient_checkpointing and is_open_clip(model):
         raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
 
