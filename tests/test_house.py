@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import corda_core
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"corda_core": "corda_core", "corda_vlm": "corda_vlm", "corda_eval": "eval"}
 """Package -> folder, from the lowest to the highest: each may use those before it."""
@@ -96,6 +98,11 @@ def test_no_two_rooms_of_eval_need_each_other() -> None:
 def test_functions_are_short(package: str) -> None:
     measured = [function for path in sources(package) for function in functions(path)]
     assert [place for place, lines, count in measured if lines > MOST_LINES or count > MOST_ARGUMENTS] == []
+
+
+def test_the_core_is_small() -> None:
+    assert len(sources("corda_core")) <= 16
+    assert len(corda_core.__all__) <= 30
 
 
 def main() -> None:
