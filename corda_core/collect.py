@@ -108,7 +108,7 @@ def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_m
         return [list(names)]
     if iter(batches) is batches:
         raise ValueError(
-            f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be gone over only once; "
+            f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be iterated only once; "
             "give a list or a DataLoader."
         )
     groups: list[tuple[str, ...]] = []

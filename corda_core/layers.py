@@ -23,7 +23,7 @@ class Progress(Protocol):
     """Wraps what a long step goes over, ``tqdm`` for instance."""
 
     def __call__(self, steps: Iterable[T], title: str) -> Iterable[T]:
-        """Return the steps, to be gone over once."""
+        """Return the steps, to be iterated once."""
 
 
 def no_progress(steps: Iterable[T], title: str) -> Iterable[T]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from corda_core.allocate import Choice
 from corda_core.bases import base_digest
 from corda_core.covariance import Covariance
-from corda_core.decompose import Mode, Solver, Split, Whitening, decompose, factors, whitening
+from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
 from corda_core.layers import Progress, no_progress, over_layers
 from corda_core.linears import weight_shape
 
@@ -59,8 +59,8 @@ class AdapterPlan:
     """The rank asked for, which alpha is related to; a layer may have less, or its own where ranks were allocated."""
 
     provenance: Mapping[str, Any]
-    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``solver``, ``fallbacks``; ``budget`` where
-    ``corda_vlm`` spread one."""
+    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``fallbacks`` (the layers whose iteration failed
+    its check); ``budget`` where ``corda_vlm`` spread one."""
 
     @property
     def num_parameters(self) -> int:
@@ -78,7 +78,6 @@ def plan(
     choices: Mapping[str, Choice] | None = None,
     split: Split | str = Split.BALANCED,
     damping: float = 0.01,
-    solver: Solver | str = Solver.AUTO,
     whiten: bool = False,
     progress: Progress = no_progress,
 ) -> AdapterPlan:
@@ -96,21 +95,20 @@ def plan(
         choices: As from ``choose``: written into the plan.
         split: "balanced" or "paper".
         damping: λ of ``Covariance.damped``.
-        solver: As in ``decompose``. Layers whose iteration failed its check are listed in ``provenance["fallbacks"]``.
         whiten: Whether A shall train in whitened coordinates (``attach`` with ``protect="whitened"``).
-        progress: Called with a part's layer names and a title, returns them to be gone over: a progress bar, for instance.
+        progress: Called with a part's layer names and a title, returns them to be iterated: a progress bar, for instance.
 
     Raises:
         ValueError: If the rank is below 1, ``ranks`` lacks a layer, or a layer cannot be decomposed (the text names it).
     """
     if rank < 1 or min((ranks or {"": 1}).values()) < 1:
         raise ValueError(f"rank is {rank} and ranks are {ranks}; expected at least 1 for each layer.")
-    mode, split, solver = Mode(mode), Split(split), Solver(solver)
+    mode, split = Mode(mode), Split(split)
 
     def start(part: Mapping[str, Covariance], name: str, weight: Tensor) -> tuple[AdapterInit, bool]:
         covariance = part[name]
         own_rank = min(rank if ranks is None else ranks[name], *weight.shape)
-        decomposition = decompose(weight, covariance, own_rank, mode, damping=damping, solver=solver)
+        decomposition = decompose(weight, covariance, own_rank, mode, damping=damping)
         A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
         choice = None if choices is None else choices[name]
@@ -140,7 +138,6 @@ def plan(
         "base_digest": base_digest(model, layers),
         "damping": damping,
         "split": str(split),
-        "solver": str(solver),
         "fallbacks": fallbacks,
     }
     return AdapterPlan(layers, mode, rank, provenance)

@@ -44,7 +44,7 @@ class Context:
 
 @dataclass(frozen=True)
 class _Batches:
-    """Inputs of the model, made anew each time they are gone over, with a progress bar."""
+    """Inputs of the model, made anew at each iteration, with a progress bar."""
 
     source: Iterable[Any]
     inputs_of: Callable[[Any], dict[str, Any]]

@@ -119,7 +119,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
         return plan_adapters(model, (collect_of(0, part) for part in parts), config)
     if len(parts) > 1 and any(iter(context) is context for context in contexts):
         raise ValueError(
-            "max_memory with candidates or a budget runs the contexts twice, but one of them can be gone over only once; give a list."
+            "max_memory with candidates or a budget runs the contexts twice, but one of them can be iterated only once; give a list."
         )
     choices: dict[str, Choice] = {}
     covariances: dict[str, Covariance] = {}

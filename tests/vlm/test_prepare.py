@@ -231,9 +231,9 @@ def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) ->
         assert (within.layers[name].rank, within.layers[name].choice.index) == (init.rank, init.choice.index)
 
 
-def test_a_context_that_is_gone_over_twice_must_be_a_list(tokenizer: Any) -> None:
+def test_a_context_that_is_run_twice_must_be_a_list(tokenizer: Any) -> None:
     texts = [(None, "what color is the shape in this ? red blue green circle")] * 12
-    with pytest.raises(ValueError, match="can be gone over only once"):
+    with pytest.raises(ValueError, match="can be iterated only once"):
         corda_vlm.prepare(tiny_llama(), iter(texts), processor=tokenizer, rank=4, budget="rank", max_memory="9KB")
 
 
