@@ -59,7 +59,7 @@ class AdapterPlan:
     """The rank asked for, which alpha is related to; a layer may have less, or its own where ranks were allocated."""
 
     provenance: Mapping[str, Any]
-    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``fallbacks`` (the layers whose iteration failed
+    """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``fallbacks`` (layers whose iteration failed
     its check); ``budget`` where ``corda_vlm`` spread one."""
 
     @property
