@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # test processes side by side, each with threads for all cores, would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +30,14 @@ TEMPLATE = (
     "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image> {% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
     "</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
 )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each test file to one process whole, as its fixtures are made for all of it."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
