@@ -63,7 +63,7 @@ def main() -> None:
         logging.getLogger("corda_vlm").setLevel(logging.INFO)
 
 
-@command("train", "with --resume it goes on from the last whole checkpoint, or from the start if there is none yet")
+@command("train", "with --resume it continues from the last whole checkpoint, or from the start if there is none yet")
 def train(
     config: CONFIG,
     overrides: OVERRIDES = None,

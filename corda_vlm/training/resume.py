@@ -46,7 +46,7 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
         sorted(file.name for file in output.glob("*") if file.name.startswith(("checkpoint-", "adapter_", "corda.")))
     )
     if has_begun and not resume:
-        raise FileExistsError(f"{output} holds a run already; go on with it (--resume), or name another output.")
+        raise FileExistsError(f"{output} holds a run already; resume it (--resume), or name another output.")
     if has_begun:
         _check_same_recipe(output / RECIPE, wanted)
     elif foreign:

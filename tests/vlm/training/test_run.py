@@ -1,4 +1,4 @@
-"""Recipes run: trained, killed and gone on with, what stops a run with a sentence, and what is left then."""
+"""Recipes run: trained, killed and resumed, what stops a run with a sentence, and what is left then."""
 
 import json
 import os
@@ -209,7 +209,7 @@ def test_other_runs_are_not_written_over(processor: Any, tmp_path: Path) -> None
     path = write_recipe(tmp_path, processor, training={"steps": 2})
     trained(path)
     before = adapter_weights(tmp_path / "output")
-    with pytest.raises(FileExistsError, match="holds a run already; go on with it"):
+    with pytest.raises(FileExistsError, match="holds a run already; resume it"):
         trained(path)
     with pytest.raises(ValueError, match=r"has another training.learning_rate \(0.005, asked for is 0.1\)"):
         trained(path, "training.learning_rate=0.1", resume=True)

@@ -39,7 +39,7 @@ def finished(path: Path, output: Path, environment: dict[str, str] | None = None
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(processor: Any, tmp_path: Path) -> None:
-    """DDP and FSDP2, stopped half way and gone on with: preparation, training, held-out loss and files."""
+    """DDP and FSDP2, stopped half way and resumed: preparation, training, held-out loss and files."""
     changes = {"training": {"evaluate_every": 4, "gradient_checkpointing": True}}
     path = write_recipe(tmp_path, processor, evaluation={"source": str(tmp_path / "data.json"), "limit": 7}, **changes)
     alone = finished(path, tmp_path / "one")

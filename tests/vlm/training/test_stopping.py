@@ -142,7 +142,7 @@ def test_training_says_how_to_go_on(processor: Any, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "corda-vlm train: stopped by SIGINT; with --resume it goes on from the last whole checkpoint" in errors
+    assert "corda-vlm train: stopped by SIGINT; with --resume it continues from the last whole checkpoint" in errors
     assert "Traceback" not in errors
     assert all(has_ended(worker.pid) for worker in workers)
 
