@@ -33,9 +33,9 @@ def test_rates_are_chosen_by_the_first_seed() -> None:
     assert best_rates(runs()) == {"QLoRA": 3e-3, "CorDA-IPM": 1e-3, "Q-CorDA": 3e-3}
     same, claimed, own = readings(runs()).values()
     assert claimed == same
-    assert [one["rate"] for method in METHODS for one in same[method]] == [3e-3] * 5
+    assert [item["rate"] for method in METHODS for item in same[method]] == [3e-3] * 5
     assert own["CorDA-IPM"][0]["rate"] == 1e-3
-    assert [one["seed"] for one in own["Q-CorDA"]] == [0, 1]
+    assert [item["seed"] for item in own["Q-CorDA"]] == [0, 1]
     assert "| QLoRA | 3.400 | 3.200 |" in rate_table(runs())
 
 
@@ -46,7 +46,7 @@ def test_the_grid_grows_where_the_best_rate_lies_at_its_edge() -> None:
 
 
 def test_steps_are_counted_to_the_baseline_of_the_same_seed() -> None:
-    table = steps_table([one for one in runs() if one["seed"] == 0])
+    table = steps_table([item for item in runs() if item["seed"] == 0])
     assert (
         "| QLoRA | 0.003 | 1 | 4.000 (4.000 to 4.000) | 3.200 (3.200 to 3.200) | 3.200 (3.200 to 3.200) | 20.0 (20.0 to 20.0) | 1.00 "
         in table

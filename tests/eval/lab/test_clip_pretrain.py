@@ -43,10 +43,10 @@ def test_icons_are_drawn_and_named(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     names = ("red-heart", "thumbs-up-light-skin-tone", "artist-medium-dark", "flag-for-south-korea", "flag-peru", "flag-in-hole")
     icon_package(tmp_path, "noto", dict.fromkeys(names, "#f00"))
-    found = {one.caption: one for one in read_icons(tmp_path, "noto")}
-    assert set(found) == {"red heart", "flag of south korea", "flag of peru", "flag in hole"}
-    assert found["red heart"].image.size == (PIXELS, PIXELS)
-    assert found["red heart"].image.getpixel((30, 30)) == (255, 0, 0, 255)
+    result = {icon.caption: icon for icon in read_icons(tmp_path, "noto")}
+    assert set(result) == {"red heart", "flag of south korea", "flag of peru", "flag in hole"}
+    assert result["red heart"].image.size == (PIXELS, PIXELS)
+    assert result["red heart"].image.getpixel((30, 30)) == (255, 0, 0, 255)
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_drawings_have_titles_of_their_own(tmp_path: Path) -> None:
     drawing(tmp_path / "computer" / "icon.png", Title="Folder", Author="Ann")
     for number in range(9):
         drawing(tmp_path / "food" / f"{number}.png", Title=f"Various cliparts {number}", Author="Bob")
-    (found,) = read_clip_art(tmp_path)
-    assert (found.caption, found.image.size) == ("brown dog", (PIXELS, PIXELS))
-    assert found.image.getpixel((32, 5))[3] == 0
-    assert found.image.getpixel((32, 32)) == (0, 0, 255, 255)
+    (result,) = read_clip_art(tmp_path)
+    assert (result.caption, result.image.size) == ("brown dog", (PIXELS, PIXELS))
+    assert result.image.getpixel((32, 5))[3] == 0
+    assert result.image.getpixel((32, 32)) == (0, 0, 255, 255)
 
 
 def test_stamps_have_the_first_line_of_their_texts(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_stamps_have_the_first_line_of_their_texts(tmp_path: Path) -> None:
     (tmp_path / "animals" / "alone.txt").write_text("No picture.\n")
     drawing(tmp_path / "symbols" / "alphabets" / "a.png")
     (tmp_path / "symbols" / "alphabets" / "a.txt").write_text("The letter A.\n")
-    assert [one.caption for one in read_stamps(tmp_path)] == ["a cow"]
+    assert [stamp.caption for stamp in read_stamps(tmp_path)] == ["a cow"]
 
 
 def test_nothing_that_is_held_out_is_trained_on(tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_augmented_pictures_keep_their_ground_and_differ() -> None:
     picture = torch.zeros(64, 4, PIXELS, PIXELS, dtype=torch.uint8)
     picture[:, 0, 24:40, 24:40] = 255  # a red square, all around it transparent
     picture[:, 3, 24:40, 24:40] = 255
-    found = augmented(picture)
-    assert found.shape == (64, 3, PIXELS, PIXELS)
-    assert torch.isfinite(found).all()
-    assert (found[0] - found[1]).abs().max() > 0.1
+    result = augmented(picture)
+    assert result.shape == (64, 3, PIXELS, PIXELS)
+    assert torch.isfinite(result).all()
+    assert (result[0] - result[1]).abs().max() > 0.1
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip_pretrain.MEAN, clip_pretrain.STD))
-    plain = found * std + mean
+    plain = result * std + mean
     assert plain.min() >= -1e-5
     assert plain.max() <= 1 + 1e-5
     redness = (plain[:, 0] - plain[:, 1:].amax(1)).amax(dim=(1, 2))
@@ -203,5 +203,5 @@ def test_both_towers_learn_and_open_clip_reads_what_was_written(tmp_path: Path, 
     assert torch.equal(read_tokenizer(names), tokens(tokenizer, names))
     images = torch.stack([preprocess(Image.new("RGB", (80, 80), tuple(colour))) for colour in colours.tolist()])
     with torch.no_grad():
-        ours, theirs = model.eval().encode_image(images), read.eval().encode_image(images)
-    torch.testing.assert_close(theirs, ours, atol=2e-2, rtol=2e-2)  # float16 in the file
+        ours, reference = model.eval().encode_image(images), read.eval().encode_image(images)
+    torch.testing.assert_close(reference, ours, atol=2e-2, rtol=2e-2)  # float16 in the file

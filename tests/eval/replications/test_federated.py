@@ -74,11 +74,11 @@ def _changes(count: int, m: int = 9, n: int = 7, rank: int = 2) -> list[Change]:
 
 
 def test_change_is_the_product() -> None:
-    one, other = _changes(2)
-    torch.testing.assert_close((one + 0.5 * other).dense(), one.B @ one.A + 0.5 * other.B @ other.A)
-    torch.testing.assert_close((one - other).dense(), one.B @ one.A - other.B @ other.A)
-    assert one.norm() == pytest.approx(float((one.B @ one.A).norm()))
-    assert (one - one).norm() < 1e-14 * one.norm()
+    change, other = _changes(2)
+    torch.testing.assert_close((change + 0.5 * other).dense(), change.B @ change.A + 0.5 * other.B @ other.A)
+    torch.testing.assert_close((change - other).dense(), change.B @ change.A - other.B @ other.A)
+    assert change.norm() == pytest.approx(float((change.B @ change.A).norm()))
+    assert (change - change).norm() < 1e-14 * change.norm()
 
 
 def test_average_of_changes_is_exact_and_of_factors_is_not() -> None:
@@ -135,7 +135,7 @@ def _trained_plainly(client: Client, rank: int, gamma: float) -> tuple[dict[str,
         gradients = torch.autograd.grad(total, [model.get_submodule(name).weight for name in SIZES])
         starts = {name: aligned(gradient, rank, gamma) for name, gradient in zip(SIZES, gradients, strict=True)}
         factors = {name: Change(start.A.clone().requires_grad_(), start.B.clone().requires_grad_()) for name, start in starts.items()}
-        parameters = [*(one.A for one in factors.values()), *(one.B for one in factors.values())]
+        parameters = [*(factor.A for factor in factors.values()), *(factor.B for factor in factors.values())]
         optimizer = torch.optim.AdamW(parameters, lr=RATE * cosine(number, len(client.batches)), weight_decay=0.0)
 
         def current(weights: dict = weights, starts: dict = starts, factors: dict = factors) -> dict[str, Tensor]:
@@ -159,8 +159,8 @@ def test_one_client_trains_as_if_alone() -> None:
     alone, losses = _trained_plainly(client, FULL, gamma=4.0)
     for name in SIZES:
         torch.testing.assert_close(weights[name], alone[name])
-    assert [one.served[0] for one in rounds] == pytest.approx(losses)
-    assert [one.ended[0] for one in rounds] == pytest.approx(losses)
+    assert [end.served[0] for end in rounds] == pytest.approx(losses)
+    assert [end.ended[0] for end in rounds] == pytest.approx(losses)
     assert losses == sorted(losses, reverse=True)
 
 
@@ -171,17 +171,18 @@ def test_identical_clients_are_one(rule: Rule) -> None:
     together, same = _run(rule, client, client, client)
     for name in SIZES:
         torch.testing.assert_close(weights[name], same[name])
-    assert [one.served[0] for one in alone] == pytest.approx([one.served[2] for one in together])
-    assert all(one.aggregation_error < 1e-12 for one in together)
+    assert [end.served[0] for end in alone] == pytest.approx([end.served[2] for end in together])
+    assert all(end.aggregation_error < 1e-12 for end in together)
 
 
 def test_full_rank_is_exact_and_factors_apart_are_not() -> None:
     clients = [_client(seed) for seed in range(3)]
-    assert all(one.aggregation_error < 1e-12 for one in _run(FullRank(), *clients)[0])
+    assert all(end.aggregation_error < 1e-12 for end in _run(FullRank(), *clients)[0])
     # Less from round to round, as what all clients start from grows and the rate falls.
-    assert [one.aggregation_error > limit for one, limit in zip(_run(FedAvg(), *clients)[0], (0.05, 0.02, 1e-3), strict=True)] == [True] * 3
+    averaged = zip(_run(FedAvg(), *clients)[0], (0.05, 0.02, 1e-3), strict=True)
+    assert [end.aggregation_error > limit for end, limit in averaged] == [True] * 3
     truncating, enough = (_run(FedSmooth(1.0, 1.0), *clients, rank=rank)[0] for rank in (RANK, FULL))
-    assert all(one.aggregation_error > 0.05 for one in truncating)
+    assert all(end.aggregation_error > 0.05 for end in truncating)
     assert all(few.aggregation_error > many.aggregation_error for few, many in zip(truncating, enough, strict=True))
 
 
@@ -202,14 +203,14 @@ def test_clients_take_up_work_where_they_stopped() -> None:
 
 def test_rank_limits_how_smooth_it_is() -> None:
     clients = [_client(seed) for seed in range(3)]
-    jumps = {rank: [one.jump or 0.0 for one in _run(FedSmooth(1.0, 1.0, gamma=4.0), *clients, rank=rank)[0][1:]] for rank in (1, 2, FULL)}
+    jumps = {rank: [end.jump or 0.0 for end in _run(FedSmooth(1.0, 1.0, gamma=4.0), *clients, rank=rank)[0][1:]] for rank in (1, 2, FULL)}
     assert sum(map(abs, jumps[1])) > sum(map(abs, jumps[FULL]))
     assert sum(map(abs, jumps[2])) > sum(map(abs, jumps[FULL]))
 
 
 def test_small_aligned_part_leaves_room_for_matching() -> None:
     clients = [_client(seed) for seed in range(3)]
-    jumps = [[abs(one.jump or 0.0) for one in _run(FedSmooth(1.0, 1.0, gamma), *clients)[0][1:]] for gamma in (4.0, 64.0)]
+    jumps = [[abs(end.jump or 0.0) for end in _run(FedSmooth(1.0, 1.0, gamma), *clients)[0][1:]] for gamma in (4.0, 64.0)]
     assert sum(jumps[1]) < 0.5 * sum(jumps[0])
 
 
@@ -253,7 +254,7 @@ def test_command_writes_a_line_a_round(monkeypatch: pytest.MonkeyPatch, tmp_path
     first, *rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert first["options"]["method"] == "fedavg"
     assert len(first["base"]) == 2
-    assert [one["number"] for one in rounds] == [0, 1, 2]
+    assert [end["number"] for end in rounds] == [0, 1, 2]
     assert rounds[0]["jump"] is None
     assert len(rounds[1]["served"]) == 2
 

@@ -42,9 +42,9 @@ def task(tmp_path: Path) -> Path:
 def test_both_methods_run_the_same_steps(bert: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main(bert, task, tmp_path / "out.json", rank=2, alpha=4, rate=1e-2, batch_size=4, epochs=2, max_length=8)
-    found = json.loads((tmp_path / "out.json").read_text())
-    lora, kasa = found["results"]
-    assert found["recipe"]["alpha"] == 4
+    result = json.loads((tmp_path / "out.json").read_text())
+    lora, kasa = result["results"]
+    assert result["recipe"]["alpha"] == 4
     assert (lora["method"], kasa["method"]) == ("lora", "kasa")
     assert lora["steps"] == kasa["steps"] == 6
     assert len(lora["accuracies"]) == len(kasa["accuracies"]) == 2

@@ -17,15 +17,15 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
     monkeypatch.chdir(ROOT)
     done = CliRunner().invoke(app, ["compare", "--config", "configs/compare_lab.yaml", "--only-report", "--output", str(tmp_path)])
     assert done.exit_code == 0, (done.output, done.exception)
-    found = (tmp_path / "study.md").read_text()
-    assert found == (ROOT / "eval/results/compare/study.md").read_text()
-    _title, headline, _rest = found.split("\n\n", 2)
+    result = (tmp_path / "study.md").read_text()
+    assert result == (ROOT / "eval/results/compare/study.md").read_text()
+    _title, headline, _rest = result.split("\n\n", 2)
     assert headline in (ROOT / "eval/results/README.md").read_text()
     assert {file.name for file in tmp_path.iterdir()} == {
         "study.html",
         "study.json",
         "study.md",
-        *(f"{one}.png" for one in ("clip", "llava", "smollm2", "smollm2_two")),
+        *(f"{name}.png" for name in ("clip", "llava", "smollm2", "smollm2_two")),
     }
 
 

@@ -97,7 +97,7 @@ def test_gains_count_from_a_guesser_where_the_base_is_worse() -> None:
 
 
 def test_forgetting_between_points() -> None:
-    points = gains_and_forgetting([one for one in RUNS if one.arm == "lora"], BASE)
+    points = gains_and_forgetting([item for item in RUNS if item.arm == "lora"], BASE)
     assert points == [pytest.approx((0.6, 0.05)), pytest.approx((0.96, 0.25)), pytest.approx((1.0, 0.5))]
     assert forgetting_at(0.96, points) == pytest.approx(0.25)
     assert forgetting_at(0.98, points) == pytest.approx((0.25 * 0.5) ** 0.5)
@@ -125,7 +125,7 @@ def test_seeds_that_diverged_stop_no_report(tmp_path: Path) -> None:
 
 
 def test_rates() -> None:
-    of = {arm: [one for one in RUNS if one.arm == arm] for arm in ("lora", "kpm", "weak")}
+    of = {arm: [item for item in RUNS if item.arm == arm] for arm in ("lora", "kpm", "weak")}
     assert tuned_rate(of["lora"], BASE) == 3e-4  # 0.97 is nearly 1.0
     assert tuned_rate(of["kpm"], BASE) == 1e-3
     assert tuned_rate(of["weak"], BASE) == 1e-3
@@ -184,8 +184,8 @@ def test_the_frontier_has_no_point_that_another_beats() -> None:
 
 def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = write_study({"sums": RUNS}, {"Command": "corda-vlm compare"}, tmp_path)
-    assert [one["arm"] for one in found["sums"]["matched"]] == ["kpm", "lora"]
+    result = write_study({"sums": RUNS}, {"Command": "corda-vlm compare"}, tmp_path)
+    assert [item["arm"] for item in result["sums"]["matched"]] == ["kpm", "lora"]
     assert {file.name for file in tmp_path.iterdir()} == {"sums.png", "study.html", "study.md", "study.json"}
     stored = json.loads((tmp_path / "study.json").read_text())
     assert stored["settings"]["sums"]["matched"][0]["forgetting"][0] == pytest.approx(0.025)
@@ -207,7 +207,7 @@ def test_names_stay_text_on_every_page(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("jinja2")
     odd = "a|b <script> `x` $\\frac$"
-    runs = [dataclasses.replace(one, arm=odd) if one.arm == "kpm" else one for one in RUNS]
+    runs = [dataclasses.replace(item, arm=odd) if item.arm == "kpm" else item for item in RUNS]
     setting = "sums (1) <b>"
     write_study({setting: runs}, {"Command": "<script>"}, tmp_path)
     page, text = (tmp_path / "study.html").read_text(), (tmp_path / "study.md").read_text()

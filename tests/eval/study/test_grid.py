@@ -28,13 +28,13 @@ def study(folder: Path, **changes: object) -> StudyConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
-def outcome(one: Planned, gain: float, forgetting: float) -> dict[str, object]:
+def outcome(planned_run: Planned, gain: float, forgetting: float) -> dict[str, object]:
     """A result as ``corda_eval.study.worker`` writes it: base losses are 2 (target) and 3 (kept)."""
     scores = {"target": {"loss": 2 - gain, "accuracy": 10.0}, "docs": {"loss": 3 + forgetting, "accuracy": None}}
-    if one.arm == BASE:
-        return {"spec": dataclasses.asdict(one.spec), "scores": scores, "validation": 2.0}
+    if planned_run.arm == BASE:
+        return {"spec": dataclasses.asdict(planned_run.spec), "scores": scores, "validation": 2.0}
     return {
-        "spec": dataclasses.asdict(one.spec),
+        "spec": dataclasses.asdict(planned_run.spec),
         "scores": scores,
         "validation_losses": [[0, 2.0], [3, 2 - gain]],
         "interpolated": {},
@@ -47,14 +47,14 @@ def outcome(one: Planned, gain: float, forgetting: float) -> dict[str, object]:
     }
 
 
-def write(config: StudyConfig, one: Planned, gain: float = 0.0, forgetting: float = 0.0, **more: object) -> None:
-    path = Path(config.results) / one.file_name
+def write(config: StudyConfig, planned_run: Planned, gain: float = 0.0, forgetting: float = 0.0, **more: object) -> None:
+    path = Path(config.results) / planned_run.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(outcome(one, gain, forgetting) | more).encode())
+    write_whole(path, json.dumps(outcome(planned_run, gain, forgetting) | more).encode())
 
 
 def wanted(config: StudyConfig) -> list[tuple[str, float, int]]:
-    return [(one.arm, one.spec.rate, one.spec.seed) for one in missing(config, "sums")]
+    return [(item.arm, item.spec.rate, item.spec.seed) for item in missing(config, "sums")]
 
 
 def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_shipped_studies_name_what_there_is(path: Path) -> None:
 def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = study(tmp_path, seeds=1, workers=2)
 
-    def run(one: Planned, folder: Path, threads: int) -> str | None:
-        if one.arm == "strict":
+    def run(planned_run: Planned, folder: Path, threads: int) -> str | None:
+        if planned_run.arm == "strict":
             return "ValueError: no such layer"
-        write(config, one, 0.5 if one.spec.rate == 3e-4 else 0.1, 0.1)
+        write(config, planned_run, 0.5 if planned_run.spec.rate == 3e-4 else 0.1, 0.1)
         return None
 
     monkeypatch.setattr(grid, "_run", run)
@@ -216,16 +216,16 @@ def test_a_failed_run_stops_its_arm_only_and_is_told(tmp_path: Path, monkeypatch
 
 
 def test_other_seeds_run_although_an_arm_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(one: Planned, folder: Path, threads: int) -> str | None:
-        if one.arm == "strict":
+    def run(planned_run: Planned, folder: Path, threads: int) -> str | None:
+        if planned_run.arm == "strict":
             return "no such layer"
-        write(config, one, 0.5 if one.spec.rate == 3e-4 else 0.1, 0.1)
+        write(config, planned_run, 0.5 if planned_run.spec.rate == 3e-4 else 0.1, 0.1)
         return None
 
     config = study(tmp_path, seeds=2)
     monkeypatch.setattr(grid, "_run", run)
     assert len(complete(config, lambda line: None)) == 1
-    assert {(one.rate, one.seed) for one in finished(config, "sums") if one.arm == "lora"} >= {(3e-4, 0), (3e-4, 1)}
+    assert {(run.rate, run.seed) for run in finished(config, "sums") if run.arm == "lora"} >= {(3e-4, 0), (3e-4, 1)}
 
 
 def test_one_study_at_a_time_makes_runs_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +237,9 @@ def test_one_study_at_a_time_makes_runs_in_a_folder(tmp_path: Path, monkeypatch:
 
 def test_results_are_as_they_were_written_or_refused(tmp_path: Path) -> None:
     config = study(tmp_path)
-    one = planned(config, "sums", BASE, 0.0, 0)
-    write(config, one)
-    path = tmp_path / one.file_name
+    first = planned(config, "sums", BASE, 0.0, 0)
+    write(config, first)
+    path = tmp_path / first.file_name
     with pytest.warns(UserWarning, match="has no digest"):  # of version 0.1.0
         unsealed = finished(config, "sums")
     write_sealed(path, json.loads(path.read_text()))

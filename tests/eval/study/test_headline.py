@@ -9,8 +9,8 @@ from corda_eval.study.headline import headline, ratio_text, spread_text
 def test_ratios_of_an_arm_stand_side_by_side_and_the_worst_orders_the_rows() -> None:
     two = [BASE, run("lora", 1e-3, 0, 1.0, 0.2, 0.2), run("kpm", 1e-3, 0, 1.0, 0.3, 0.3), run("ipm", 1e-3, 0, 1.0, 0.0, 0.0)]
     settings = {"one": RUNS, "two": two}
-    matched = {name: list(summaries(its, BASE)[1].values()) for name, its in settings.items()}
-    head, rows = headline(matched, {name: unmatched(its, BASE) for name, its in settings.items()})
+    matched = {name: list(summaries(chosen, BASE)[1].values()) for name, chosen in settings.items()}
+    head, rows = headline(matched, {name: unmatched(chosen, BASE) for name, chosen in settings.items()})
     assert head == ["arm", "one", "two"]
     assert rows == [
         ["ipm", "", "0.000; 80 %"],

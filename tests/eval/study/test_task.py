@@ -38,11 +38,11 @@ def task_of(cache: Path, model: nn.Module | None = None, layers: tuple[str, ...]
     return Task(
         model=model,
         layers=layers,
-        loss=lambda one, batch: one(**batch).square().mean(),
+        loss=lambda model, batch: model(**batch).square().mean(),
         batches=contexts[TARGET],
         contexts=contexts,
-        validate=lambda one: 0.0,
-        measure=lambda one: {TARGET: Score(0.0)},
+        validate=lambda model: 0.0,
+        measure=lambda model: {TARGET: Score(0.0)},
         cache=cache,
         seed=0,
     )
@@ -63,13 +63,13 @@ def collections(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_covariances_are_the_second_moments_of_several_domains_together(tmp_path: Path) -> None:
     task = task_of(tmp_path)
-    found = task.covariances("text", "pictures")
+    result = task.covariances("text", "pictures")
     images = task.contexts["pictures"][0]["image"].double()
     eye = task.model.get_submodule("eye").double()
     rows = torch.cat([*(batch["x"].double() for batch in task.contexts["text"]), eye(images)])
-    torch.testing.assert_close(found["eye"].matrix.double(), images.T @ images / 20, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["first"].matrix.double(), rows.T @ rows / 36, rtol=1e-5, atol=1e-6)
-    assert found["first"].num_tokens == 36
+    torch.testing.assert_close(result["eye"].matrix.double(), images.T @ images / 20, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result["first"].matrix.double(), rows.T @ rows / 36, rtol=1e-5, atol=1e-6)
+    assert result["first"].num_tokens == 36
 
 
 def test_the_first_batches_of_each_domain_are_a_context_of_their_own(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ ADAPTERS: dict[str, Callable[[nn.Module, Task], nn.Module]] = {"lora": lora, "co
 def test_effective_weight_is_that_of_the_merged_layer(tmp_path: Path, kind: str) -> None:
     task = task_of(tmp_path)
     adapted = ADAPTERS[kind](task.model, task)
-    found = {name: effective_weight(adapted, name, copy.in_features) for name, copy in linear_copies(task.model, task.layers).items()}
+    result = {name: effective_weight(adapted, name, copy.in_features) for name, copy in linear_copies(task.model, task.layers).items()}
     merged = merge(adapted) if kind == "corda" else adapted.merge_and_unload()  # type: ignore[operator]
-    for name, weight in found.items():
+    for name, weight in result.items():
         torch.testing.assert_close(weight, merged.get_submodule(name).weight)
         torch.testing.assert_close(effective_weight(merged, name, weight.shape[1]), weight)
 
@@ -225,8 +225,8 @@ def test_relative_changes_are_those_of_dense_float64(tmp_path: Path) -> None:
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         on_context.append((change @ root).norm() / (W @ root).norm())
         plain.append(change.norm() / W.norm())
-    found = relative_changes(adapted, copies, covariances)
-    assert found == pytest.approx((float(torch.stack(on_context).mean()), float(torch.stack(plain).mean())), rel=1e-5)
+    result = relative_changes(adapted, copies, covariances)
+    assert result == pytest.approx((float(torch.stack(on_context).mean()), float(torch.stack(plain).mean())), rel=1e-5)
 
 
 def test_a_change_that_avoids_the_context_is_no_change_on_it() -> None:
@@ -246,5 +246,5 @@ def test_a_change_that_avoids_the_context_is_no_change_on_it() -> None:
 
 def test_an_untouched_model_has_not_changed(tmp_path: Path) -> None:
     task = task_of(tmp_path)
-    found = relative_changes(task.model, linear_copies(task.model, task.layers), task.covariances("pictures"))
-    assert found == pytest.approx((0, 0), abs=1e-6)
+    result = relative_changes(task.model, linear_copies(task.model, task.layers), task.covariances("pictures"))
+    assert result == pytest.approx((0, 0), abs=1e-6)

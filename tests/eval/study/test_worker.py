@@ -81,11 +81,11 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_base_is_measured_and_nothing_else(tmp_path: Path) -> None:
-    found = run(RunSpec({"kind": "toy"}, None, 0.0, 0, []), tmp_path)
-    assert found["scores"]["kept"] == {"loss": 0.0, "accuracy": None}
-    assert found["validation"] == found["scores"][TARGET]["loss"]
+    result = run(RunSpec({"kind": "toy"}, None, 0.0, 0, []), tmp_path)
+    assert result["scores"]["kept"] == {"loss": 0.0, "accuracy": None}
+    assert result["validation"] == result["scores"][TARGET]["loss"]
     trained = run(RunSpec({"kind": "toy"}, {"method": "lora", "rank": 4}, 1e-2, 0, []), tmp_path)
-    assert trained["base_digest"] == found["base_digest"]
+    assert trained["base_digest"] == result["base_digest"]
     assert trained["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -94,20 +94,20 @@ def test_the_base_is_measured_and_nothing_else(tmp_path: Path) -> None:
 )
 def test_a_run_learns_and_tells_what_it_took(method: dict[str, Any], tmp_path: Path) -> None:
     spec = RunSpec({"kind": "toy"}, method, 1e-2, 0, [0.5])
-    found = run(spec, tmp_path)
-    assert RunSpec(**found["spec"]) == spec
-    losses = [loss for _, loss in found["validation_losses"]]
+    result = run(spec, tmp_path)
+    assert RunSpec(**result["spec"]) == spec
+    losses = [loss for _, loss in result["validation_losses"]]
     assert len(losses) == 11
     assert losses[-1] < losses[0]
-    assert len(found["training_losses"]) == 30
-    assert not found["diverged"]
-    assert found["scores"][TARGET]["loss"] == pytest.approx(losses[-1], abs=1e-5)
-    assert found["change"] > 0
-    assert found["change_on_context"] > 0
-    assert 0 < found["interpolated"]["0.5"]["kept"]["loss"] < max(found["scores"]["kept"]["loss"], 1e-9) * 1.5
+    assert len(result["training_losses"]) == 30
+    assert not result["diverged"]
+    assert result["scores"][TARGET]["loss"] == pytest.approx(losses[-1], abs=1e-5)
+    assert result["change"] > 0
+    assert result["change_on_context"] > 0
+    assert 0 < result["interpolated"]["0.5"]["kept"]["loss"] < max(result["scores"]["kept"]["loss"], 1e-9) * 1.5
     expected = 2 * 4 * (INPUTS + HIDDEN)
-    assert found["trainable_parameters"] == (4 * (INPUTS + HIDDEN) if method.get("protect") == "strict" else expected)
-    assert found["peak_memory_gb"] > 0
+    assert result["trainable_parameters"] == (4 * (INPUTS + HIDDEN) if method.get("protect") == "strict" else expected)
+    assert result["peak_memory_gb"] > 0
 
 
 def test_equal_runs_have_equal_results_and_other_seeds_other_ones(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_what_the_context_has_is_kept_by_strict_protection(tmp_path: Path) -> No
 
 
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path: Path) -> None:
-    found = run(RunSpec({"kind": "toy", "bad_after": 10}, {"method": "lora", "rank": 4}, 1e-2, 0, []), tmp_path)
-    assert found["diverged"]
-    assert "scores" not in found
-    assert len(found["training_losses"]) == 11
+    result = run(RunSpec({"kind": "toy", "bad_after": 10}, {"method": "lora", "rank": 4}, 1e-2, 0, []), tmp_path)
+    assert result["diverged"]
+    assert "scores" not in result
+    assert len(result["training_losses"]) == 11
 
 
 def test_penalty_and_decay_reach_the_optimiser(tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_penalty_and_decay_reach_the_optimiser(tmp_path: Path) -> None:
         weights = [parameter for name, parameter in adapted.model.named_parameters() if "lora_B" in name]
 
         def penalty(weights: list[nn.Parameter] = weights, strength: float = strength) -> Tensor:
-            return strength * sum((one.square().sum() for one in weights), torch.zeros(()))
+            return strength * sum((weight.square().sum() for weight in weights), torch.zeros(()))
 
         train(Adapted(adapted.model, penalty), task, 1e-2)
-        ends.append(sum(one.detach().norm().item() for one in weights))
+        ends.append(sum(weight.detach().norm().item() for weight in weights))
     assert ends[1] < 0.2 * ends[0]
 
 

@@ -60,7 +60,7 @@ def test_tasks_of_ones_own(tasks: list[str], tokenizer: Any) -> None:
     assert words.headline == "word_perplexity,none"
     assert len(set(words.scores)) == 1  # nats a word of the same text
     assert said.scores == [0.0] * 6
-    json.dumps([[*one.records, *one.scores, dict(one.metrics)] for one in (choice, words, said)])
+    json.dumps([[*task.records, *task.scores, dict(task.metrics)] for task in (choice, words, said)])
     assert evaluate_text(tiny_llama(), tokenizer, tasks[:1], limit=2)[0].scores == choice.scores[:2]
 
 
@@ -71,10 +71,10 @@ def test_the_figures_are_those_of_the_harness_itself(tasks: list[str], tokenizer
     arguments += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
-    for mine in evaluate_text(tiny_llama(), tokenizer, tasks[:2]):
-        for metric, value in mine.metrics.items():
-            assert value == pytest.approx(theirs[mine.task][metric], rel=1e-6), metric
+    reference = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
+    for ours in evaluate_text(tiny_llama(), tokenizer, tasks[:2]):
+        for metric, value in ours.metrics.items():
+            assert value == pytest.approx(reference[ours.task][metric], rel=1e-6), metric
 
 
 def test_unknown_tasks_and_absent_data_are_sentences(tasks: list[str], tokenizer: Any, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_prompts_are_drawn_as_the_harness_draws_them(
     model = tiny_llama()
     language = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", softmax_dtype=torch.float32)
     manager = TaskManager(include_path=[drawn], include_defaults=False)
-    theirs = evaluator.simple_evaluate(
+    reference = evaluator.simple_evaluate(
         model=language, tasks=[task], num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=0, log_samples=True
     )
     reports: list[Any] = []
@@ -156,12 +156,12 @@ def test_prompts_are_drawn_as_the_harness_draws_them(
     for seed in (3, 4):  # the caller's own generators do not matter, and are left as they were
         random.seed(seed)
         torch.manual_seed(seed)
-        (mine,) = evaluate_text(model, tokenizer, [str(drawn / f"{task}.yaml")], num_fewshot=num_fewshot)
+        (ours,) = evaluate_text(model, tokenizer, [str(drawn / f"{task}.yaml")], num_fewshot=num_fewshot)
         assert random.random() == random.Random(seed).random()
         assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(seed)))
-        assert mine.metrics[mine.headline] == theirs["results"][task][mine.headline]
-        assert asked(reports[-1], task) == asked(theirs, task)
-    shown = str(asked(theirs, task)[0][0]).count("what color")
+        assert ours.metrics[ours.headline] == reference["results"][task][ours.headline]
+        assert asked(reports[-1], task) == asked(reference, task)
+    shown = str(asked(reference, task)[0][0]).count("what color")
     assert shown == {("none", 2): 1, ("three", None): 4}.get((task, num_fewshot), 1 + (num_fewshot or 0)) * (1 if task == "said" else 5)
 
 

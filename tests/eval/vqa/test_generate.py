@@ -56,17 +56,17 @@ TASK = VqaTask("tiny", list, "accuracy", lambda answer, example: float("red" in 
 
 def test_answers_alone_and_in_batches(processor: Any, examples: list[VqaExample]) -> None:
     model = tiny_llava().double()
-    found = check_batch_invariance(examples, model, processor, Asking(4), batch_size=3)
-    assert found == BatchCheck(5, [])
+    result = check_batch_invariance(examples, model, processor, Asking(4), batch_size=3)
+    assert result == BatchCheck(5, [])
     with pytest.raises(ValueError, match="batch_size is 1; expected at least 2"):
         check_batch_invariance(examples, model, processor, Asking(), batch_size=1)
 
 
 def test_batch_check_names_what_differs(processor: Any, examples: list[VqaExample], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "answer_batch", lambda model, processor, batch, *_, **__: [f"{len(batch) == 3}"] * len(batch))
-    found = check_batch_invariance(examples, tiny_llava(), processor, Asking(), batch_size=3)
-    assert found.differing == [(f"q{i}", "False", "True") for i in range(3)]
-    assert found.num_examples == 5
+    result = check_batch_invariance(examples, tiny_llava(), processor, Asking(), batch_size=3)
+    assert result.differing == [(f"q{i}", "False", "True") for i in range(3)]
+    assert result.num_examples == 5
 
 
 def test_a_benchmark_is_answered(tmp_path: Path, processor: Any, examples: list[VqaExample]) -> None:
@@ -108,10 +108,10 @@ def test_a_killed_run_goes_on(tmp_path: Path, processor: Any, examples: list[Vqa
         progress=lambda batches: asked.extend(batches) or batches,
     )
     assert "not whole" in caplog.text
-    assert [one.answer for one in resumed] == [one.answer for one in whole]
+    assert [item.answer for item in resumed] == [item.answer for item in whole]
     assert len(asked) == -(-5 // batch_size) - 1
     ids = [json.loads(line)["question_id"] for line in path.read_text().splitlines()[1:]]
-    assert sorted(ids) == sorted(one.question_id for one in examples)
+    assert sorted(ids) == sorted(example.question_id for example in examples)
     before = path.read_bytes()
     assert (
         generate_answers("tiny", examples, model, processor, SHORT, path=path, batch_size=batch_size, progress=killed_after(0)) == resumed
@@ -347,7 +347,7 @@ def test_how_it_was_asked_is_kept(tmp_path: Path, processor: Any, examples: list
     result = answer_benchmark(TASK, examples, model, processor, asking, predictions=path)
     header = json.loads(path.read_text().splitlines()[0])
     assert (header["system"], header["pad_images"], header["max_new_tokens"]) == ("a circle", True, 2)
-    alone = [answer_batch(model, processor, [one], asking)[0] for one in examples]
+    alone = [answer_batch(model, processor, [example], asking)[0] for example in examples]
     assert [record["prediction"] for record in result.records] == alone
     assert check_batch_invariance(examples[:2], model.double(), processor, asking, batch_size=2) == BatchCheck(2, [])
     with pytest.raises(ValueError, match="system is 'a circle' there and None here|system is 'a circle' there and not recorded here"):

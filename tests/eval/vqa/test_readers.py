@@ -177,8 +177,12 @@ def test_gqa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(tmp_path / "images/n1.jpg")
     examples = gqa.load(tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    assert [one.question for one in gqa.load(tmp_path.name)] == [one.question for one in examples]  # no id, though it could be one
-    assert [(one.question_id, one.answer, one.kind) for one in examples] == [("201307251", "yes", "binary"), ("201640614", "girl", "open")]
+    named = gqa.load(tmp_path.name)  # no id, though it could be one
+    assert [example.question for example in named] == [example.question for example in examples]
+    assert [(example.question_id, example.answer, example.kind) for example in examples] == [
+        ("201307251", "yes", "binary"),
+        ("201640614", "girl", "open"),
+    ]
     assert score(gqa.TASK, examples, ["Yes.", "the girl"]).metrics == {"accuracy": 0.5, "accuracy:binary": 1, "accuracy:open": 0}
 
 
@@ -230,9 +234,9 @@ def write_pope(folder: Path) -> None:
 def test_pope(tmp_path: Path) -> None:
     write_pope(tmp_path)
     examples = pope.load(tmp_path)
-    assert [one.question_id for one in examples] == [f"{c}/{n}" for c in ("random", "popular", "adversarial") for n in (1, 2)]
+    assert [example.question_id for example in examples] == [f"{c}/{n}" for c in ("random", "popular", "adversarial") for n in (1, 2)]
     assert examples[0].question == "Is there a dog in the image?" + SHORT
-    assert [one.kind for one in pope.load(tmp_path, split="popular")] == ["popular"] * 2
+    assert [item.kind for item in pope.load(tmp_path, split="popular")] == ["popular"] * 2
     result = score(pope.TASK, examples, ["Yes", "No, there is no cat.", "Yes.", "Yes", "No", "no"])
     assert result.metrics["accuracy"] == pytest.approx(4 / 6)
     assert [result.metrics[f"f1:{c}"] for c in ("random", "popular", "adversarial")] == pytest.approx([1, 2 / 3, 0])
@@ -320,7 +324,7 @@ def mmbench_rows() -> list[dict[str, str]]:
 def test_mmbench(tmp_path: Path) -> None:
     write(tmp_path / "mmbench_dev_20230712.tsv", table(mmbench_rows(), "\t"))
     examples = mmbench.load(tmp_path)
-    assert [one.question for one in examples] == [
+    assert [example.question for example in examples] == [
         f"Which\none?\nA. dog\nB. cat{LETTER}",
         f"Which\none?\nA. cat\nB. dog{LETTER}",
         f"Look.\nWhich\none?\nA. dog\nB. cat\nC. cow{LETTER}",
@@ -341,8 +345,8 @@ def test_mmbench(tmp_path: Path) -> None:
 
 
 def test_mmbench_counts_by_question_whatever_the_order(tmp_path: Path) -> None:
-    one, other, *rest = mmbench_rows()
-    write(tmp_path / "mmbench_dev_20230712.tsv", table([*rest, other, one], "\t"))
+    item, other, *rest = mmbench_rows()
+    write(tmp_path / "mmbench_dev_20230712.tsv", table([*rest, other, item], "\t"))
     examples = mmbench.load(tmp_path)
     assert [example.group for example in examples] == ["6", "5", "5"]
     assert score(mmbench.TASK, examples, ["A", "B", "B"]).scores == [1, 0]
@@ -380,8 +384,8 @@ def test_mmbench_broken(tmp_path: Path, change: dict[str, str], text: str) -> No
 def test_easy_vqa_is_a_task_too() -> None:
     pytest.importorskip("easy_vqa")
     examples = TASKS["easy_vqa"].load(limit=3)
-    assert [one.question_id for one in examples] == ["0", "1", "2"]
-    assert score(TASKS["easy_vqa"], examples, [one.answer.upper() + "." for one in examples]).metrics["accuracy"] == 1
+    assert [example.question_id for example in examples] == ["0", "1", "2"]
+    assert score(TASKS["easy_vqa"], examples, [example.answer.upper() + "." for example in examples]).metrics["accuracy"] == 1
 
 
 def test_score_refuses_missing_answers() -> None:

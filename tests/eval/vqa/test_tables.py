@@ -37,7 +37,7 @@ def table_of(rows: Rows) -> Any:
     table = datasets.Dataset.from_list(rows)
     stored = [row["image"] for row in rows if row.get("image")]
     # The type ``Image`` wants to see the files of images that are not inside.
-    return table.cast_column("image", datasets.Image()) if any(one["bytes"] for one in stored) else table
+    return table.cast_column("image", datasets.Image()) if any(item["bytes"] for item in stored) else table
 
 
 def write(path: Path, rows: Rows) -> Path:
@@ -51,7 +51,7 @@ def vqav2_rows() -> Rows:
         {
             "question_type": "what color",
             "multiple_choice_answer": answers[0],
-            "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": place} for place, one in enumerate(answers, 1)],
+            "answers": [{"answer": item, "answer_confidence": "yes", "answer_id": place} for place, item in enumerate(answers, 1)],
             "image_id": 42 + number,
             "answer_type": kind,
             "question_id": 42000 + number,
@@ -118,10 +118,10 @@ def test_vqav2_in_a_file_and_as_the_hub_names_files(tmp_path: Path) -> None:
     examples = vqav2.load(path)
     first = examples[0]
     assert (first.question, first.answer, first.answers, first.kind) == ("What color?" + SHORT, "red", tuple(TEN), "other")
-    assert [one.question_id for one in examples] == ["42000", "42001", "42002"]
-    opened = [one.open_image() for one in examples]
+    assert [example.question_id for example in examples] == ["42000", "42001", "42002"]
+    opened = [example.open_image() for example in examples]
     assert [image and image.getpixel((0, 0)) for image in opened] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
-    assert [one.question_id for one in vqav2.load(path, limit=1)] == ["42000"]
+    assert [item.question_id for item in vqav2.load(path, limit=1)] == ["42000"]
     assert score(vqav2.TASK, examples, ["Red.", "no", "2"]).metrics["vqa_accuracy_official_2017"] == pytest.approx(2 / 3)
     write(tmp_path / "folder/validation-00000-of-00001.parquet", vqav2_rows())
     write(tmp_path / "folder/testdev-00000-of-00001.parquet", vqav2_rows()[:1])
@@ -140,7 +140,7 @@ def test_tables_of_save_to_disk_and_of_the_hub(tmp_path: Path, monkeypatch: pyte
     datasets.DatasetDict({"val2014": table_of(rows)}).save_to_disk(tmp_path / "splits")
     table_of(rows).save_to_disk(tmp_path / "alone")
     for folder in ("splits", "alone"):
-        assert [(one.question_id, one.answers, one.kind) for one in okvqa.load(tmp_path / folder)] == [
+        assert [(item.question_id, item.answers, item.kind) for item in okvqa.load(tmp_path / folder)] == [
             (f"q{number}", tuple(TEN), "other") for number in range(3)
         ]
     asked: list[Any] = []
@@ -196,12 +196,12 @@ def test_gqa_from_its_two_tables(tmp_path: Path) -> None:
     write(tmp_path / "testdev_balanced_instructions/testdev-00000-of-00001.parquet", questions)
     write(tmp_path / "testdev_balanced_images/testdev-00000-of-00001.parquet", images)
     examples = gqa.load(tmp_path)
-    assert [(one.question_id, one.answer, one.kind) for one in examples] == [
+    assert [(example.question_id, example.answer, example.kind) for example in examples] == [
         ("201307251", "yes", "binary"),
         ("201640614", "girl", "open"),
         ("201640615", "cow", "open"),
     ]
-    reds = [image.getpixel((0, 0)) for one in examples if (image := one.open_image()) is not None]
+    reds = [image.getpixel((0, 0)) for example in examples if (image := example.open_image()) is not None]
     assert reds == [(1, 0, 0), (2, 0, 0), (1, 0, 0)]
     assert len(gqa.load(tmp_path, limit=2)) == 2
     write(tmp_path / "testdev_balanced_images/testdev-00000-of-00001.parquet", images[:1])
@@ -215,7 +215,7 @@ def test_scienceqa(tmp_path: Path) -> None:
     assert text == VqaExample(None, f"Which way?\nA. west\nB. east{LETTER}", "A", "0", choices=("west", "east"), kind="text")
     assert seen.question == f"Context: A map.\nWhich side?\nA. west\nB. east{LETTER}"
     assert (seen.answer, seen.question_id, seen.kind) == ("B", "1", "image")
-    assert [one.question_id for one in TASKS["scienceqa_image"].load(path, limit=1)] == ["1"]
+    assert [item.question_id for item in TASKS["scienceqa_image"].load(path, limit=1)] == ["1"]
     with pytest.raises(ValueError, match="question 0 has the answer 2; expected a place among its 2 choices"):
         scienceqa.load(write(tmp_path / "bad.parquet", [scienceqa_rows()[0] | {"answer": 2}, scienceqa_rows()[1]]))
 
@@ -223,9 +223,9 @@ def test_scienceqa(tmp_path: Path) -> None:
 def test_pope(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", pope_rows())
     examples = pope.load(path)
-    assert [one.question_id for one in examples] == [f"{c}/{n}" for c in ("random", "popular", "adversarial") for n in (1, 2)]
+    assert [example.question_id for example in examples] == [f"{c}/{n}" for c in ("random", "popular", "adversarial") for n in (1, 2)]
     assert examples[0].question == "Is there a dog in the image?" + SHORT
-    assert [one.question_id for one in pope.load(path, split="popular", limit=1)] == ["popular/1"]
+    assert [item.question_id for item in pope.load(path, split="popular", limit=1)] == ["popular/1"]
     with pytest.raises(ValueError, match=r"2 row.s. of 6 of other categories than .*, first question 1 of 'rare'"):
         pope.load(write(tmp_path / "c.parquet", [row | {"category": row["category"].replace("random", "rare")} for row in pope_rows()]))
     with pytest.raises(ValueError, match="1 value.s. of question_id more than once, first '1'"):
@@ -243,12 +243,12 @@ def test_pmc_vqa(tmp_path: Path) -> None:
 def test_mmbench(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", mmbench_rows())
     examples = mmbench.load(path)
-    assert [one.question for one in examples] == [
+    assert [example.question for example in examples] == [
         f"Which\none?\nA. dog\nB. cat{LETTER}",
         f"Which\none?\nA. cat\nB. dog{LETTER}",
         f"Look.\nWhich\none?\nA. dog\nB. cat\nC. cow{LETTER}",
     ]
-    assert [one.question_id for one in mmbench.load(path, limit=1)] == ["5", "1000005"]
+    assert [item.question_id for item in mmbench.load(path, limit=1)] == ["5", "1000005"]
     assert score(mmbench.TASK, examples, ["A", "B", "A"]).metrics["circular_accuracy"] == 1
 
 

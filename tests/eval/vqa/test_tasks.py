@@ -36,7 +36,7 @@ def test_easy_vqa_is_read_from_its_wheel() -> None:
 
 
 def test_answers_do_not_depend_on_the_batch(processor: Any, samples: list[dict[str, Any]]) -> None:
-    examples = [VqaExample(one["image"], one["question"], one["answer"], str(place)) for place, one in enumerate(samples)]
+    examples = [VqaExample(item["image"], item["question"], item["answer"], str(place)) for place, item in enumerate(samples)]
     assert check_batch_invariance(examples, tiny_llava(), processor, Asking(5), batch_size=12) == BatchCheck(len(examples), [])
 
 

@@ -49,8 +49,8 @@ def test_the_head_is_open_clips_with_imagenets_names_and_prompts() -> None:
 
 def open_clips_accuracy(logits: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...]) -> list[float]:
     """Return open_clip's ``accuracy`` of a batch, from its definition: the share whose label is among the k largest."""
-    found = logits.topk(max(topk), 1, True, True)[1] == target[:, None]
-    return [found[:, :k].any(1).double().mean().item() for k in topk]
+    result = logits.topk(max(topk), 1, True, True)[1] == target[:, None]
+    return [result[:, :k].any(1).double().mean().item() for k in topk]
 
 
 def test_accuracy_on_photographs_is_open_clips() -> None:
@@ -64,9 +64,9 @@ def test_accuracy_on_photographs_is_open_clips() -> None:
     with torch.no_grad():
         features, _, scale = model(images)
     logits = 100.0 * features @ classifier
-    found = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=64)
-    torch.testing.assert_close(100.0 * found, logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found, features @ classifier, rtol=0, atol=1e-6)
+    cosines = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=64)
+    torch.testing.assert_close(100.0 * cosines, logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cosines, features @ classifier, rtol=0, atol=1e-6)
     acc1, acc5 = open_clips_accuracy(logits, labels, (1, 5))
     assert result.metrics["acc1"] == pytest.approx(acc1, abs=1e-9)
     assert result.metrics["acc5"] == pytest.approx(acc5, abs=1e-9)
@@ -90,8 +90,8 @@ def test_a_thousand_classes_and_their_photographs() -> None:
     torch.testing.assert_close(head, expected.T, rtol=0, atol=1e-6)
     with torch.no_grad():
         logits = model(torch.stack([pairs.preprocess(item.image) for item in data.items]))[0] @ expected  # type: ignore[attr-defined]
-    found = cosines_of(model, head, data, pairs, batch_size=16)
-    torch.testing.assert_close(found, logits, rtol=0, atol=1e-6)
+    result = cosines_of(model, head, data, pairs, batch_size=16)
+    torch.testing.assert_close(result, logits, rtol=0, atol=1e-6)
     assert [record["answer"] for record in classify_images(model, data, pairs).records] == [item.label for item in data.items]
 
 
@@ -109,11 +109,11 @@ def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> float:
 def test_transformers_models_give_the_same_logits_as_their_forward(make: Any) -> None:
     model, pairs = make()
     data = replace(pictures(), templates=["{}"])
-    found = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=5)
+    cosines = cosines_of(model, class_head(model, data, pairs), data, pairs, batch_size=5)
     with torch.no_grad():
         output = model(**pairs.read([item.image for item in data.items]), **pairs.tokenize(list(data.class_names)))
     expected = output.logits_per_image - getattr(model, "logit_bias", torch.zeros(1))
-    torch.testing.assert_close(model.logit_scale.exp() * found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.logit_scale.exp() * cosines, expected, rtol=0, atol=1e-5)
     result = classify_images(model, data, pairs)
     labels = torch.tensor([item.label for item in data.items])
     assert result.metrics["acc1"] == (expected.argmax(1) == labels).double().mean()
@@ -174,9 +174,9 @@ def test_lower_precision_is_close() -> None:
     head = class_head(model, data, pairs, dtype=torch.bfloat16)
     assert head.dtype == torch.float32
     torch.testing.assert_close(head.norm(dim=-1), torch.ones(3))
-    found = cosines_of(model, head, data, pairs, dtype=torch.bfloat16)
+    result = cosines_of(model, head, data, pairs, dtype=torch.bfloat16)
     exact = cosines_of(model, class_head(model, data, pairs), data, pairs)
-    torch.testing.assert_close(found, exact, rtol=0, atol=0.03)
+    torch.testing.assert_close(result, exact, rtol=0, atol=0.03)
 
 
 def test_what_cannot_be_scored_is_named() -> None:

@@ -34,8 +34,8 @@ def whole_scores(model: Any, processor: Any, data: ClassifiedImages) -> Tensor:
         for name in data.class_names:
             batch = collate([{"image": item.image, "question": QUESTION, "answer": name}])
             labels = batch.pop("labels")[:, 1:]
-            found = model(**batch).logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-            rows.append((found * (labels >= 0)).sum())
+            result = model(**batch).logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+            rows.append((result * (labels >= 0)).sum())
     return torch.stack(rows).reshape(len(data.items), -1)
 
 
@@ -43,8 +43,8 @@ def whole_scores(model: Any, processor: Any, data: ClassifiedImages) -> Tensor:
 def test_scores_are_those_without_a_cache(llava: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: int) -> None:
     data = pictures(5)
     inputs = Collator(processor)([{"image": item.image, "question": QUESTION} for item in data.items])
-    found = name_scores(llava, inputs, name_tokens(NAMES, processor, QUESTION), rows=rows)
-    torch.testing.assert_close(found.float(), whole_scores(llava, processor, data), rtol=0, atol=1e-4)
+    result = name_scores(llava, inputs, name_tokens(NAMES, processor, QUESTION), rows=rows)
+    torch.testing.assert_close(result.float(), whole_scores(llava, processor, data), rtol=0, atol=1e-4)
 
 
 def test_padding_on_the_left_changes_nothing(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
@@ -66,7 +66,7 @@ def test_the_likeliest_name_is_the_answer(llava: LlavaForConditionalGeneration, 
     labels = torch.tensor([item.label for item in data.items])
     assert [record["prediction"] for record in result.records] == expected.argmax(1).tolist()
     assert result.metrics["acc1"] == (expected.argmax(1) == labels).double().mean()
-    lengths = torch.tensor([len(one) for one in name_tokens(NAMES, processor, QUESTION)])
+    lengths = torch.tensor([len(token) for token in name_tokens(NAMES, processor, QUESTION)])
     assert result.metrics["acc1_per_token"] == ((expected / lengths).argmax(1) == labels).double().mean()
     assert set(result.metrics) == {"acc1", "acc5", "mean_per_class_recall", "ece", "acc1_per_token", "acc5_per_token"}
     torch.testing.assert_close(
@@ -95,7 +95,7 @@ def test_models_with_their_own_positions_are_refused(processor: LlavaProcessor) 
 def test_families_whose_images_take_several_tiles_or_read_both_ways(family: str) -> None:
     model, batch = build(family)
     names = [torch.tensor(name) for name in ([9, 2], [10, 11, 2], [12], [13, 14, 15, 2])]
-    found = name_scores(model, batch, names, rows=4)
+    result = name_scores(model, batch, names, rows=4)
     for place, name in enumerate(names):
         whole = dict(batch)
         whole["input_ids"] = torch.cat([batch["input_ids"], name.repeat(2, 1)], 1)
@@ -104,11 +104,11 @@ def test_families_whose_images_take_several_tiles_or_read_both_ways(family: str)
             whole["token_type_ids"] = torch.cat([batch["token_type_ids"], torch.ones_like(name).repeat(2, 1)], 1)
         with torch.no_grad():
             logits = model(**whole).logits[:, -len(name) - 1 : -1].log_softmax(-1)
-        torch.testing.assert_close(found[:, place], logits.gather(2, name.repeat(2, 1)[..., None]).sum((1, 2)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(result[:, place], logits.gather(2, name.repeat(2, 1)[..., None]).sum((1, 2)), rtol=0, atol=1e-4)
 
 
 def test_a_processor_that_does_not_know_its_patches_is_told(llava: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     old = copy.copy(processor)
     old.patch_size = old.vision_feature_select_strategy = None
-    found, expected = (classify_by_likelihood(llava, pictures(3), one, question=QUESTION) for one in (old, processor))
-    assert (found.records, found.metrics) == (expected.records, expected.metrics)
+    result, expected = (classify_by_likelihood(llava, pictures(3), given, question=QUESTION) for given in (old, processor))
+    assert (result.records, result.metrics) == (expected.records, expected.metrics)

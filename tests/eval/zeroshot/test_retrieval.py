@@ -31,8 +31,8 @@ def test_recall_is_its_definition(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     image_ranks, text_ranks = retrieval_ranks(images, captions, owners)
     for k in (1, 2, 3, 5, 20):
         expected = recalls(images, captions, owners, k)
-        found = ((image_ranks < k).double().mean().item(), (text_ranks < k).double().mean().item())
-        assert found == pytest.approx(expected), k
+        result = ((image_ranks < k).double().mean().item(), (text_ranks < k).double().mean().item())
+        assert result == pytest.approx(expected), k
 
 
 CAPTIONS = [["a red one", "red"], ["blue", "the blue one", "sky"], ["green"], ["a white thing", "snow"]]
@@ -52,8 +52,8 @@ def test_models_are_measured_in_both_directions(make: Any) -> None:
             images, captions = output.image_embeds, output.text_embeds
     owners = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
     for k in (1, 2):
-        found = result.metrics[f"image_retrieval_recall@{k}"], result.metrics[f"text_retrieval_recall@{k}"]
-        assert found == pytest.approx(recalls(images, captions, owners, k))
+        recall = result.metrics[f"image_retrieval_recall@{k}"], result.metrics[f"text_retrieval_recall@{k}"]
+        assert recall == pytest.approx(recalls(images, captions, owners, k))
     assert result.headline == "image_retrieval_recall@1"
     assert sum(result.scores) / len(result.scores) == pytest.approx(result.metrics[result.headline])
     assert [record["answer"] for record in result.records] == owners.tolist()

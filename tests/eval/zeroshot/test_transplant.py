@@ -54,9 +54,9 @@ def test_a_tuned_tower_is_the_copys_alone() -> None:
     with torch.no_grad():
         weight.mul_(3)
     changed = transplanted(original, llava.to(torch.float64))
-    found = changed.vision_model.get_submodule("encoder.layers.0.mlp.fc1").weight
-    assert torch.equal(found, weight.float())
-    assert found.data_ptr() != original.vision_model.get_submodule("encoder.layers.0.mlp.fc1").weight.data_ptr()
+    result = changed.vision_model.get_submodule("encoder.layers.0.mlp.fc1").weight
+    assert torch.equal(result, weight.float())
+    assert result.data_ptr() != original.vision_model.get_submodule("encoder.layers.0.mlp.fc1").weight.data_ptr()
     assert not torch.allclose(outputs(changed, pairs), before)
     assert torch.equal(outputs(original, pairs), before)
 

@@ -54,11 +54,11 @@ def test_retrieval_before_and_after(place: Path) -> None:
     options = ["--dtype", "float32", "--suite", str(place / "suite.yaml"), "--output", str(place / "out")]
     done = CliRunner().invoke(app, ["eval", "--base", str(place / "clip"), "--adapter", str(place / "lora"), *options])
     assert done.exit_code == 0, (done.output, done.exception)
-    found = json.loads((place / "out" / "summary.json").read_text())
-    (row,) = [row for row in found["comparison"]["lora"]["rows"] if row["task"] == "tiny_captions"]
+    result = json.loads((place / "out" / "summary.json").read_text())
+    (row,) = [row for row in result["comparison"]["lora"]["rows"] if row["task"] == "tiny_captions"]
     assert (row["metric"], row["num_examples"]) == ("image_retrieval_recall@1", 10)
     assert row["interval"] is not None
-    assert found["models"]["lora"]["results"]["tiny_captions"]["text_retrieval_recall@5,none"] == 1
+    assert result["models"]["lora"]["results"]["tiny_captions"]["text_retrieval_recall@5,none"] == 1
 
 
 def test_images_are_looked_for_beside_the_captions(place: Path) -> None:

@@ -33,14 +33,14 @@ def corda_model(task: Task) -> nn.Module:
 
 def dense_fisher(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
     """Return the mean over samples of ∂ℓ ∂ℓᵀ by layer, ∂ℓ the gradient by A's and B's entries in a row."""
-    found: dict[str, list[Tensor]] = {}
+    result: dict[str, list[Tensor]] = {}
     for batch in batches:
         for i in range(len(batch["x"])):
             loss = squared_error(model, {key: value[i : i + 1] for key, value in batch.items()})
             for name, layer in lora_layers(model).items():
                 gradients = torch.autograd.grad(loss, adapter_weights(layer), retain_graph=True)
-                found.setdefault(name, []).append(torch.cat([one.flatten() for one in gradients]))
-    return {name: torch.stack(rows).T @ torch.stack(rows) / len(rows) for name, rows in found.items()}
+                result.setdefault(name, []).append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return {name: torch.stack(rows).T @ torch.stack(rows) / len(rows) for name, rows in result.items()}
 
 
 def dense(curvature: Curvature, A: Tensor, B: Tensor) -> Tensor:
@@ -59,24 +59,24 @@ def test_diagonal_is_that_of_the_dense_fisher(tmp_path: Path, tokens: int | None
     model = corda_model(task) if start == "corda" else attach_variant(task, config_for(task, RANK))
     batches = [dict(task.contexts["first"][0]), {key: value[:3] for key, value in task.contexts["second"][0].items()}]
     expected = dense_fisher(model, batches)
-    for name, found in diagonal_fisher(model, squared_error, batches).items():
-        torch.testing.assert_close(torch.cat([found.of_A.flatten(), found.of_B.flatten()]), expected[name].diagonal())
-        assert found.of_B.min() > 0
-        assert (found.of_A == 0).all() if start == "lora" else (found.of_A > 0).all()
+    for name, result in diagonal_fisher(model, squared_error, batches).items():
+        torch.testing.assert_close(torch.cat([result.of_A.flatten(), result.of_B.flatten()]), expected[name].diagonal())
+        assert result.of_B.min() > 0
+        assert (result.of_A == 0).all() if start == "lora" else (result.of_A > 0).all()
 
 
 def test_kronecker_products_are_exact_for_one_sample(tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     model = corda_model(task)
-    one = {key: value[:1] for key, value in task.contexts["first"][0].items()}
-    x = one["x"]
+    sample = {key: value[:1] for key, value in task.contexts["first"][0].items()}
+    x = sample["x"]
     inputs = {WIDE: x, TALL: outputs(lora_layers(model)[WIDE], {"x": x}).tanh()}
     covariances = {name: Covariance.of(rows.T @ rows, 1) for name, rows in inputs.items()}
-    expected = dense_fisher(model, [one])
+    expected = dense_fisher(model, [sample])
     for coupled in (False, True):
-        for name, found in kronecker_fisher(model, squared_error, [one], covariances, coupled=coupled).items():
+        for name, result in kronecker_fisher(model, squared_error, [sample], covariances, coupled=coupled).items():
             A, B = adapter_weights(lora_layers(model)[name])
-            Lambda, wanted = dense(found, A, B), expected[name].clone()
+            Lambda, wanted = dense(result, A, B), expected[name].clone()
             if not coupled:
                 wanted[: A.numel(), A.numel() :] = wanted[A.numel() :, : A.numel()] = 0
             torch.testing.assert_close(Lambda, wanted)
@@ -92,8 +92,8 @@ def test_kronecker_products_of_many_samples(tmp_path: Path, tokens: int | None) 
     h, V = outputs(lora_layers(model)[WIDE], {"x": x}).tanh(), lora_layers(model)[TALL].get_base_layer().weight
     g_tall = (outputs(model, {"x": x}) - y) / (tokens or 1)
     by_hand = {WIDE: (g_tall @ V) * (1 - h**2), TALL: g_tall}
-    for name, found in kronecker_fisher(model, squared_error, source, covariances, coupled=True).items():
-        A, B = (one.detach() for one in adapter_weights(lora_layers(model)[name]))
+    for name, result in kronecker_fisher(model, squared_error, source, covariances, coupled=True).items():
+        A, B = (weight.detach() for weight in adapter_weights(lora_layers(model)[name]))
         g, C = by_hand[name].flatten(0, -2), covariances[name].matrix.double()
         G = 4 * g.T @ g / len(x)  # the scaling, squared
         expected = torch.cat(
@@ -102,12 +102,12 @@ def test_kronecker_products_of_many_samples(tmp_path: Path, tokens: int | None) 
                 torch.cat([torch.kron(G @ B, A @ C), torch.kron(G, A @ C @ A.T)], 1),
             ]
         )
-        Lambda = dense(found, A, B)
+        Lambda = dense(result, A, B)
         torch.testing.assert_close(Lambda, expected)
         assert torch.linalg.eigvalsh(Lambda).min() > -1e-9 * Lambda.norm()
         change_A, change_B = torch.randn_like(A), torch.randn_like(B)
         change = B @ change_A + change_B @ A
-        torch.testing.assert_close(found.quadratic(change_A, change_B), (G @ change @ C * change).sum())
+        torch.testing.assert_close(result.quadratic(change_A, change_B), (G @ change @ C * change).sum())
 
 
 @pytest.mark.parametrize("start", ["lora", "corda"])
@@ -133,8 +133,8 @@ def test_penalty(tmp_path: Path, form: Form, start: Literal["lora", "corda"]) ->
     sides = []
     with torch.no_grad():
         for sign in (1, -2):
-            for parameter, one in zip(parameters, direction, strict=True):
-                parameter += sign * step * one
+            for parameter, part in zip(parameters, direction, strict=True):
+                parameter += sign * step * part
             sides.append(adapted.penalty())
     torch.testing.assert_close((sides[0] - sides[1]) / (2 * step), slope, rtol=1e-8, atol=1e-10)
 
@@ -189,15 +189,15 @@ def test_on_a_language_model(tmp_path: Path) -> None:
     assert adapted.penalty is not None
     assert adapted.penalty() == 0
     assert next(adapted.model.parameters()).dtype == torch.float32
-    found = kronecker_fisher(adapted.model, text_loss, contexts["first"], task_covariances(layers), coupled=False)
-    shared = {id(found[name].inputs_A) for name in layers if "layers.0.self_attn" in name}
-    assert all(isinstance(one, Kronecker) and one.gradients_B.norm() > 0 for one in found.values())
+    result = kronecker_fisher(adapted.model, text_loss, contexts["first"], task_covariances(layers), coupled=False)
+    shared = {id(result[name].inputs_A) for name in layers if "layers.0.self_attn" in name}
+    assert all(isinstance(curvature, Kronecker) and curvature.gradients_B.norm() > 0 for curvature in result.values())
     assert len(shared) == 1  # q and k have the same inputs
 
 
 def task_covariances(layers: tuple[str, ...]) -> dict[str, Covariance]:
-    one, other = Covariance.of(torch.eye(32), 32), Covariance.of(torch.eye(48), 48)
-    return {name: other if name.endswith("down_proj") else one for name in layers}
+    narrow, other = Covariance.of(torch.eye(32), 32), Covariance.of(torch.eye(48), 48)
+    return {name: other if name.endswith("down_proj") else narrow for name in layers}
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:

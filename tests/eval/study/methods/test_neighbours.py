@@ -32,19 +32,19 @@ def weights(task: Task) -> dict[str, Tensor]:
 def starts(adapted: Adapted) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A and B of each layer as they are."""
     return {
-        name: (one.lora_A["default"].weight.detach(), one.lora_B["default"].weight.detach())
-        for name, one in lora_layers(adapted.model).items()
+        name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
+        for name, layer in lora_layers(adapted.model).items()
     }
 
 
 def changes(adapted: Adapted, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return ΔW of each layer, read off what it computes."""
-    found = {}
+    result = {}
     for name, W in before.items():
         layer, eye = base_of(adapted.model).get_submodule(name), torch.eye(W.shape[1], dtype=W.dtype)
         with torch.no_grad():
-            found[name] = (layer(eye) - layer(torch.zeros_like(eye))).T - W
-    return found
+            result[name] = (layer(eye) - layer(torch.zeros_like(eye))).T - W
+    return result
 
 
 @pytest.mark.parametrize("method", ALL, ids=repr)
@@ -67,8 +67,8 @@ def test_ranks_are_clipped(kind: str, tmp_path: Path) -> None:
     task = tiny_task(tmp_path)
     with pytest.warns(UserWarning, match="clipped") if kind == "milora" else pytest.MonkeyPatch.context():
         adapted = from_mapping({"rank": 9, **options}, METHODS[kind], kind).adapt(task)
-    assert {name: one.r["default"] for name, one in lora_layers(adapted.model).items()} == {WIDE: 8, TALL: 8}
-    assert {one.scaling["default"] for one in lora_layers(adapted.model).values()} == {1}
+    assert {name: layer.r["default"] for name, layer in lora_layers(adapted.model).items()} == {WIDE: 8, TALL: 8}
+    assert {layer.scaling["default"] for layer in lora_layers(adapted.model).values()} == {1}
     with pytest.raises(ValueError, match="rank"):
         from_mapping({"rank": 0, **options}, METHODS[kind], kind).adapt(tiny_task(tmp_path))
 
@@ -204,7 +204,7 @@ def test_on_a_language_model(method: Any, tmp_path: Path) -> None:
         tmp_path,
         model=model,
         layers=layers,
-        contexts={"first": [{"input_ids": one} for one in ids], TARGET: [{"input_ids": one} for one in ids]},
+        contexts={"first": [{"input_ids": row} for row in ids], TARGET: [{"input_ids": row} for row in ids]},
     )
     before = outputs(model, {"input_ids": ids[0]}).logits
     adapted = method.adapt(task)

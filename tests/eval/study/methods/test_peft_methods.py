@@ -79,7 +79,7 @@ def llava_task() -> Task:
     model = tiny_llava()
     ids = torch.randint(5, 21, (3, 4, 16))
     ids[:, :, :4] = 4
-    batches = [{"input_ids": one, "labels": one, "pixel_values": torch.randn(4, 3, 16, 16)} for one in ids]
+    batches = [{"input_ids": row, "labels": row, "pixel_values": torch.randn(4, 3, 16, 16)} for row in ids]
     return make(model, select_linears(model, exclude=r".*vision.*layers\.2\..*"), batches)
 
 
@@ -107,8 +107,8 @@ each_task = pytest.mark.parametrize("make_task", TASKS.values(), ids=TASKS)
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found = model(**batch)
-    return torch.cat([part.flatten() for part in found[:2]]) if isinstance(found, tuple) else found.logits
+        result = model(**batch)
+    return torch.cat([part.flatten() for part in result[:2]]) if isinstance(result, tuple) else result.logits
 
 
 def trainable(adapted: Adapted) -> int:
@@ -139,23 +139,25 @@ def test_training_changes_the_layers_and_nothing_else(make_task: Any, method: Me
     inside = {f"{name}.weight" for name in task.layers}
     others = {key: value.clone() for key, value in task.model.state_dict().items() if key not in inside}
     adapted = method.adapt(task)
-    starts = {name: effective_weight(adapted.model, name, one.in_features) for name, one in originals.items()}
+    starts = {name: effective_weight(adapted.model, name, original.in_features) for name, original in originals.items()}
     assert not train(adapted, task, 1e-2).diverged
     for key, value in base_of(adapted.model).state_dict().items():
         plain = key.replace(".base_layer", "")
         if plain in others:
             assert torch.equal(value, others[plain]), key
     moved = [
-        name for name, one in originals.items() if not torch.equal(effective_weight(adapted.model, name, one.in_features), starts[name])
+        name
+        for name, original in originals.items()
+        if not torch.equal(effective_weight(adapted.model, name, original.in_features), starts[name])
     ]
     assert len(moved) >= (len(task.layers) // 2 if isinstance(method, Eva) else len(task.layers)), set(task.layers) - set(moved)
     with interpolated(adapted.model, originals, 0.5):
-        halfway = {name: effective_weight(adapted.model, name, one.in_features) for name, one in originals.items()}
-    for name, one in originals.items():
-        whole = effective_weight(adapted.model, name, one.in_features)
-        torch.testing.assert_close(halfway[name], (one.weight + whole) / 2, rtol=1e-3, atol=1e-5)
+        halfway = {name: effective_weight(adapted.model, name, original.in_features) for name, original in originals.items()}
+    for name, original in originals.items():
+        whole = effective_weight(adapted.model, name, original.in_features)
+        torch.testing.assert_close(halfway[name], (original.weight + whole) / 2, rtol=1e-3, atol=1e-5)
     if not isinstance(method, Full):  # what is read off the layers is what PEFT merges
-        ends = {name: effective_weight(adapted.model.eval(), name, one.in_features) for name, one in originals.items()}
+        ends = {name: effective_weight(adapted.model.eval(), name, original.in_features) for name, original in originals.items()}
         merged: Any = adapted.model.merge_and_unload()  # type: ignore[operator]
         for name, end in ends.items():
             torch.testing.assert_close(end, merged.get_submodule(name).weight, rtol=1e-3, atol=1e-5)
@@ -338,10 +340,10 @@ def test_kasa_penalty_is_the_formula(outer: bool) -> None:
     dense = torch.stack(penalties)
     assert isinstance(adapted.model, PeftModel)
     assert adapted.penalty is not None
-    found = kasa_penalty(adapted.model, outer=outer)()
-    assert outer or found.item() == adapted.penalty().item()
-    assert found.item() == pytest.approx(dense.mean().item(), rel=1e-5)
-    found.backward()
+    result = kasa_penalty(adapted.model, outer=outer)()
+    assert outer or result.item() == adapted.penalty().item()
+    assert result.item() == pytest.approx(dense.mean().item(), rel=1e-5)
+    result.backward()
     assert all(layer.lora_diag["default"].grad.any() for layer in layers)
 
 
@@ -362,9 +364,9 @@ def test_qlora_trains_lora_on_nf4_also_after_it_was_measured() -> None:
     assert trainable(adapted) == sum(RANK * (m + n) for m, n in shapes(task))
     outputs(adapted.model.eval(), task.batches[0])  # here some CPUs would pack the weights
     starts = {}
-    for name, one in originals.items():
+    for name, original in originals.items():
         starts[name] = effective_weight(adapted.model, name, 64)
-        assert 0.02 < (starts[name] - one.weight).norm() / one.weight.norm() < 0.15  # nf4's error on normal weights is 9 %
+        assert 0.02 < (starts[name] - original.weight).norm() / original.weight.norm() < 0.15  # nf4's error on normal weights is 9 %
         torch.testing.assert_close(starts[name], weight_matrix(base_of(adapted.model), name), rtol=1e-4, atol=1e-5)
     assert not train(adapted, task, 1e-2).diverged
     adapted.model.eval()

@@ -31,7 +31,7 @@ def task(llama: LlamaForCausalLM, tmp_path: Path) -> Task:
         name: [{"input_ids": torch.randint(low, high, (4, 16), generator=generator)} for _ in range(4)]
         for name, low, high in (("many", 4, 22), ("few", 10, 14), ("kept", 4, 22))
     }
-    learned = [{"input_ids": torch.cat([one["input_ids"] for one in pair])} for pair in zip(samples["many"], samples["few"], strict=True)]
+    learned = [{"input_ids": torch.cat([item["input_ids"] for item in pair])} for pair in zip(samples["many"], samples["few"], strict=True)]
     return Task(
         model=llama,
         layers=select_linears(llama),
@@ -108,7 +108,7 @@ def test_start_is_the_base_and_blocks_are_each_tasks_first_components(task: Task
             U = torch.linalg.svd(W @ C).U[:, :rank]
             torch.testing.assert_close(columns @ rows, U @ U.T @ W, atol=1e-5, rtol=1e-4)
     assert higher > len(task.layers) / 2  # more different tokens, more components
-    assert all(not one.any() for one in (B @ A for A, B in map(change_factors, lora_layers(adapted.model).values())))
+    assert all(not change.any() for change in (B @ A for A, B in map(change_factors, lora_layers(adapted.model).values())))
 
 
 def test_penalty_falls_in_training_and_the_loss_with_it(task: Task) -> None:

@@ -66,7 +66,7 @@ def test_a_guesser_knows_the_form_alone() -> None:
 
 
 def test_lines_are_those_of_their_kind(tokenizer: PreTrainedTokenizerFast) -> None:
-    for mine, whole in zip(lines(tokenizer, "addition", 3, "test", 1), additions(tokenizer, 3, "test", 1), strict=True):
-        assert torch.equal(mine["input_ids"], whole["input_ids"])
+    for ours, whole in zip(lines(tokenizer, "addition", 3, "test", 1), additions(tokenizer, 3, "test", 1), strict=True):
+        assert torch.equal(ours["input_ids"], whole["input_ids"])
     with pytest.raises(ValueError, match="No sum of two numbers of 3 to 2 is in the split 'train'"):
         additions(tokenizer, 1, "train", low=3, high=3)

@@ -92,8 +92,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     sources = {"train": ["noto", "tuxpaint", "emojione", "openclipart", "easy-vqa"], "icons_seen": ["twemoji"], "icons_unseen": ["twemoji"]}
     for number, (name, some) in enumerate(sources.items()):
-        found = [Captioned(noise(100 * number + place, "RGBA"), f"thing {place % 6}", some[place % len(some)]) for place in range(20)]
-        _write_table(folder / f"{name}.parquet", found)
+        result = [Captioned(noise(100 * number + place, "RGBA"), f"thing {place % 6}", some[place % len(some)]) for place in range(20)]
+        _write_table(folder / f"{name}.parquet", result)
     for number, name in enumerate(("photographs", "others"), 10):
         rows = [{"image": noise(100 * number + place, "RGB"), "label": place % 10} for place in range(40)]
         datasets.Dataset.from_list(rows).to_parquet(str(folder / f"{name}.parquet"))
@@ -113,23 +113,25 @@ KINDS = ("sorting", "sorting_and_addition", "lab_llava_digits", "lab_clip_classe
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Makes the task of one setting, as small as can be."""
     kind = request.param
-    made: Any
+    options: Any
     if kind.startswith("sorting"):
         request.getfixturevalue("lab")
-        made = SmolLm2Lines(
+        options = SmolLm2Lines(
             tuple(kind.split("_and_")), 2, 2, context_windows=2, kept_windows=2, test_windows=2, validation_windows=2, facts=0
         )
     elif kind == "lab_llava_digits":
         request.getfixturevalue("lab")
-        made = LabLlavaDigits(2, 2, context_questions=5, context_windows=2, test_digits=3, validation_digits=2, kept_questions=6, facts=0)
+        options = LabLlavaDigits(
+            2, 2, context_questions=5, context_windows=2, test_digits=3, validation_digits=2, kept_questions=6, facts=0
+        )
     else:
         request.getfixturevalue("clip_folder")
         folder = request.getfixturevalue("pictures")
         data = (
             {"photographs": f"{folder}/photographs.parquet"} if kind == "photographs" else {"kept_photographs": f"{folder}/others.parquet"}
         )
-        made = LabClipClasses(3, 4, data=str(folder), context_images=5, kept_images=7, test_images=8, validation_images=6, **data)
-    return lambda seed: made.task(seed, tmp_path_factory.mktemp("cache"))
+        options = LabClipClasses(3, 4, data=str(folder), context_images=5, kept_images=7, test_images=8, validation_images=6, **data)
+    return lambda seed: options.task(seed, tmp_path_factory.mktemp("cache"))
 
 
 def digests(rows: Tensor) -> list[str]:
@@ -143,15 +145,15 @@ def content(batch: Any) -> list[str]:
 
 def measured(task: Task) -> list[str]:
     """Return the samples that a task measures and validates on, in order, as they come into the model."""
-    found: list[str] = []
+    result: list[str] = []
     if hasattr(task.model, "visual"):
-        hook = task.model.visual.register_forward_pre_hook(lambda _, args: found.extend(digests(args[0])))
+        hook = task.model.visual.register_forward_pre_hook(lambda _, args: result.extend(digests(args[0])))
     else:
-        hook = task.model.register_forward_pre_hook(lambda _, args, kwargs: found.extend(content(kwargs)), with_kwargs=True)
+        hook = task.model.register_forward_pre_hook(lambda _, args, kwargs: result.extend(content(kwargs)), with_kwargs=True)
     task.measure(task.model)
     task.validate(task.model)
     hook.remove()
-    return found
+    return result
 
 
 def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: Setting) -> None:
@@ -241,12 +243,12 @@ def test_answers_are_right_where_generated_ones_are(lab: Any, tmp_path: Path) ->
     task = LabLlavaDigits(1, 1, context_questions=1, context_windows=1, test_digits=1, kept_questions=24, kept_windows=1, facts=0).task(
         0, tmp_path
     )
-    found = task.measure(model)["easy_vqa"]
+    result = task.measure(model)["easy_vqa"]
     examples = load_easy_vqa("test")
     chosen = [examples[place] for place in spread(24, len(examples))]
     with casting():
         answers = [answer for start in range(0, 24, 8) for answer in answer_batch(model, processor, chosen[start : start + 8], Asking(5))]
-    assert found.accuracy == pytest.approx(100 * sum(exact_match(a, e.answer) for a, e in zip(answers, chosen, strict=True)) / 24)
+    assert result.accuracy == pytest.approx(100 * sum(exact_match(a, e.answer) for a, e in zip(answers, chosen, strict=True)) / 24)
     losses: list[Tensor] = []
     for example in chosen:
         turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.question}]}]
@@ -257,7 +259,7 @@ def test_answers_are_right_where_generated_ones_are(lab: Any, tmp_path: Path) ->
         with torch.no_grad():
             logits = model(input_ids=tokens, pixel_values=inputs["pixel_values"]).logits[0, -ids.shape[1] - 1 : -1]
         losses += F.cross_entropy(logits, ids[0], reduction="none")
-    assert found.loss == pytest.approx(float(torch.stack(losses).mean()), abs=0.02)
+    assert result.loss == pytest.approx(float(torch.stack(losses).mean()), abs=0.02)
 
 
 @pytest.mark.slow
@@ -308,7 +310,7 @@ def test_texts_to_be_kept_and_their_contexts_share_no_window_and_are_long_enough
     for first, second in smollm2.kept_texts().values():
         known = text_windows(first, tokenizer, WINDOW, options.context_windows)
         kept = text_windows(second, tokenizer, WINDOW, options.kept_windows)
-        assert not {tuple(one.tolist()) for one in known} & {tuple(one.tolist()) for one in kept}
+        assert not {tuple(window.tolist()) for window in known} & {tuple(window.tolist()) for window in kept}
 
 
 def test_answer_score_counts_runs() -> None:
@@ -320,9 +322,9 @@ def test_answer_score_counts_runs() -> None:
             return type("Output", (), {"logits": 20 * F.one_hot(said, 4).float()})
 
     said = torch.tensor([[1, 2, 0, 0, 0], [1, 2, 3, 0, 0]])
-    found = answer_score(Says(), [{"said": said, "labels": labels}])
-    assert found.accuracy == pytest.approx(200 / 3)
-    assert found.loss == pytest.approx(20 / 7, abs=1e-4)
+    result = answer_score(Says(), [{"said": said, "labels": labels}])
+    assert result.accuracy == pytest.approx(200 / 3)
+    assert result.loss == pytest.approx(20 / 7, abs=1e-4)
 
 
 def test_drawn_goes_over_all_before_any_comes_again() -> None:
@@ -340,15 +342,15 @@ def test_class_scores_are_those_of_the_zero_shot_evaluation(pictures: Path) -> N
     model, preprocess, tokenizer = clip.load_lab_clip()
     pairs = OpenClipPairs(preprocess, tokenizer)
     setting = LabClipClasses(data=str(pictures), kept_photographs=str(pictures / "others.parquet"), test_images=40)
-    found = [*setting.kept(), setting.learned()["test"]]
-    assert [(one.task, len(one.class_names)) for one in found] == [
+    sets = [*setting.kept(), setting.learned()["test"]]
+    assert [(data.task, len(data.class_names)) for data in sets] == [
         ("shapes", 24),
         ("icons_seen", 6),
         ("icons_unseen", 6),
         ("photographs", 10),
         (TARGET, 10),
     ]
-    for data in (some_of(one, 40) for one in found):
+    for data in (some_of(images, 40) for images in sets):
         prepared = Prepared.of(model, data, pairs)
         score = class_score(model, prepared)
         assert score.accuracy == pytest.approx(100 * classify_images(model, data, pairs).metrics["acc1"])
@@ -376,14 +378,14 @@ def test_heads_stay_those_of_the_untouched_model(tmp_path: Path) -> None:
 def test_a_run_with_an_empty_cache_leaves_the_covariances_of_the_base_there(tmp_path: Path) -> None:
     options = {"steps": 3, "batch_size": 2, "context_images": 4, "kept_images": 3, "test_images": 3, "validation_images": 2}
     setting = {"kind": "lab_clip_classes", **options}
-    found = run(RunSpec(setting, {"method": "lora", "rank": 2}, rate=0.1, seed=0, alphas=[0.0]), tmp_path / "ours")
+    result = run(RunSpec(setting, {"method": "lora", "rank": 2}, rate=0.1, seed=0, alphas=[0.0]), tmp_path / "ours")
     base = run(RunSpec(setting, None, rate=0.0, seed=0, alphas=[]), tmp_path / "ours")
-    assert found["interpolated"]["0.0"] == base["scores"] | {"validation": base["validation"]} != found["scores"]
-    assert found["change_on_context"] > 0.01
+    assert result["interpolated"]["0.0"] == base["scores"] | {"validation": base["validation"]} != result["scores"]
+    assert result["change_on_context"] > 0.01
     task = LabClipClasses(**options).task(0, tmp_path / "fresh")
     ours = replace(task, cache=tmp_path / "ours").covariances("shapes")
     assert len(list((tmp_path / "ours").iterdir())) == 1
-    assert all(torch.equal(one.matrix, ours[name].matrix) for name, one in task.covariances("shapes").items())
+    assert all(torch.equal(covariance.matrix, ours[name].matrix) for name, covariance in task.covariances("shapes").items())
 
 
 @pytest.mark.usefixtures("clip_folder")
@@ -405,9 +407,9 @@ def test_transparent_pictures_are_laid_on_white(pictures: Path) -> None:
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     clear.putpixel((1, 2), (10, 20, 30, 255))
     clear.putpixel((2, 2), (0, 0, 0, 128))
-    found = clip.on_white(clear)
-    assert (found.mode, found.getpixel((0, 0)), found.getpixel((1, 2))) == ("RGB", (255, 255, 255), (10, 20, 30))
-    assert found.getpixel((2, 2)) == pytest.approx((127, 127, 127), abs=1)
+    result = clip.on_white(clear)
+    assert (result.mode, result.getpixel((0, 0)), result.getpixel((1, 2))) == ("RGB", (255, 255, 255), (10, 20, 30))
+    assert result.getpixel((2, 2)) == pytest.approx((127, 127, 127), abs=1)
     assert clip.read_pictures(pictures / "train.parquet")[0]["image"].mode == "RGBA"
     items = lab_clip.icons(pictures, "icons_seen").items
     assert items[0].image.tobytes() == clip.on_white(noise(100, "RGBA")).tobytes() != noise(100, "RGBA").convert("RGB").tobytes()
@@ -434,14 +436,14 @@ def test_what_is_missing_is_named(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_two_kinds_of_lines_are_trained_and_measured_together(lab: Any, tmp_path: Path) -> None:
-    one, both = (SmolLm2Lines(kinds, 2, 2, **FEW_WINDOWS).task(0, tmp_path) for kinds in (("sorting",), ("sorting", "addition")))
-    assert (one.learned, both.learned) == ((), ("sorting", "addition"))
+    single, both = (SmolLm2Lines(kinds, 2, 2, **FEW_WINDOWS).task(0, tmp_path) for kinds in (("sorting",), ("sorting", "addition")))
+    assert (single.learned, both.learned) == ((), ("sorting", "addition"))
     assert [len(batch["labels"]) for batch in both.batches] == [4, 4]
-    assert torch.equal(both.batches[0]["input_ids"][:2], one.batches[0]["input_ids"])
+    assert torch.equal(both.batches[0]["input_ids"][:2], single.batches[0]["input_ids"])
     scores = both.measure(both.model)
     assert list(scores) == [TARGET, "sorting", "addition", "docs", "code", "descriptions"]
     assert scores[TARGET] == mean_score(scores["sorting"], scores["addition"])
-    assert scores["sorting"].loss == pytest.approx(one.measure(one.model)[TARGET].loss, abs=1e-6)
+    assert scores["sorting"].loss == pytest.approx(single.measure(single.model)[TARGET].loss, abs=1e-6)
 
 
 @pytest.mark.parametrize(
