@@ -1,4 +1,7 @@
-"""A symmetric matrix of which only the upper block triangle is stored and computed."""
+"""Second moments of layer inputs: the one that accumulates, the result, its damped form; of each matrix half is stored and computed.
+
+"Covariance" is the papers' word for the *uncentred* second moment ``C = E[x xᵀ]``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 The paper takes ``SVD(W C) = U Σ Vᵀ`` and ``W = U Σ (Vᵀ C⁻¹)``, and gives the adapter the components S: the last r in
 knowledge-preserved mode (KPM), the first r in instruction-previewed mode (IPM). From the left ``Σ_S Vᵀ_S C⁻¹ = U_Sᵀ W``: the
-inverse cancels, ``B A = U_S U_Sᵀ W``, and only left singular vectors of ``W C`` are needed; ``solvers.py`` finds them.
+inverse cancels, ``B A = U_S U_Sᵀ W``, and only left singular vectors of ``W C`` are needed; ``solvers.py`` finds them. ``Whitening`` is
+for training in coordinates in which directions that the context uses are short, so that little moves along them.
 Throughout: W (m, n), C (n, n), k = min(m, n).
 """
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, that say what they are when they cannot be read, and folders that one run at a time writes to."""
+"""Files that are whole or not there, carry a digest of what they hold, and say what is wrong when they cannot be read."""
 
 import errno
 import hashlib

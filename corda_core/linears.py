@@ -1,4 +1,4 @@
-"""Which layers are adapted, how their weights lie, and what identifies them."""
+"""Linear layers of a model: which are adapted, how their weights lie, how one is read and written; and the base under wrappers."""
 
 import copy
 import re
@@ -103,6 +103,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         inner: nn.Module = model._orig_mod if compiled else model.module  # type: ignore[assignment]
         model = inner
     return model
+
+
+def base_of(model: nn.Module) -> Any:
+    """Return the model that PEFT has put adapters into, or the model itself."""
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -220,22 +226,14 @@ def _oriented(layer: Any, name: str) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def base_of(model: nn.Module) -> Any:
-    """Return the model that PEFT has put adapters into, or the model itself."""
-    model = unwrapped(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for module in modes:
-        if (
-            type(module).__name__ == "Linear4bit"
-        ):  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
-            module.training = True
+        if type(module).__name__ == "Linear4bit":
+            module.training = True  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
     try:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they are overwritten
             yield

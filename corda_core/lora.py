@@ -1,4 +1,4 @@
-"""LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
+"""LoRA layers of PEFT that hold what CorDA starts from, the change that they make, and how far that moves the context's outputs."""
 
 import re
 from collections.abc import Mapping

@@ -1,7 +1,14 @@
-"""Covariances and plans as safetensors files that say in their header what they were made from; never pickle.
+"""Covariances, plans and adapters on disk: safetensors and JSON that say what they were made from; never pickle.
 
-Reading a file checks it against the digest that it carries, and against the model and the options it is to be used with. Files are
-written beside their place and moved there when whole: a killed process leaves the old file or none.
+An adapter, to be trained on or used again, is PEFT's folder, and beside it all that it was attached with:
+
+    adapter_config.json, adapter_model.safetensors    what was trained, as PEFT writes it
+    corda.safetensors                                 A0, B0, the plan, the options of ``attach``; in the header provenance, and digests of
+                                                      what was saved with it
+
+With ``protect="strict"`` PEFT reads the folder by itself; the others it refuses, as ``B A`` without ``B0 A0`` is another function:
+``export`` writes what anybody can read. Reading a file checks it against its digest, and against the model and the options it is to be
+used with.
 """
 
 import hashlib
