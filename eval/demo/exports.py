@@ -26,7 +26,7 @@ def save_reference(model: Any, processor: Any, folder: Path) -> None:
     from corda_eval.vqa import digits, easy_vqa
     from corda_vlm.data.samples import Collator
 
-    examples = digits.load(limit=4) + easy_vqa.load(limit=4)
+    examples = digits.load_digit_questions(limit=4) + easy_vqa.load_easy_vqa(limit=4)
     batch = Collator(processor)([{"image": example.image, "question": example.question} for example in examples])
     model.float()
     model.get_base_model().set_attn_implementation("sdpa")  # what a freshly loaded base uses

@@ -18,9 +18,9 @@ from corda_eval.records import TaskResult
 from corda_eval.text.facts import facts_task
 from corda_eval.text.harness import evaluate_text
 from corda_eval.text.perplexity import held_out_text, text_windows, window_losses
-from corda_eval.vqa import benchmark as vqa
-from corda_eval.vqa import digits
 from corda_eval.vqa.answer import Asking
+from corda_eval.vqa.benchmark import TASKS as BENCHMARKS
+from corda_eval.vqa.benchmark import answer_benchmark
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.zeroshot import cifar, folders, imagenet, objectnet
 from corda_eval.zeroshot.captions import karpathy
@@ -53,9 +53,6 @@ IMAGE_SETS: dict[str, Callable[..., ClassifiedImages]] = {
 
 RETRIEVAL = "retrieval"
 """Images by captions and captions by images, of models with two towers."""
-
-BENCHMARKS: dict[str, VqaTask] = {**vqa.TASKS, "digits": digits.TASK}
-"""Questions about images."""
 
 ASKING = ("max_new_tokens", "system", "pad_images")
 """Options of a suite, and of its tasks, that say how questions about images are asked."""
@@ -213,9 +210,7 @@ def run_task(
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
         examples, asking = examples_of(task, benchmark, download), asking_of(task, benchmark)
-        return vqa.answer_benchmark(
-            benchmark, examples, model, processor, asking, predictions=predictions, batch_size=batch_size, progress=bar
-        )
+        return answer_benchmark(benchmark, examples, model, processor, asking, predictions=predictions, batch_size=batch_size, progress=bar)
     if name == "perplexity":
         return _perplexity(task, model, tokenizer_of(processor), batch_size, bar)
     if name == "facts":

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from corda_eval.records import TaskResult
-from corda_eval.vqa import easy_vqa, gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
+from corda_eval.vqa import digits, easy_vqa, gqa, mmbench, okvqa, pmc_vqa, pope, scienceqa, textvqa, vizwiz, vqav2
 from corda_eval.vqa.answer import Asking
 from corda_eval.vqa.example import VqaExample, VqaTask
 from corda_eval.vqa.generate import generate_answers
@@ -15,6 +15,7 @@ from corda_eval.vqa.generate import generate_answers
 TASKS = {
     task.name: task
     for task in (
+        digits.TASK,
         easy_vqa.TASK,
         gqa.TASK,
         mmbench.TASK,

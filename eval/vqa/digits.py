@@ -4,21 +4,19 @@ Data: 1,797 scans of 8 x 8 pixels inside scikit-learn (UCI, Alpaydin and Kaynak 
 Split: shuffled once with a fixed seed: 1,200 to train, 200 to validate, 397 to test. Score: exact match.
 """
 
-from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
 
-from corda_eval.metrics import exact_match
-from corda_eval.vqa.example import VqaExample, VqaTask
+from corda_eval.vqa.example import VqaExample, VqaTask, match_score
 
 QUESTION = "What digit is written?"
 SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1400), "test": slice(1400, 1797)}
 
 
-def load_digit_questions(split: str) -> list[VqaExample]:
-    """Return the digits of one split, each with the one question.
+def load_digit_questions(split: str = "test", *, limit: int | None = None) -> list[VqaExample]:
+    """Return the digits of one split, each with the same question, all or the first.
 
     Raises:
         ValueError: If the split is unknown.
@@ -32,18 +30,9 @@ def load_digit_questions(split: str) -> list[VqaExample]:
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    order = np.random.default_rng(0).permutation(len(scans.target))[SPLITS[split]]
-    return [VqaExample(_enlarged(scans.images[i]), QUESTION, str(scans.target[i]), question_id=str(i)) for i in order]
-
-
-def load(*, split: str = "test", limit: int | None = None) -> list[VqaExample]:
-    """Return the digits of one split, all or the first.
-
-    Raises:
-        ValueError: If the split is unknown.
-        ModuleNotFoundError: If scikit-learn is not installed.
-    """
-    return [replace(example, question_id=str(place)) for place, example in enumerate(load_digit_questions(split)[:limit])]
+    order = np.random.default_rng(0).permutation(len(scans.target))[SPLITS[split]][:limit]
+    pictures = [(_enlarged(scans.images[number]), str(scans.target[number])) for number in order]
+    return [VqaExample(picture, QUESTION, digit, str(place)) for place, (picture, digit) in enumerate(pictures)]
 
 
 def _enlarged(scan: np.ndarray) -> Image.Image:
@@ -52,4 +41,4 @@ def _enlarged(scan: np.ndarray) -> Image.Image:
     return Image.fromarray(paper).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
 
 
-TASK = VqaTask("digits", load, "accuracy", lambda answer, example: float(exact_match(answer, example.answer)), max_new_tokens=5)
+TASK = VqaTask("digits", load_digit_questions, "accuracy", match_score, max_new_tokens=5)

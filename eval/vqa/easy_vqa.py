@@ -6,14 +6,13 @@ Prompt: the question as it stands. Score: exact match of the lower-cased answer 
 
 from collections.abc import Sequence
 
-from corda_eval.metrics import exact_match
-from corda_eval.vqa.example import VqaExample, VqaTask
+from corda_eval.vqa.example import VqaExample, VqaTask, match_score
 from corda_eval.vqa.files import first, package_folder, read_json
 from corda_vlm.data.images import open_image
 
 
-def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[VqaExample]:
-    """Return the questions of one split in file order, or those at ``indices``.
+def load_easy_vqa(split: str = "test", *, limit: int | None = None, indices: Sequence[int] | None = None) -> list[VqaExample]:
+    """Return the questions of one split in file order, all or the first, or those at ``indices``.
 
     Images are opened once each and shared between their questions.
 
@@ -25,7 +24,7 @@ def load_easy_vqa(split: str, *, indices: Sequence[int] | None = None) -> list[V
         raise ValueError(f'easy-VQA has the splits "train" and "test", not "{split}".')
     folder = package_folder("easy_vqa") / "data" / split
     rows = read_json(folder / "questions.json")
-    chosen = range(len(rows)) if indices is None else [range(len(rows))[i] for i in indices]
+    chosen = first(range(len(rows)), limit) if indices is None else [range(len(rows))[i] for i in indices]
     images = {number: open_image(folder / "images" / f"{number}.png") for number in {rows[i][2] for i in chosen}}
     return [VqaExample(images[rows[i][2]], rows[i][0], rows[i][1], question_id=str(i)) for i in chosen]
 
@@ -34,16 +33,4 @@ VALIDATION = range(9000, 9673)
 """Questions of the test split that rates are chosen on: what a demo or a suite measures with a limit begins at the first."""
 
 
-def load(*, split: str = "test", limit: int | None = None) -> list[VqaExample]:
-    """Return the questions of a split in file order, all or the first; "validation" is the end of "test".
-
-    Raises:
-        ValueError: If ``split`` is not "train", "test" or "validation".
-        ModuleNotFoundError: If the wheel ``easy-vqa`` is not installed.
-    """
-    if split == "validation":
-        return load_easy_vqa("test", indices=first(VALIDATION, limit))
-    return list(first(load_easy_vqa(split), limit))
-
-
-TASK = VqaTask("easy_vqa", load, "accuracy", lambda answer, example: float(exact_match(answer, example.answer)), max_new_tokens=5)
+TASK = VqaTask("easy_vqa", load_easy_vqa, "accuracy", match_score, max_new_tokens=5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from corda_eval.metrics import exact_match
 from corda_eval.metrics.choice import LETTERS
 from corda_vlm.data.images import UNREADABLE, open_image, why_unreadable
 
@@ -96,3 +97,8 @@ class VqaTask:
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """Return a question with a lettered line for each choice."""
     return question + "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def match_score(answer: str, example: VqaExample) -> float:
+    """Return 1 if the answer is the right one in any case, without its final period, else 0: ``VqaTask.score`` of many benchmarks."""
+    return float(exact_match(answer, example.answer))

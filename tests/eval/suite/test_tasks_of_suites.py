@@ -36,7 +36,7 @@ def test_a_suite_says_how_its_tasks_ask(tmp_path: Path) -> None:
 def test_without_options_each_benchmark_keeps_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Asking] = []
     monkeypatch.setattr(suites, "examples_of", lambda task, benchmark, download: [])
-    monkeypatch.setattr(suites.vqa, "answer_benchmark", lambda *given, **_: seen.append(given[4]))
+    monkeypatch.setattr(suites, "answer_benchmark", lambda *given, **_: seen.append(given[4]))
     for options in ({}, {"max_new_tokens": 9, "system": "A chat.", "pad_images": True}):
         (task,) = read_suite(written(tmp_path, tasks=["scienceqa"], **options)).tasks
         run_task(task, None, None)  # type: ignore[arg-type]
