@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from corda_core.allocate import budget_of_rank
 from corda_core.linears import weight_shape
 from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data.items import load_items
@@ -156,7 +157,7 @@ def _part(shapes: Sequence[tuple[int, int]], recipe: Recipe) -> Part:
     if recipe.corda.spreads:
         largest = max(min(shape) for shape in shapes)
         limits = recipe.corda.min_rank, min(largest, recipe.corda.max_rank or largest)
-    return Part(len(shapes), limits, sum((m + n) * rank for (m, n), rank in zip(shapes, ranks, strict=True)))
+    return Part(len(shapes), limits, budget_of_rank(shapes, recipe.corda.rank))
 
 
 def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | None, int]:
