@@ -9,8 +9,7 @@ from torch import nn
 
 from corda_core.linears import is_shared, weight_shape
 from corda_core.lora import lora_config, lora_layers
-from corda_eval.study.method import Adapted
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

@@ -1,11 +1,11 @@
-"""What a study's methods are given: a base model, something to learn, samples of what to keep, and how both are measured."""
+"""What a study's methods are given, and what they return: a base with something to learn and to keep, and how both are measured."""
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -115,3 +115,30 @@ class Task:
                 f"The context {', '.join(domains)} does not do for all {len(self.layers)} layers: {error} This setting's contexts are "
                 f"{', '.join(self.contexts)}; several may be taken together."
             ) from error
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model made ready for training by a method."""
+
+    model: nn.Module
+    """What is trained and called: all its parameters that take gradients. The layers of the task are in ``base_of(model)`` under their
+    names, and each is still linear in its input, apart from its bias."""
+
+    penalty: Callable[[], Tensor] | None = None
+    """Added to the loss of each step."""
+
+    weight_decay: float = 0.0
+    """AdamW's."""
+
+
+class Method(Protocol):
+    """A way to fine-tune: a frozen dataclass of its options, in a file of ``corda_eval.study.methods`` of its own."""
+
+    def adapt(self, task: Task) -> Adapted:
+        """Return the task's model made ready; the layers must be those of ``task.layers``.
+
+        Raises:
+            ValueError: If an option is not right, or the method cannot adapt such layers.
+        """
+        ...

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from corda_eval.study.method import Adapted
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.context import progress_bar
 
 VALIDATIONS = 10

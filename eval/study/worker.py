@@ -17,10 +17,9 @@ from corda_core import Covariance
 from corda_core.bases import base_digest
 from corda_eval.records import library_versions, peak_memory_gb, write_sealed
 from corda_eval.study.change import interpolated, linear_copies, relative_changes
-from corda_eval.study.method import Adapted
 from corda_eval.study.methods import METHODS
 from corda_eval.study.settings import SETTINGS
-from corda_eval.study.task import Score, Task
+from corda_eval.study.task import Adapted, Score, Task
 from corda_eval.study.train import train
 from corda_vlm.options import NotNegative, Options, Seed
 from corda_vlm.yaml import from_mapping

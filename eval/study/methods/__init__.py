@@ -1,6 +1,5 @@
 """The methods that a study can compare, one file each."""
 
-from corda_eval.study.method import Method
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.dora import Dora
 from corda_eval.study.methods.eva import Eva
@@ -18,6 +17,7 @@ from corda_eval.study.methods.pissa import Pissa
 from corda_eval.study.methods.qlora import Qlora
 from corda_eval.study.methods.sc_lora import ScLora
 from corda_eval.study.methods.thanora import Thanora
+from corda_eval.study.task import Method
 
 METHODS: dict[str, type[Method]] = {
     "corda": Corda,

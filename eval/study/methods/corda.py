@@ -8,8 +8,7 @@ from corda_core.allocate import budget_of_rank
 from corda_core.decompose import Mode, Split
 from corda_core.linears import weight_shape
 from corda_core.lora import Protect
-from corda_eval.study.method import Adapted
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

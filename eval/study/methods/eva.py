@@ -20,9 +20,8 @@ from corda_core import data_digest
 from corda_core.bases import base_digest
 from corda_core.files import replacing_in
 from corda_core.linears import weight_shape
-from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
-from corda_eval.study.task import TARGET, Task
+from corda_eval.study.task import TARGET, Adapted, Task
 from corda_vlm.options import Count, Positive
 
 PASSES = 20

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from corda_core import Covariance, lora_layers
 from corda_core.linears import evaluating
-from corda_eval.study.method import Adapted
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.peft_lora import attach_variant, config_for
-from corda_eval.study.task import Batch, Task
+from corda_eval.study.task import Adapted, Batch, Task
 from corda_vlm.options import Count, NotNegative
 
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -18,9 +18,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 
 from corda_core.linears import weight_shape
 from corda_core.lora import lora_layers
-from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for, refuse_shared
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count, Positive
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from corda_core import attach, factors
 from corda_core.decompose import Decomposition
-from corda_eval.study.method import Adapted
 from corda_eval.study.starts import plan_from
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from corda_core import attach, plan
 from corda_core.linears import weight_shape
-from corda_eval.study.method import Adapted
 from corda_eval.study.starts import even_context
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

@@ -8,10 +8,9 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from corda_core import decompose, lora_layers
 from corda_core.layers import no_progress, over_layers
-from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.starts import even_context
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

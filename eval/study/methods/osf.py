@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from peft import OSFConfig, get_peft_model
 
 from corda_core.linears import weight_shape
-from corda_eval.study.method import Adapted
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

@@ -2,9 +2,8 @@
 
 from types import MappingProxyType
 
-from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import PeftVariant, refuse_shared
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 
 
 class Pissa(PeftVariant):

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from corda_core.quantize import quantize_linears_
-from corda_eval.study.method import Adapted
 from corda_eval.study.peft_lora import attach_variant, config_for
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
 
 

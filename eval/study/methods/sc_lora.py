@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from corda_core import Covariance, attach
-from corda_eval.study.method import Adapted
 from corda_eval.study.starts import plan_from
-from corda_eval.study.task import TARGET, Task
+from corda_eval.study.task import TARGET, Adapted, Task
 from corda_vlm.options import Count
 
 

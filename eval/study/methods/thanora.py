@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from corda_core import AdapterInit, AdapterPlan, Mode, attach, lora_layers, plan
 from corda_core.decompose import spectrum
 from corda_core.linears import weight_matrix
-from corda_eval.study.method import Adapted
-from corda_eval.study.task import Task
+from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count, NotNegative
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_eval.study import worker as study_run
-from corda_eval.study.method import Adapted
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.lora import Lora
-from corda_eval.study.task import TARGET, Score, Task
+from corda_eval.study.task import TARGET, Adapted, Score, Task
 from corda_eval.study.train import train
 from corda_eval.study.worker import RunSpec, run
 

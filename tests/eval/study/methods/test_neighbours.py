@@ -11,13 +11,12 @@ from torch import Tensor
 
 from corda_core import lora_layers
 from corda_core.linears import base_of, weight_matrix
-from corda_eval.study.method import Adapted
 from corda_eval.study.methods import METHODS
 from corda_eval.study.methods.lora_null import LoraNull, null_factors
 from corda_eval.study.methods.milora import Milora
 from corda_eval.study.methods.oplora import Oplora, leading_directions
 from corda_eval.study.methods.sc_lora import ScLora
-from corda_eval.study.task import TARGET, Task
+from corda_eval.study.task import TARGET, Adapted, Task
 from corda_eval.study.train import train
 from corda_vlm.yaml import from_mapping
 

@@ -19,7 +19,6 @@ from corda_core import select_linears
 from corda_core.linears import base_of, weight_matrix
 from corda_core.lora import lora_layers
 from corda_eval.study.change import effective_weight, interpolated, linear_copies
-from corda_eval.study.method import Adapted, Method
 from corda_eval.study.methods import METHODS
 from corda_eval.study.methods.dora import Dora
 from corda_eval.study.methods.eva import Eva, valid_tokens
@@ -30,7 +29,7 @@ from corda_eval.study.methods.mica import Mica
 from corda_eval.study.methods.osf import Osf
 from corda_eval.study.methods.pissa import Pissa
 from corda_eval.study.methods.qlora import Qlora
-from corda_eval.study.task import TARGET, Task
+from corda_eval.study.task import TARGET, Adapted, Method, Task
 from corda_eval.study.train import train
 from corda_vlm.attention import split_attention
 
