@@ -106,7 +106,7 @@ def assemble_lab(vision_state: dict[str, Tensor] | None) -> tuple[LlavaForCondit
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if vision_state is not None:
-        load_vision_state(model, vision_state)
+        load_vision_state_(model, vision_state)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=IMAGE_SIZE),
         tokenizer=tokenizer,
@@ -127,7 +127,7 @@ def vision_state(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     }
 
 
-def load_vision_state(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
+def load_vision_state_(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
     """Copy tower and projector weights into ``model``.
 
     Raises:

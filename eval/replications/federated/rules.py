@@ -44,8 +44,8 @@ class Rule(Protocol):
         ...
 
     def upload(self, trained: Change, removed: Change | None) -> Change:
-        """Return a layer's ``B_c A_c``, the change against W that a client sends."""
-        ...
+        """Return a layer's ``B_c A_c``, the change against W that a client sends: the factors as they are."""
+        return trained
 
     def serve(self, uploads: Sequence[Change]) -> Change:
         """Return a layer's ``B_s A_s``."""
@@ -58,7 +58,7 @@ def cosine(number: int, rounds: int) -> float:
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Rule):
     """FedAvg on LoRA's A and B; the base stays, all clients start from the server's factors."""
 
     merges: ClassVar[bool] = False
@@ -67,17 +67,13 @@ class FedAvg:
         """Return the server's factors."""
         return Start(turn.served)
 
-    def upload(self, trained: Change, removed: Change | None) -> Change:
-        """Return the factors as they are."""
-        return trained
-
     def serve(self, uploads: Sequence[Change]) -> Change:
         """Return ``average_factors``."""
         return average_factors(uploads)
 
 
 @dataclass(frozen=True)
-class FullRank:
+class FullRank(Rule):
     """FedAvg of ``B_c A_c`` at full rank, merged each round: exact, what a server of rank r can at best come near to."""
 
     seed: int = 0
@@ -95,17 +91,13 @@ class FullRank:
             }
         )
 
-    def upload(self, trained: Change, removed: Change | None) -> Change:
-        """Return the factors as they are."""
-        return trained
-
     def serve(self, uploads: Sequence[Change]) -> Change:
         """Return ``average_changes``."""
         return average_changes(uploads)
 
 
 @dataclass(frozen=True)
-class FedSmooth:
+class FedSmooth(Rule):
     """FedSmoothLoRA: ``W_init,c = Ŵ_ga,c + ζ (B_c A_c − B_s A_s)`` of the last round, truncated to rank r, on the base ``W − Ŵ_ga,c``.
 
     So, apart from the truncation, a client resumes at ``W + ζ (B_c A_c − B_s A_s)``; with ζ = 1 where it stopped, as W has the
