@@ -11,19 +11,20 @@ counts top-1 and top-5, ours recall by class and calibration too.
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from corda_eval.bench.process import by_side, in_turns, median_of, median_ratio, recorded
 from corda_eval.records import table
 from corda_eval.zeroshot.cifar import cifar10
 from corda_eval.zeroshot.classify import class_head, cosine_batches
-from corda_eval.zeroshot.images import ClassifiedImages, image_batches
+from corda_eval.zeroshot.images import ClassifiedImages, Each, image_batches
 from corda_eval.zeroshot.tally import Tally
 from corda_vlm.data.pairs import OpenClipPairs
 
@@ -96,24 +97,16 @@ def run_theirs(model: Any, head: Tensor, data: ClassifiedImages, pairs: OpenClip
     # Theirs fails with numpy 2.4, on an array of one number that is made a float.
     zero_shot.accuracy = _accuracy
     zero_shot.tqdm = lambda batches, **_: batches
-    loader = DataLoader(_Transformed(data.items, pairs.preprocess), batch_size=batch_size, num_workers=workers)
+    images: Any = Each(partial(_transformed, data.items, pairs.preprocess), range(len(data.items)))
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers)
     with torch.no_grad():
         top1, _ = zero_shot.run(model, head.T, loader, Namespace(device="cpu", precision="fp32", batch_size=batch_size))
     return float(top1)
 
 
-class _Transformed(Dataset[tuple[Tensor, int]]):
-    """Images prepared one by one, as open_clip's datasets do."""
-
-    def __init__(self, items: Any, preprocess: Any) -> None:
-        self.items, self.preprocess = items, preprocess
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.items[index]
-        return self.preprocess(item.image), item.label
+def _transformed(items: Any, preprocess: Any, place: int) -> tuple[Tensor, int]:
+    """Return one prepared image and its label, as open_clip's datasets do."""
+    return preprocess(items[place].image), items[place].label
 
 
 def _accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:

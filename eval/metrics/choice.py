@@ -38,33 +38,28 @@ def pope_scores(predictions: Sequence[str], labels: Sequence[str], categories: S
     Raises:
         ValueError: If the lengths differ, there are none, or a label is neither "yes" nor "no".
     """
-    if not len(predictions) == len(labels) == len(labels if categories is None else categories) or not labels:
+    counts = len(predictions), len(labels), len(labels if categories is None else categories)
+    if len(set(counts)) > 1 or not labels:
         raise ValueError(
-            f"There are {len(predictions)} predictions, {len(labels)} labels and {len(labels if categories is None else categories)} "
-            "categories; expected as many of each, at least one; join them by question id."
+            f"There are {counts[0]} predictions, {counts[1]} labels and {counts[2]} categories; expected as many of each, at least one; "
+            "join them by question id."
         )
     wrong = sorted({label for label in labels if label not in ("yes", "no")})
     if wrong:
         raise ValueError(f'labels has {wrong}; expected "yes" or "no"; mend the annotations.')
-    answers = [pope_answer(prediction) for prediction in predictions]
-    scores = _binary_scores(answers, labels)
+    pairs = [(pope_answer(prediction), label) for prediction, label in zip(predictions, labels, strict=True)]
+    scores = _binary_scores(pairs)
     if categories is None:
         return scores
     names = sorted(set(categories))
-    by_name = {
-        name: _binary_scores(
-            [answer for answer, category in zip(answers, categories, strict=True) if category == name],
-            [label for label, category in zip(labels, categories, strict=True) if category == name],
-        )
-        for name in names
-    }
+    by_name = {name: _binary_scores([pair for pair, kind in zip(pairs, categories, strict=True) if kind == name]) for name in names}
     scores |= {f"{metric}:{name}": value for name in names for metric, value in by_name[name].items()}
     return scores | {"mean_f1": sum(by_name[name]["f1"] for name in names) / len(names)}
 
 
-def _binary_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    pairs = list(zip(answers, labels, strict=True))
-    hits, said, there = pairs.count(("yes", "yes")), list(answers).count("yes"), list(labels).count("yes")
+def _binary_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Return the scores of pairs (answer, label)."""
+    hits, said, there = pairs.count(("yes", "yes")), [a for a, _ in pairs].count("yes"), [b for _, b in pairs].count("yes")
     return {
         "accuracy": (hits + pairs.count(("no", "no"))) / len(pairs),
         "precision": hits / said if said else 0.0,
