@@ -31,6 +31,7 @@ def test_easy_vqa_is_read_from_its_wheel() -> None:
     assert examples[0].question
     assert examples[0].image.size == (64, 64)
     assert len(load_easy_vqa("test")) == 9673
+    assert [example.question_id for example in load_easy_vqa("validation", limit=2)] == ["9000", "9001"]
     with pytest.raises(ValueError, match='not "dev"'):
         load_easy_vqa("dev")
 
