@@ -1,8 +1,10 @@
-"""Names from configs and files stay text in Markdown, and in the figures beside it."""
+"""Lines of JSON are whole or named, and names from configs and files stay text in Markdown."""
+
+from pathlib import Path
 
 import pytest
 
-from corda_eval.records import code, escaped, table
+from corda_eval.records import add_line, code, escaped, read_lines, table, timed_log, write_json
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,29 @@ def test_code_holds_ticks() -> None:
 
 def test_a_cell_is_one_cell() -> None:
     assert table(["arm", "gain|loss"], [["a|b", "1"]]) == [r"| arm | gain\|loss |", "|---|---|", r"| a\|b | 1 |", ""]
+
+
+def test_lines_are_added_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "lines.jsonl"
+    assert read_lines(path) == []
+    for number in range(2):
+        add_line(path, {"run": number, "name": "α"})
+    assert read_lines(path) == [{"run": 0, "name": "α"}, {"run": 1, "name": "α"}]
+    with path.open("a") as file:
+        file.write('{"run": 2')
+    with pytest.raises(ValueError, match="lines.jsonl, line 3 is not whole JSON"):
+        read_lines(path)
+
+
+def test_a_log_begins_anew_and_tells_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for _ in range(2):
+        timed_log(path)(step=1, loss=0.5)
+    assert read_lines(path) == [{"seconds": 0, "step": 1, "loss": 0.5}]
+
+
+def test_json_has_no_infinity(tmp_path: Path) -> None:
+    write_json(tmp_path / "value.json", {"loss": 1.5})
+    assert (tmp_path / "value.json").read_text() == '{\n "loss": 1.5\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "value.json", float("inf"))
