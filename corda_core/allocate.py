@@ -121,8 +121,7 @@ def allocate_ranks(
         max_rank: What each layer gets at most; None is no limit.
 
     Raises:
-        ValueError: If the layers of the arguments differ, a ``log π`` is not positive, limits contradict each other, or the budget
-            is below ``min_rank`` in every layer.
+        ValueError: If the layers of the arguments differ, limits contradict each other, or the budget is below ``min_rank`` in every layer.
 
     Note:
         The paper has neither limit. Without ``max_rank`` a layer with σ = 0 in its tail gets all of that in KPM, as it costs nothing
@@ -188,11 +187,6 @@ def _check(candidates: Mapping[str, Candidate], costs: Mapping[str, int], min_ra
         raise ValueError(f"candidates and costs are of different layers: {name} is in only one of them.")
     if min_rank < 1 or (max_rank is not None and max_rank < min_rank):
         raise ValueError(f"min_rank is {min_rank} and max_rank {max_rank}; expected 1 <= min_rank <= max_rank.")
-    for name, candidate in candidates.items():
-        if not candidate.log_pi > 0:
-            raise ValueError(
-                f"{name}: log π is {candidate.log_pi:.3g}, and CorDA++ needs it positive; scale its covariance to a mean diagonal of 1."
-            )
 
 
 @dataclass(frozen=True)
@@ -237,8 +231,8 @@ def choose(
     """
     kept: dict[str, Covariance] = {}
     choices: dict[str, Choice] = {}
-    for covariances in collections:  # not enumerated: that would keep the last one while the next is made
-        number = len(next(iter(choices.values())).candidates) if choices else 0
+    number = 0
+    for covariances in collections:
         if number and covariances.keys() != kept.keys():
             odd = min(covariances.keys() ^ kept.keys())
             raise ValueError(
@@ -252,6 +246,7 @@ def choose(
             if is_better:
                 kept[name] = covariances[name]
         del covariances
+        number += 1  # noqa: SIM113 (enumerate would keep the last collection while the next is made)
     if not kept:
         raise ValueError("There are no candidates; give at least one set of covariances.")
     return kept, _in_full(model, kept, choices, damping, progress) if in_full else choices

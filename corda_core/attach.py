@@ -24,7 +24,7 @@ class Residual(StrEnum):
     OFFSET = "offset"
     """They stay."""
     SUBTRACT = "subtract"
-    """``W − s B0 A0`` is written into them (as published)."""
+    """``W`` less the planned component is written into them (as published)."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def attach(
     - ``protect="whitened"``: the change is ``s B Ã P``, P ∝ (C + λI)^(−1/2). Ã trains from ``A0 P⁻¹``, which is strict's start, and B
       from 0; whatever they become, ``‖ΔW (C + λI)^(1/2)‖_F ≈ s √μ₀ ‖B Ã‖_F`` is small where the factors are.
 
-    A0 and B0 are divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
+    In "start", A0 and B0 are the plan's divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
 
     Args:
         model: The base that the plan was made from, or an equal copy; or one that carries other adapters, which stay and become inactive.
         plan: As from ``corda_core.plan``.
         alpha: LoRA's alpha; None takes the rank, so s = 1.
         protect: "start", "strict" or "whitened"; the latter two need a plan in KPM, "whitened" one made with ``whiten=True``.
-        residual: "offset" leaves the base weights alone. "subtract" writes ``W − s B0 A0`` into them, the papers' form:
+        residual: "offset" leaves the base weights alone. "subtract" writes ``W`` less the planned component into them, the papers' form:
             one product less per step, but equal to the base only up to rounding.
         quantize: "nf4" or "fp4": bitsandbytes holds the adapted layers' base weights in 4 bits from here on. With
             ``residual="subtract"`` it is the residual that is quantised (Q-CorDA); the outputs are then those of quantised weights.
@@ -90,8 +90,7 @@ def attach(
         ValueError: If the plan belongs to another base, options contradict each other, or PEFT adapted other layers.
     """
     attachment = Attachment(plan, plan.rank if alpha is None else alpha, protect, residual, quantize, tuple(train_fully))  # type: ignore[arg-type]
-    _check(model, attachment, adapter_name)
-    return _put_on(model, replace(attachment, rest=other_tensors(base_of(model), plan.layers, train_fully)), adapter_name)
+    return attach_again(model, attachment, adapter_name)
 
 
 def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "default") -> PeftModel:
@@ -101,21 +100,26 @@ def attach_again(model: nn.Module, attachment: Attachment, adapter_name: str = "
         ValueError: If the base is not the one that the adapter was attached to, in its other tensors too where they are recorded.
     """
     _check(model, attachment, adapter_name)
-    rest = other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully)
+    rest = _rest(model, attachment)
     if attachment.rest is not None:
         check_same(attachment.rest, rest)
     return _put_on(model, replace(attachment, rest=rest), adapter_name)
 
 
 def check_base_kept(model: nn.Module, adapter_name: str = "default") -> None:
-    """Refuse to write an adapter without what has changed in its base since it was attached; a plain LoRA says nothing of its base.
+    """Refuse to write an adapter whose base has changed since it was attached: the file would lack that. A plain LoRA is not checked.
 
     Raises:
         ValueError: If a tensor of the base has changed.
     """
     attachment = _attached(model, adapter_name)
     if attachment is not None and attachment.rest is not None:
-        check_unchanged(attachment.rest, other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully))
+        check_unchanged(attachment.rest, _rest(model, attachment))
+
+
+def _rest(model: nn.Module, attachment: Attachment) -> dict[str, str]:
+    """Return what the base holds beside the adapted layers and what trains whole."""
+    return other_tensors(base_of(model), attachment.plan.layers, attachment.train_fully)
 
 
 def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> PeftModel:
@@ -185,7 +189,7 @@ def _check(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
     """Refuse options that contradict each other, and a model that this adapter cannot be put on."""
     check_options(attachment.plan.mode, attachment.protect, attachment.residual)
     if attachment.protect is Protect.WHITENED and any(init.whitening is None for init in attachment.plan.layers.values()):
-        raise ValueError('protect="whitened" needs a plan with the context\'s main directions; make it with plan(..., whiten=True).')
+        raise ValueError('protect="whitened" needs a plan made with whiten=True: plan(..., whiten=True).')
     _check_others(unwrapped(model), attachment, adapter_name)
     base = base_of(model)
     check_present(base, attachment.plan.layers, "The plan")
@@ -226,7 +230,7 @@ def _check_train_fully(base: nn.Module, attachment: Attachment) -> None:
     for name in attachment.train_fully:
         inside = [layer for layer in attachment.plan.layers if layer == name or layer.startswith(f"{name}.")]
         if name not in modules:
-            raise ValueError(f"train_fully names {name!r}, which this model has not; expected full names of modules.")
+            raise ValueError(f"train_fully names {name!r}, which this model does not have; expected full names of modules.")
         if inside:
             raise ValueError(f"train_fully names {name!r}, which holds the planned layer {inside[0]}; leave one of the two out.")
 

@@ -1,7 +1,7 @@
 """Run samples through a model and take the second moment of what each layer is fed.
 
 Layers called with the very same tensor (q/k/v, gate/up) share one moment, found out at run time: each input is
-multiplied once and booked under the layers that read it. Under ``torch.distributed`` each process brings its own
+multiplied once and added for all layers that read it. Under ``torch.distributed`` each process brings its own
 samples, and all get the mean over all of them.
 """
 
@@ -26,6 +26,7 @@ Moments = dict[tuple[str, ...], SecondMoment]
 """By the layers that read the same inputs."""
 PRECISION = torch.float32
 """Of products and sums, whatever the model's own."""
+NO_BATCHES = "There are no batches: the covariances need at least one sample."
 
 
 class Normalize(StrEnum):
@@ -77,20 +78,21 @@ def collect(
     bare = unwrapped(model)
     moments: Moments = {}
 
-    def book(readers: tuple[str, ...], moment: SecondMoment) -> None:
+    def add(readers: tuple[str, ...], moment: SecondMoment) -> None:
         if readers in moments:
             moments[readers].add_(moment)
         else:
             moments[readers] = moment
 
+    scaling = None if normalize is None else Normalize(normalize)
     may_stop, number = False, 0
     with evaluating(bare):
         for number, batch in enumerate(batches, 1):
-            take = partial(_moment, number, partial(token_weights, batch=batch), None if normalize is None else Normalize(normalize))
-            ran = _run(bare, batch, names, take, book, may_stop=may_stop)
+            moment = partial(_moment, number, partial(token_weights, batch=batch), scaling)
+            ran = _run(bare, batch, names, moment, add, may_stop=may_stop)
             may_stop = (number == 1 or may_stop) and sorted(ran) == sorted(names) and not is_distributed()
     if number == 0:
-        raise ValueError("There are no batches: the covariances need at least one sample.")
+        raise ValueError(NO_BATCHES)
     _sum_over_processes_(moments, next(bare.parameters()).device)
     return _means_(moments, names)
 
@@ -111,10 +113,13 @@ def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_m
             f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be iterated only once; "
             "give a list or a DataLoader."
         )
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError(NO_BATCHES)
     groups: list[tuple[str, ...]] = []
     bare = unwrapped(model)
     with evaluating(bare):
-        _run(bare, next(iter(batches), {}), names, lambda name, x: None, lambda readers, _: groups.append(readers))
+        _run(bare, first, names, lambda name, x: None, lambda readers, _: groups.append(readers))
     parts: list[list[str]] = []
     room, placed = 0, set[str]()
     for group in [*groups, *((name,) for name in names)]:  # those that this batch does not reach come last
@@ -185,8 +190,8 @@ def _run(
     model: nn.Module,
     batch: Mapping[str, Any],
     names: Sequence[str],
-    take: Callable[[str, Tensor], T],
-    book: Callable[[tuple[str, ...], T], None],
+    look: Callable[[str, Tensor], T],
+    add: Callable[[tuple[str, ...], T], None],
     *,
     may_stop: bool = False,
 ) -> list[str]:
@@ -196,26 +201,26 @@ def _run(
         model: Not wrapped.
         batch: Keyword arguments of its forward.
         names: Layers whose inputs are looked at.
-        take: Called with a layer's name and its input, once however many layers read the same tensor in a row; at once, not when the next
+        look: Called with a layer's name and its input, once however many layers read the same tensor in a row; at once, not when the next
             input comes: the tensor may be overwritten in place before the next layer runs.
-        book: Called with the names of all layers that read one input, and what ``take`` returned.
+        add: Called with the names of all layers that read one input, and what ``look`` returned for it.
         may_stop: Whether the forward pass may be left as soon as all named layers have run.
     """
     ran: list[str] = []
     readers: tuple[str, ...] = ()
     current: Any = None
-    version, taken = 0, None
+    version, result = 0, None
 
     def see(name: str, x: Tensor) -> None:
-        nonlocal readers, current, version, taken
+        nonlocal readers, current, version, result
         ran.append(name)
         if x is current and x._version == version and name not in readers:
             readers += (name,)
         else:
             if readers:
-                book(readers, taken)  # type: ignore[arg-type]
-            current = taken = None  # before the next product: only one waits
-            taken = take(name, x)
+                add(readers, result)  # type: ignore[arg-type]
+            current = result = None  # before the next product: only one waits
+            result = look(name, x)
             current, version, readers = x, x._version, (name,)
         if may_stop and len(set(ran)) == len(names):
             raise _AllSeen
@@ -223,7 +228,7 @@ def _run(
     with _observed(model, names, see), suppress(_AllSeen):
         model(**batch)
     if readers:
-        book(readers, taken)  # type: ignore[arg-type]
+        add(readers, result)  # type: ignore[arg-type]
     return ran
 
 

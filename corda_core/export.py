@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from corda_core.attach import attachment_of, check_base_kept
@@ -18,8 +18,6 @@ from corda_core.linears import base_of, gathered_whole, unwrapped, weight_matrix
 from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, whole_modules
 from corda_core.quantize import is_quantized, plain_linear
 from corda_core.store import ATTACHMENT, WEIGHTS
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def export(
     if process_rank() == 0:
         with replacing_in(folder) as fresh:  # weights before the config, which names what is whole
             config.save_pretrained(fresh)
-            write_tensors(tensors, fresh / WEIGHTS, {"format": "pt", CONFIG: _config_digest(fresh / CONFIG)})
+            write_tensors(tensors, fresh / WEIGHTS, {"format": "pt", CONFIG_NAME: _config_digest(fresh / CONFIG_NAME)})
     return Exported(folder, max(ranks.values()), lost)
 
 
@@ -110,16 +108,16 @@ def check_lora(folder: Path) -> None:
     again = "export the adapter again"
     tensors, metadata = read_tensors(folder / WEIGHTS, again)
     check_finite(tensors, folder / WEIGHTS, again)
-    digest = _config_digest(folder / CONFIG)
-    if metadata.get(CONFIG, digest) != digest:
-        raise ValueError(f"{folder / CONFIG} is not that which {WEIGHTS} was exported with; {again}.")
+    digest = _config_digest(folder / CONFIG_NAME)
+    if metadata.get(CONFIG_NAME, digest) != digest:
+        raise ValueError(f"{folder / CONFIG_NAME} is not that which {WEIGHTS} was exported with; {again}.")
 
 
 def _config_digest(path: Path) -> str:
     """Return a digest of what a LoRA's config says but for where its base is, which may move."""
     values = read_json(path, "export the adapter again")
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no config of a LoRA; export the adapter again.")
+        raise ValueError(f"{path} is not a config of a LoRA; export the adapter again.")
     return json_digest({key: value for key, value in values.items() if key not in ("base_model_name_or_path", "revision")})
 
 

@@ -146,8 +146,7 @@ def read_tensors(path: Path, cure: str = "make it again") -> tuple[dict[str, Ten
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {_why_no_file(path)}; expected a safetensors file.")
+    _check_file(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})

@@ -160,7 +160,7 @@ def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protec
         layer.lora_variant[adapter_name] = ContextLora()
         return
     if protect is Protect.WHITENED:
-        assert init.whitening is not None, "_check_options sees to it"
+        assert init.whitening is not None, "checked by attach"
         weight_a.data.copy_(init.whitening.undo(init.A0))
         weight_b.data.zero_()
         frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
@@ -206,12 +206,7 @@ def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
     return (B @ A).T if getattr(layer, "fan_in_fan_out", False) else B @ A
 
 
-def context_drift(
-    model: nn.Module,
-    covariances: Mapping[str, Covariance],
-    adapter_name: str = "default",
-    energies: Mapping[str, float] | None = None,
-) -> dict[str, float]:
+def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
     """Return ``‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` per layer: the root mean square of ``ΔW x`` over that of ``W x`` on the context.
 
     Computed from the factors, ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``. W is the weight the base layer holds now.
@@ -220,17 +215,16 @@ def context_drift(
         model: A model with a LoRA adapter, ours or PEFT's.
         covariances: Undamped C of the context, by full layer name.
         adapter_name: Which adapter.
-        energies: ``output_energies`` of the same, if known: they are most of the work.
 
     Raises:
         KeyError: If an adapted layer has no covariance.
     """
-    energies = output_energies(model, covariances, adapter_name) if energies is None else energies
     drift = {}
     for name, layer in lora_layers(model, adapter_name).items():
         A, B = change_factors(layer, adapter_name)
-        changed = _trace(B.T @ B, A @ covariances[name].packed.times(A.T.contiguous()))
-        drift[name] = float(changed.clamp(min=0).sqrt()) / energies[name]
+        C, transposed = covariances[name].packed, weight_matrix(base_of(model), name).float().T.contiguous()
+        changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
+        drift[name] = float(changed.clamp(min=0).sqrt() / (C.times(transposed) * transposed).sum().sqrt())
     return drift
 
 
@@ -242,15 +236,6 @@ def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         changed = _trace(B.T @ B, A @ A.T)
         sizes[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
     return sizes
-
-
-def output_energies(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
-    """Return ``‖W C^(1/2)‖_F`` of each adapted layer's base weight: the root mean square of ``W x`` on the context."""
-    energies = {}
-    for name in lora_layers(model, adapter_name):
-        weight = weight_matrix(base_of(model), name).float()
-        energies[name] = float((covariances[name].packed.times(weight.T.contiguous()) * weight.T).sum().sqrt())
-    return energies
 
 
 def _trace(left: Tensor, right: Tensor) -> Tensor:

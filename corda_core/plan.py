@@ -13,7 +13,6 @@ from corda_core.bases import base_digest
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
 from corda_core.layers import Progress, no_progress, over_layers
-from corda_core.linears import weight_shape
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class AdapterInit:
     """The coordinates that A trains in, for ``protect="whitened"``."""
 
     choice: Choice | None = None
-    """How each covariance that the layer could take did (CorDA++), and which it took; None where there was no choice and no budget."""
+    """The candidates that the layer chose from (CorDA++); None if there was neither a choice nor a budget."""
 
     @property
     def rank(self) -> int:
@@ -60,7 +59,7 @@ class AdapterPlan:
 
     provenance: Mapping[str, Any]
     """Plain values: ``base_digest`` of the planned layers' weights, ``damping``, ``split``, ``fallbacks`` (layers whose iteration failed
-    its check); ``budget`` where ``corda_vlm`` spread one."""
+    its check), and what callers add."""
 
     @property
     def num_parameters(self) -> int:
@@ -96,13 +95,14 @@ def plan(
         split: "balanced" or "paper".
         damping: λ of ``Covariance.damped``.
         whiten: Whether A shall train in whitened coordinates (``attach`` with ``protect="whitened"``).
-        progress: Called with a part's layer names and a title, returns them to be iterated: a progress bar, for instance.
+        progress: A progress bar: ``progress(names, title)`` returns the names to iterate, as ``tqdm`` does.
 
     Raises:
         ValueError: If the rank is below 1, ``ranks`` lacks a layer, or a layer cannot be decomposed (the text names it).
     """
-    if rank < 1 or min((ranks or {"": 1}).values()) < 1:
-        raise ValueError(f"rank is {rank} and ranks are {ranks}; expected at least 1 for each layer.")
+    low = next((name for name, own in (ranks or {}).items() if own < 1), None)
+    if rank < 1 or low is not None:
+        raise ValueError(f"rank is {rank}{f', and that of {low} {(ranks or {})[low]}' if low else ''}; expected at least 1 for each layer.")
     mode, split = Mode(mode), Split(split)
 
     def start(part: Mapping[str, Covariance], name: str, weight: Tensor) -> tuple[AdapterInit, bool]:
@@ -117,23 +117,20 @@ def plan(
 
     layers: dict[str, AdapterInit] = {}
     fallbacks: list[str] = []
-    parts = [covariances] if isinstance(covariances, Mapping) else covariances
-    sizes: dict[str, tuple[int, int]] = {}
-    for part in parts:
-        unranked = [] if ranks is None else [name for name in part if name not in ranks]
-        if unranked:
-            raise ValueError(
-                f"ranks has none for {unranked[0]}, which has a covariance; give each layer its rank, or leave it out of both."
-            )
-        new = {name: weight_shape(model, name) for name in part}
-        sizes |= new
-        _warn_of_few_tokens(new, part)
+    for part in [covariances] if isinstance(covariances, Mapping) else covariances:
+        for what, given in (("ranks", ranks), ("choices", choices)):
+            lacking = next((name for name in part if given is not None and name not in given), None)
+            if lacking is not None:
+                raise ValueError(
+                    f"{what} has none for {lacking}, which has a covariance; give each layer its own, or leave it out of both."
+                )
+        _warn_of_few_tokens(part)
         for name, (init, fell_back) in over_layers(model, part, partial(start, part), progress, "decompose").items():
             layers[name] = init
             fallbacks += [name] if fell_back else []
         del part  # else it would stay while the next is collected
     if ranks is None:
-        _warn_of_clipping(sizes, rank)
+        _warn_of_clipping(layers, rank)
     provenance = {
         "base_digest": base_digest(model, layers),
         "damping": damping,
@@ -143,20 +140,21 @@ def plan(
     return AdapterPlan(layers, mode, rank, provenance)
 
 
-def _warn_of_clipping(sizes: Mapping[str, tuple[int, int]], rank: int) -> None:
-    small = [name for name, size in sizes.items() if min(size) < rank]
+def _warn_of_clipping(layers: Mapping[str, AdapterInit], rank: int) -> None:
+    small = [name for name, init in layers.items() if init.rank < rank]
     if small:
+        m, n = len(layers[small[0]].B0), layers[small[0]].A0.shape[1]
         warnings.warn(
-            f"rank {rank} is larger than min(m, n) of {len(small)} layer(s), such as {small[0]} {sizes[small[0]]}: clipped there.",
-            stacklevel=3,
+            f"rank {rank} is larger than min(m, n) of {len(small)} layer(s), such as {small[0]} {(m, n)}: clipped there.", stacklevel=3
         )
 
 
-def _warn_of_few_tokens(sizes: Mapping[str, tuple[int, int]], covariances: Mapping[str, Covariance]) -> None:
-    few = [name for name, (_, n) in sizes.items() if covariances[name].num_tokens < n]
+def _warn_of_few_tokens(covariances: Mapping[str, Covariance]) -> None:
+    few = [(name, C.num_tokens, C.packed.n) for name, C in covariances.items() if C.num_tokens < C.packed.n]
     if few:
+        name, tokens, n = few[0]
         warnings.warn(
-            f"{few[0]} saw {covariances[few[0]].num_tokens} tokens but has {sizes[few[0]][1]} inputs ({len(few)} layer(s) in all): "
-            "its covariance is singular and only `damping` tells the unseen directions apart. Give more context.",
+            f"{name} saw {tokens} tokens but has {n} inputs ({len(few)} layer(s) in all): its covariance is singular and only `damping` "
+            "tells the unseen directions apart. Give more context.",
             stacklevel=3,
         )

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from torch import Tensor, nn
 
 from corda_core.allocate import Candidate, Choice
@@ -37,6 +38,9 @@ from corda_core.linears import check_present, gathered_whole, unwrapped, weight_
 from corda_core.lora import FROZEN
 from corda_core.plan import AdapterInit, AdapterPlan
 
+ATTACHMENT = "corda.safetensors"
+MADE_ANEW = tuple(f".{name}" for name in FROZEN)
+"""How names end of what ``attach`` makes from the plan."""
 HEADER = "corda"
 FORMAT = 3
 UNSEALED = 2
@@ -127,7 +131,7 @@ def save_plan(
     Args:
         plan: The plan.
         path: The file.
-        attached: With what options it was put on a model, if it was (``corda_core.store``).
+        attached: The options that it was attached with, as JSON values (``save_attachment``); None if it was not.
         beside: Digests of what was saved with it.
     """
     tensors: dict[str, Tensor] = {}
@@ -213,12 +217,6 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} was written by corda-vlm 0.1.0 and has no digest: damage to it would not be seen; save it again.", stacklevel=4
         )
     return tensors, header
-
-
-WEIGHTS = "adapter_model.safetensors"
-ATTACHMENT = "corda.safetensors"
-MADE_ANEW = tuple(f".{name}" for name in FROZEN)
-"""How names end of what ``attach`` makes from the plan."""
 
 
 @dataclass(frozen=True)
@@ -372,16 +370,6 @@ def read_attachment(path: Path) -> tuple[Attachment, Beside | None]:
         return attachment, None if beside is None else Beside(beside["weights"], dict(beside["files"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has a header that is not that of an attached adapter ({error!r}); save it again.") from error
-
-
-def load_attachment(path: Path) -> Attachment:
-    """Return what an adapter was attached with.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds something else.
-    """
-    return read_attachment(path)[0]
 
 
 def _trained(path: Path) -> dict[str, Tensor]:

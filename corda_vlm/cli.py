@@ -139,10 +139,10 @@ def show(
     output: Annotated[Path, typer.Option(help="Page to write.")] = Path("plan.html"),
 ) -> None:
     """Show what an adapter was planned with on a page: ranks, compactness, chosen covariances and spectra, layer by layer."""
-    from corda_core.store import ATTACHMENT, load_attachment
+    from corda_core.store import ATTACHMENT, read_attachment
     from corda_vlm.plan_report import write_plan_report
 
-    write_plan_report(load_attachment(adapter / ATTACHMENT).plan, output)
+    write_plan_report(read_attachment(adapter / ATTACHMENT)[0].plan, output)
     typer.echo(f"Plan: {output}")
 
 

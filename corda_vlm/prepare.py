@@ -44,8 +44,9 @@ def prepare(
 ) -> PeftModel:
     """Return the model with a CorDA adapter that has not changed anything yet: its outputs are bit for bit the base's.
 
-    ``W x`` becomes ``W x + B A x − B0 A0 x``; A and B start at the components A0, B0 of W that matter least (mode "kpm") or
-    most (mode "ipm") for the context in ``images_texts``.
+    ``W x`` becomes ``W x + s B A0 x``, s = alpha / r (``protect="strict"``, the default for "kpm"): A0 is frozen at the directions of W
+    that the context in ``images_texts`` uses least, and B trains from zero. With ``protect="start"``, the default for "ipm", it becomes
+    ``W x + s (B A − B0 A0) x``: A and B train from components A0, B0 of W, those that matter most for the context with "ipm".
 
     Args:
         model: A vision-language model of LLaVA's kind, a CLIP-type model, a vision tower or a causal language model of transformers; or an
@@ -100,9 +101,9 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
 
     Args:
         model: As in ``prepare``.
-        contexts: Each as ``images_texts`` in ``prepare``. Where ``max_memory`` asks for parts, and there is something to choose or a
-            budget, they are run twice: the choice has been made for all layers before the first is decomposed.
-        config: All options but ``candidates``.
+        contexts: Each as ``images_texts`` in ``prepare``. With ``max_memory`` and several contexts, or a budget, each is run twice: all
+            choices are made before the first layer is decomposed.
+        config: The options; ``candidates`` is not read, as the contexts are the candidates.
         processor: As in ``prepare``.
 
     Raises:
@@ -127,6 +128,8 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
         collections = (collect_of(place, part) for place in range(len(ready)))
         covariances, chosen = choose(model, collections, damping=config.damping, in_full=budget is not None, progress=progress_bar)
         choices |= chosen
+        if len(parts) > 1:  # else it would stay while the next part is collected
+            covariances = {}
     ranks = None
     if budget is not None:
         ranks = allocate(model, choices, budget, config.mode, min_rank=config.min_rank, max_rank=config.max_rank)
@@ -134,7 +137,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     adapter_plan = plan_adapters(model, covariances if len(parts) == 1 else again, config, ranks, choices)
     if budget is not None:
         logger.info("%d parameters of a budget of %d, in %d layers", adapter_plan.num_parameters, budget, len(adapter_plan.layers))
-    return replace(adapter_plan, provenance={**adapter_plan.provenance, "budget": budget})
+    return replace(adapter_plan, provenance={**adapter_plan.provenance, **({} if budget is None else {"budget": budget})})
 
 
 def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:

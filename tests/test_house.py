@@ -100,6 +100,12 @@ def test_functions_are_short(package: str) -> None:
     assert [place for place, lines, count in measured if lines > MOST_LINES or count > MOST_ARGUMENTS] == []
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest takes files of one name in folders that are no packages for the same module."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_core_is_small() -> None:
     assert len(sources("corda_core")) <= 16
     assert len(corda_core.__all__) <= 30

@@ -26,7 +26,7 @@ from corda_core.layers import from_first_process, num_processes, process_rank
 from corda_core.linears import base_of
 from corda_core.lora import whole_modules
 from corda_core.quantize import check_quantizable
-from corda_core.store import ATTACHMENT, load_attachment, save_attachment
+from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import draw_contexts, image_reader
 from corda_vlm.data.items import Items, load_items
@@ -220,7 +220,7 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], rec
     """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
     fingerprints = from_first_process({name: items.fingerprint() for name, items in samples.items()} if process_rank() == 0 else {})
     if from_first_process((output / ATTACHMENT).exists()):
-        attachment = load_attachment(output / ATTACHMENT)
+        attachment = read_attachment(output / ATTACHMENT)[0]
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
         adapted = attached_as(model, attachment)
     else:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenc
 from corda_core import attach, attachment_of, collect, export, load, plan, save, select_linears
 from corda_core.bases import checksum, other_tensors
 from corda_core.linears import weight_matrix
-from corda_core.store import ATTACHMENT, load_attachment, save_attachment
+from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 
 
 def resized(seed: int) -> LlamaForCausalLM:
@@ -125,7 +125,7 @@ def test_files_without_a_record_still_load(tmp_path: Path) -> None:
     model = adapted(tiny_llama())
     folder = save(model, tmp_path)
     save_attachment(replace(attachment_of(model), rest=None), folder / ATTACHMENT, saved_with=folder)
-    assert load_attachment(folder / ATTACHMENT).rest is None
+    assert read_attachment(folder / ATTACHMENT)[0].rest is None
     other = tiny_llama()
     other.model.norm.weight.data += 1
     assert attachment_of(load(other, folder)).rest is not None

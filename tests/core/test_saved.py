@@ -16,7 +16,7 @@ from test_attach import FAMILIES, IDS, logits, planned, trained
 
 from corda_core import attach, attachment_of, export, load, lora_layers, merge, save
 from corda_core.files import read_tensors
-from corda_core.store import load_attachment, save_attachment
+from corda_core.store import read_attachment, save_attachment
 
 FORMS = [
     ("start", "offset", None),
@@ -84,7 +84,7 @@ def test_strict_is_read_by_peft_alone(tmp_path: Path) -> None:
 
 def test_what_was_attached_is_remembered_and_read_again(tmp_path: Path) -> None:
     adapted = attach(tiny_llama(), planned(tiny_llama()), alpha=9, train_fully=["model.norm"])
-    found, kept = load_attachment(save(adapted, tmp_path) / "corda.safetensors"), attachment_of(adapted)
+    found, kept = read_attachment(save(adapted, tmp_path) / "corda.safetensors")[0], attachment_of(adapted)
     assert (found.alpha, found.protect, found.residual, found.quantize, found.train_fully) == (9, "start", "offset", None, ("model.norm",))
     assert found.plan.provenance == kept.plan.provenance
     for name, init in kept.plan.layers.items():

@@ -194,7 +194,7 @@ def test_several_contexts_and_lists_that_begin_with_text() -> None:
     adapted = corda_vlm.prepare(model, [text] * 3 + [batch], rank=2, parts=parts)
     assert {family_of(model).part_of(name) for name in lora_layers(adapted)} == set(parts)
     with pytest.raises(ValueError, match="Context 1 of several, each of which must reach all layers: .*vision_tower.* never ran"):
-        corda_vlm.prepare(build("llava")[0], [text], rank=2, parts=parts, candidates=[[batch]])
+        corda_vlm.prepare(build("llava")[0], [text], rank=2, parts=parts, further_contexts=[[batch]])
 
 
 def test_a_vision_tower_needs_images() -> None:

@@ -215,11 +215,11 @@ def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) ->
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal most
+        covariances = made(*args, **kwargs)
+        alive.extend(weakref.ref(C) for C in {id(C): C for C in covariances.values()}.values())
         gc.collect()
-        most = max(most, sum(one().packed.num_bytes(one().packed.n, torch.float32) for one in alive if one() is not None))
-        found = made(*args, **kwargs)
-        alive.extend(weakref.ref(one) for one in {id(one): one for one in found.values()}.values())
-        return found
+        most = max(most, sum(C().packed.num_bytes(C().packed.n, torch.float32) for C in alive if C() is not None))
+        return covariances
 
     limit = 30_000
     with pytest.MonkeyPatch.context() as patch:
