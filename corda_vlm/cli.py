@@ -22,7 +22,7 @@ Command = Callable[..., None]
 CONFIG = Annotated[Path, typer.Option(help="A recipe: a YAML file such as those in configs/.")]
 OVERRIDES = Annotated[
     list[str] | None,
-    typer.Argument(help="Options of the recipe to change: training.steps=100 model.path=my-model", metavar="[OPTION=VALUE]..."),
+    typer.Argument(help="Options of the recipe to change, such as training.steps=100.", metavar="[OPTION=VALUE]..."),
 ]
 DOWNLOAD = Annotated[bool, typer.Option("--download", help="Fetch from the hub what is not here: the base, a suite's data.")]
 TRUST = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base; no folder's word counts for it.")]

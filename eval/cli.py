@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from corda_vlm.cli import DOWNLOAD, OVERRIDES, TRUST, app, command
+from corda_vlm.cli import DOWNLOAD, TRUST, app, command
 from corda_vlm.training.recipe import ModelConfig
 from corda_vlm.yaml import read_config
 
@@ -76,7 +76,9 @@ def eval_command(
 @command("compare", "the same command makes the runs that are missing")
 def compare_command(
     config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
-    overrides: OVERRIDES = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Options of the study to change, such as seeds=1.", metavar="[OPTION=VALUE]...")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
     only_report: Annotated[bool, typer.Option("--only-report", help="Run nothing: report on the runs that are finished.")] = False,
 ) -> None:
