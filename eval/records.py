@@ -1,4 +1,4 @@
-"""Records of what was measured, whatever was asked.
+"""Results, run descriptions, JSON files and Markdown tables, shared by all of eval.
 
 - ``TaskResult``: the result of one task, with a score and a record for each example.
 - ``describe_run``: what a result was made with: command, commit, options, versions, machine.
@@ -44,8 +44,8 @@ class TaskResult:
     """Each example's part of the headline, in the order of the data: what paired intervals are drawn from."""
 
     records: Sequence[Mapping[str, Any]]
-    """One each time that something was asked, JSON values: its id, what was predicted, what is right. As many as scores, but of benchmarks
-    that ask an example in several ways (MMBench)."""
+    """One per question asked (JSON: id, prediction, right answer); more than ``scores`` only where an example is asked in several ways
+    (MMBench)."""
 
     examples_per_second: float
 
@@ -109,7 +109,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a value of JSON to a file of its own.
 
     Raises:
-        ValueError: If it holds an infinity or NaN, which JSON has not.
+        ValueError: If it holds an infinity or NaN, which JSON cannot hold.
     """
     write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
@@ -124,11 +124,11 @@ def read_sealed(path: Path, cure: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or no object.
+        ValueError: If it is damaged, or not an object.
     """
     value = read_json(path, cure)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is no object of JSON, as corda-vlm writes; {cure}.")
+        raise ValueError(f"{path} is not a JSON object, as corda-vlm writes; {cure}.")
     digest = value.pop(DIGEST, None)
     if digest is None:
         # Without the name: one warning for all that an old output holds.

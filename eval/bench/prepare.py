@@ -53,7 +53,7 @@ def bench(
 def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
     """Prepare once with one side; return seconds and megabytes."""
     case = CASES[case_name]()
-    prepare = {"ours": _ours, "peft": _peft}[side]
+    prepare = {"ours": _prepare_ours, "peft": _prepare_peft}[side]
     batches = batched(case) if side == "ours" else case.samples
     with torch.no_grad():
         case.model(**batches[0])
@@ -81,9 +81,9 @@ def run_side(side: str, case_name: str, mode: str) -> dict[str, Any]:
 
 def comparison(runs: list[dict[str, Any]]) -> str:
     """Return the medians of both sides and of the pairs' ratios as a Markdown table."""
-    ours, peft = by_side(runs, SIDES, "pair").values()
+    corda, peft = by_side(runs, SIDES, "pair").values()
     rows = [
-        [key, f"{median_of(peft, key):.1f} {unit}", f"{median_of(ours, key):.1f} {unit}", f"{median_ratio(peft, ours, key):.2f}"]
+        [key, f"{median_of(peft, key):.1f} {unit}", f"{median_of(corda, key):.1f} {unit}", f"{median_ratio(peft, corda, key):.2f}"]
         for key, unit in FIGURES.items()
     ]
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "peft", "transformers"))
@@ -91,7 +91,7 @@ def comparison(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*table(["part", "PEFT", "ours", "PEFT / ours"], rows), machine])
 
 
-def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
+def _prepare_ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
     """Prepare with corda_core; return the seconds that collecting took."""
     start = time.perf_counter()
     batches = [{**batch, **case.options} for batch in batches]
@@ -103,7 +103,7 @@ def _ours(case: Case, batches: list[dict[str, torch.Tensor]], mode: str) -> tupl
     return collected, {"fallbacks": len(adapter.provenance["fallbacks"])}
 
 
-def _peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
+def _prepare_peft(case: Case, samples: list[dict[str, torch.Tensor]], mode: str) -> tuple[float, dict[str, Any]]:
     """Prepare with PEFT; return the seconds that collecting took."""
     config = LoraConfig(
         r=case.rank,

@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from peft import PeftModel
 
 from corda_core import AdapterPlan, Covariance, attach, context_drift, export
 from corda_core.files import write_whole
+from corda_core.lora import Protect
 from corda_eval.demo.exports import check_exports, save_reference
 from corda_eval.demo.headline import TITLES, headline
 from corda_eval.lab.base import lab_folder
@@ -32,27 +33,42 @@ from corda_eval.records import describe_run
 from corda_eval.suite.comparison import Row
 from corda_eval.suite.measure import measure
 from corda_eval.suite.page import write_comparison
-from corda_eval.suite.tasks import WINDOW, Suite, SuiteTask
+from corda_eval.suite.tasks import WINDOW, Role, Suite, SuiteTask
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
-from corda_eval.vqa.easy_vqa import load_easy_vqa
+from corda_eval.vqa.easy_vqa import TRAINING_QUESTIONS, load_easy_vqa
 from corda_eval.vqa.files import package_folder
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters
 from corda_vlm.options import Count, Options, Positive, Seed, one_of
 from corda_vlm.training.models import load_base
 from corda_vlm.training.recipe import ModelConfig
 
-LABELS = {"lora": "LoRA", "kpm_start": "CorDA KPM, start", "kpm_strict": "CorDA KPM, strict"}
+
+class Method(NamedTuple):
+    """A way to adapt the model."""
+
+    label: str
+    """What it is reported as."""
+
+    protect: Protect | None = None
+    """CorDA's protection; None is plain LoRA."""
+
+
+METHODS = {
+    "lora": Method("LoRA"),
+    "kpm_start": Method("CorDA KPM, start", Protect.START),
+    "kpm_strict": Method("CorDA KPM, strict", Protect.STRICT),
+}
 BASE_NAME = "lab LLaVA (SmolLM2-135M-Instruct + CLIP tower)"
-BATCH_SIZE = 16
-"""What is measured at once, as in configs/suite_lab.yaml."""
+TEST_BATCH_SIZE = 16
+"""Examples in one forward pass while measuring, as in configs/suite_lab.yaml."""
 
 
 @dataclass(frozen=True)
 class DemoConfig(Options):
     """What the demo does; ``configs/demo.yaml`` holds the values with their reasons."""
 
-    learning_rates: Mapping[Annotated[str, one_of(*LABELS)], Positive]
+    learning_rates: Mapping[Annotated[str, one_of(*METHODS)], Positive]
     """Peak rate by method."""
 
     rank: Count
@@ -93,10 +109,10 @@ class DemoConfig(Options):
         """What is measured."""
         kept = {"easy_vqa": self.test_questions, "facts": self.test_facts, "perplexity": self.test_windows}
         tasks = [
-            SuiteTask("digits", role="target", limit=self.test_digits),
+            SuiteTask("digits", role=Role.TARGET, limit=self.test_digits),
             *(SuiteTask(task, limit=count) for task, count in kept.items()),
         ]
-        return Suite(tasks, BATCH_SIZE)
+        return Suite(tasks, TEST_BATCH_SIZE)
 
 
 def require_demo_packages() -> None:
@@ -121,15 +137,15 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     """Run the demo, write its files into ``output`` and return the summary."""
     start = time.time()
     methods = _train_all(config, output / "adapters")
-    adapters = {LABELS[method]: output / "adapters" / method for method in methods}
+    adapters = {METHODS[method].label: output / "adapters" / method for method in methods}
     shutil.rmtree(output / "measured", ignore_errors=True)  # of an earlier demo, whose adapters these are not
     measured = measure(lab(), adapters, config.suite, output / "measured")
     assert measured is not None, "the demo is a single process"
     exports = check_exports(lab_folder(), list(adapters.values()))
-    said = verdict(measured.rows)
-    record = describe_run(config, command, start) | {"methods": methods, "verdict": said, "export": exports}
+    comparison = verdict(measured.rows)
+    record = describe_run(config, command, start) | {"methods": methods, "verdict": comparison, "export": exports}
     facts = {
-        **{LABELS[method]: _fact(trained, exported) for (method, trained), exported in zip(methods.items(), exports, strict=True)},
+        **{METHODS[method].label: _fact(trained, exported) for (method, trained), exported in zip(methods.items(), exports, strict=True)},
         **{name: str(record[name]) for name in ("command", "commit", "date", "seed")},
         "machine": "{cpu}, {cores} cores, {threads} threads".format(**record["machine"]),
         "took": f"{record['seconds'] / 60:.0f} minutes, {record['peak_memory_gb']:.1f} GB",
@@ -137,7 +153,7 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     picture = headline(measured.rows, BASE_NAME)
     write_whole(output / "headline.png", picture)
     title = "Teaching a LLaVA to read digits: what it gained, what it forgot"
-    return write_comparison(measured, output, title=title, facts=facts, more=record, lead=said["sentences"], picture=picture)
+    return write_comparison(measured, output, title=title, facts=facts, more=record, lead=comparison["sentences"], picture=picture)
 
 
 def _train_all(config: DemoConfig, output: Path) -> dict[str, dict[str, Any]]:
@@ -157,7 +173,7 @@ def _train_all(config: DemoConfig, output: Path) -> dict[str, dict[str, Any]]:
 def context_plan(model: Any, processor: Any, config: DemoConfig) -> tuple[dict[str, Covariance], AdapterPlan]:
     """Return covariances and plan for the kept context: training questions of easy-VQA with their answers, and text."""
     generator = random.Random(config.seed)
-    questions = load_easy_vqa("train", indices=sorted(generator.sample(range(38_575), config.context_questions)))
+    questions = load_easy_vqa("train", indices=sorted(generator.sample(range(TRAINING_QUESTIONS), config.context_questions)))
     tokenizer = processor.tokenizer
     windows = text_windows(held_out_text()[0], tokenizer, WINDOW, config.context_texts)
     samples: list[Any] = [question.as_item() for question in questions] + [(None, tokenizer.decode(window)) for window in windows]
@@ -171,10 +187,8 @@ def adapt(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Fine-tune a fresh model on the training digits with one method; return it and what the training took."""
     torch.manual_seed(config.seed)
-    if method == "lora":
-        adapted = attach_lora(model, list(plan.layers), config.rank)
-    else:
-        adapted = attach(model, plan, protect="strict" if method == "kpm_strict" else "start")
+    protect = METHODS[method].protect
+    adapted = attach_lora(model, list(plan.layers), config.rank) if protect is None else attach(model, plan, protect=protect)
     items = [example.as_item() for example in load_digit_questions("train")]
     start = time.time()
     losses = fine_tune(
@@ -209,11 +223,11 @@ def verdict(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
 
     A loss smaller than one example of the task counts as one example, so the ratio is then a lower bound.
     """
-    lora = rows[LABELS["lora"]]
+    lora = rows[METHODS["lora"].label]
     worst = max((row for row in lora if row.role == "kept" and row.higher_is_better), key=lambda row: row.drop)
     resolution = 1 / worst.num_examples
     lost = {method: next(row.drop for row in task_rows if row.task == worst.task) for method, task_rows in rows.items()}
-    ratios = {method: worst.drop / max(drop, resolution) for method, drop in lost.items() if method != LABELS["lora"]}
+    ratios = {method: worst.drop / max(drop, resolution) for method, drop in lost.items() if method != METHODS["lora"].label}
     name = TITLES[worst.task]
     sentences = [_against_lora(method, lost[method], ratio, name, resolution) for method, ratio in ratios.items()]
     digits = {method: next(row for row in task_rows if row.role == "target") for method, task_rows in rows.items()}

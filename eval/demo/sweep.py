@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from corda_eval.demo.demo import BATCH_SIZE, DemoConfig, adapt, context_plan, lab, mean_drift
-from corda_eval.suite.tasks import SuiteTask, run_task
+from corda_eval.demo.demo import METHODS, TEST_BATCH_SIZE, DemoConfig, adapt, context_plan, lab, mean_drift
+from corda_eval.suite.tasks import Role, SuiteTask, run_task
 from corda_vlm.training.models import load_base
 from corda_vlm.yaml import read_config
 
 TASKS = (
-    SuiteTask("digits", role="target", split="validation"),
+    SuiteTask("digits", role=Role.TARGET, split="validation"),
     SuiteTask("easy_vqa", split="validation", limit=300),
     SuiteTask("perplexity", limit=8),
 )
@@ -31,7 +31,7 @@ def sweep(
     config: Annotated[Path, typer.Option(help="The demo's YAML file.")],
     rates: Annotated[str, typer.Option(help="Learning rates, with commas between.")],
     output: Annotated[Path, typer.Option(help="JSON lines, a line for each run.")] = Path("runs/sweep.jsonl"),
-    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = "lora,kpm_start,kpm_strict",
+    methods: Annotated[str, typer.Option(help="Methods, with commas between.")] = ",".join(METHODS),
 ) -> None:
     """Run the sweep and print its table."""
     options = read_config(config, DemoConfig)
@@ -49,7 +49,7 @@ def sweep(
             run = {"method": method, "learning_rate": rate, "config": _key(options), "final_loss": trained["losses"][-1][1]}
             run |= {"seconds": trained["train_seconds"], "drift": mean_drift(adapted, covariances)}
             for task in TASKS:
-                result = run_task(task, adapted, processor, batch_size=BATCH_SIZE)
+                result = run_task(task, adapted, processor, batch_size=TEST_BATCH_SIZE)
                 score = result.metrics[result.headline]
                 run[task.title] = score if result.headline == "perplexity" else 100 * score
             done.append(run)

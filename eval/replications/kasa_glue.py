@@ -107,7 +107,7 @@ def compare(model: Path, data: Path, recipe: GlueRecipe) -> list[Result]:
 
     Raises:
         FileNotFoundError: If the model's folder or a file of the data is missing.
-        ValueError: If a file has not the columns or no rows, or the dev set has labels that the training set has not.
+        ValueError: If a file lacks the columns or has no rows, or the dev set has labels that the training set lacks.
     """
     rows = {split: read_rows(data, split) for split in ("train", "dev")}
     labels = sorted({row["label"] for row in rows["train"]})

@@ -81,8 +81,8 @@ def _measured(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, out
     digests = {name: _digest(folder) for name, folder in adapters.items()}
     for name in (BASE, *adapters):
         # Whether the base was fetched then or is here by now makes no difference.
-        who = {"base": dataclasses.asdict(dataclasses.replace(base, download=False)), "adapter": digests.get(name)}
-        results[name], change = _results(output / name, who, base, adapters.get(name), suite)
+        model_id = {"base": dataclasses.asdict(dataclasses.replace(base, download=False)), "adapter": digests.get(name)}
+        results[name], change = _results(output / name, model_id, base, adapters.get(name), suite)
         if change is not None:
             changes[name] = change
     if process_rank() != 0:
@@ -102,11 +102,11 @@ def _measured(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, out
 
 
 def _results(
-    output: Path, who: Mapping[str, Any], base: ModelConfig, folder: Path | None, suite: Suite
+    output: Path, model_id: Mapping[str, Any], base: ModelConfig, folder: Path | None, suite: Suite
 ) -> tuple[list[TaskResult], float | None]:
     """Return a model's results, and by what fraction its weights changed; it is loaded only if a task is not done yet."""
     paths = {task: output / f"{task.title}.json" for task in suite.tasks}
-    common = {"batch_size": suite.batch_size, **who, **library_versions()}
+    common = {"batch_size": suite.batch_size, **model_id, **library_versions()}
     asked = {task: json.loads(json.dumps({"task": dataclasses.asdict(task), **common})) for task in suite.tasks}
     open_tasks = [task for task in suite.tasks if not _is_done(paths[task], asked[task])]
     own_tasks = open_tasks[process_rank() :: num_processes()]
@@ -116,12 +116,12 @@ def _results(
             model.to(processes().device)
         if folder is not None:
             model = _adapted(model, folder)
+        change = weight_change(model) if lora_layers(model) else {}
+        mean = sum(change.values()) / len(change) if change else None
         for task in own_tasks:
             predictions = paths[task].with_suffix(".jsonl")
             with network_only_if(base.download):  # lm_eval's data would be fetched without asking
                 result = run_task(task, model, processor, batch_size=suite.batch_size, predictions=predictions, download=base.download)
-            change = weight_change(model) if lora_layers(model) else {}
-            mean = sum(change.values()) / len(change) if change else None
             stored = {"asked": asked[task], "change": mean, "result": dataclasses.asdict(result) | {"task": task.title}}
             write_sealed(paths[task], stored)
             score, rate = f"{result.headline} {result.metrics[result.headline]:.4g}", f"{result.examples_per_second:.3g} a second"

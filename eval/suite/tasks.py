@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ ASKING = ("max_new_tokens", "system", "pad_images")
 WINDOW = 256
 
 
+class Role(StrEnum):
+    """What a task is measured for."""
+
+    TARGET = "target"
+    """It was trained."""
+    KEPT = "kept"
+    """It should not suffer."""
+
+
 @dataclass(frozen=True)
 class SuiteTask(Options):
     """One task of a suite."""
@@ -68,8 +78,7 @@ class SuiteTask(Options):
     """"digits", "facts", "perplexity"; a benchmark of ``corda_eval.vqa.benchmark``; one of ``IMAGE_SETS``; "retrieval"; a task of lm_eval,
     or a YAML file that defines one: a program, whose templates and ``!function`` run."""
 
-    role: str = "kept"
-    """"target": it was trained; "kept": it should not suffer."""
+    role: Role = Role.KEPT
 
     data: Place | None = None
     """Folder or file of its data, where it has any of its own; of a benchmark also an id of the datasets hub."""
@@ -111,8 +120,6 @@ class SuiteTask(Options):
             ValueError: If an option has an impossible value.
         """
         super().__post_init__()
-        if self.role not in ("target", "kept"):
-            raise ValueError(f"{self.task}: role is {self.role!r}; expected target or kept.")
         try:
             plain_file_name(self.title)
         except ValueError as error:

@@ -10,6 +10,8 @@ from corda_eval.vqa.example import VqaExample, VqaTask, match_score
 from corda_eval.vqa.files import first, package_folder, read_json
 from corda_vlm.data.images import open_image
 
+TRAINING_QUESTIONS = 38_575
+"""In the training split."""
 VALIDATION = range(9000, 9673)
 """Questions of the test split that rates are chosen on: what a demo or a suite measures with a limit begins at the first."""
 

@@ -60,7 +60,7 @@ def people_example(row: Mapping[str, Any], where: object, prompt: str = SHORT_AN
     """Return the example of a row with ``COLUMNS``, of the kind that ``answer_type`` or ``category`` says.
 
     Raises:
-        ValueError: If it has not the answers of at least two people.
+        ValueError: If it lacks the answers of at least two people.
     """
     answers = people(row["answers"], f"{where}, question {row['question_id']}")
     return VqaExample(

@@ -110,7 +110,7 @@ def test_sealed_json_comes_back_or_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="held.json is damaged: .*; remove it"):
         read_sealed(path, "remove it")
     path.write_text("[]")
-    with pytest.raises(ValueError, match="held.json is no object"):
+    with pytest.raises(ValueError, match="held.json is not a JSON object"):
         read_sealed(path, "remove it")
     path.write_text('{"score": 1}')
     with pytest.warns(UserWarning, match="What corda-vlm 0.1.0 wrote"):

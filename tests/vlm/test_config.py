@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from corda_eval.demo.demo import LABELS, DemoConfig
+from corda_eval.demo.demo import METHODS, DemoConfig
 from corda_vlm import CordaConfig
 from corda_vlm.yaml import read_config
 
@@ -15,7 +15,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("demo*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
     config = read_config(path, DemoConfig)
-    assert set(config.learning_rates) == set(LABELS)
+    assert set(config.learning_rates) == set(METHODS)
 
 
 @pytest.mark.parametrize(

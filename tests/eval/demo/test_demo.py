@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from corda_eval.demo.demo import LABELS, verdict
+from corda_eval.demo.demo import METHODS, verdict
 from corda_eval.demo.headline import TITLES
 from corda_eval.suite.comparison import Row
 from corda_eval.vqa.files import package_folder
@@ -45,14 +45,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_leaves_report_summary_and_predictions(report: Path) -> None:
     summary = json.loads((report / "summary.json").read_text())
-    assert set(summary["methods"]) == set(LABELS)
-    assert set(summary["models"]) == {"base", *LABELS.values()}
+    assert set(summary["methods"]) == set(METHODS)
+    assert set(summary["models"]) == {"base", *(method.label for method in METHODS.values())}
     assert all(set(entry["results"]) == set(TITLES) for entry in summary["models"].values())
     for model in summary["models"]:
         stored = [json.loads((report / "measured" / model / f"{task}.json").read_text()) for task in ("digits", "easy_vqa", "facts")]
         assert [len(task["result"]["records"]) for task in stored] == [16, 16, 8]
     page = (report / "report.html").read_text()
-    assert all(label in page for label in LABELS.values())
+    assert all(method.label in page for method in METHODS.values())
     assert not re.search(r"(src|href)=[\"']https?:", page)
     assert (report / "headline.png").stat().st_size > 5000
 
@@ -70,7 +70,7 @@ def test_exports_give_the_tuned_logits_in_a_new_process(report: Path) -> None:
 def test_methods_saw_the_same_data(report: Path) -> None:
     """All methods start as the base and read the same first batch, so their first losses are equal."""
     methods = json.loads((report / "summary.json").read_text())["methods"]
-    first = {method: methods[method]["losses"][0][1] for method in LABELS}
+    first = {method: methods[method]["losses"][0][1] for method in METHODS}
     assert max(first.values()) - min(first.values()) < 1e-3 * max(first.values())
     assert methods["kpm_strict"]["trainable_parameters"] < methods["lora"]["trainable_parameters"]
     assert methods["kpm_start"]["trainable_parameters"] == methods["lora"]["trainable_parameters"]
@@ -105,15 +105,17 @@ def test_verdict_says_what_came_out_whatever_it_is() -> None:
     base = {"digits": 10.0, "easy_vqa": 95.0, "facts": 70.0, "perplexity": 15.0}
     lora = {"digits": 90.0, "easy_vqa": 65.0, "facts": 68.0, "perplexity": 18.0}
     better, worse = base | {"digits": 90.0, "easy_vqa": 92.0}, base | {"digits": 90.0, "easy_vqa": 50.0}
-    said = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, better), strict=True)})
-    assert (said["kept_task"], said["lora_drop"]) == ("easy_vqa", pytest.approx(30.0))
-    assert said["ratios"]["CorDA KPM, strict"] == pytest.approx(10)
-    assert said["ratios"]["CorDA KPM, start"] < 1
-    assert said["sentences"] == [
+    comparison = verdict(
+        {METHODS[method].label: _rows(base, scores) for method, scores in zip(METHODS, (lora, worse, better), strict=True)}
+    )
+    assert (comparison["kept_task"], comparison["lora_drop"]) == ("easy_vqa", pytest.approx(30.0))
+    assert comparison["ratios"]["CorDA KPM, strict"] == pytest.approx(10)
+    assert comparison["ratios"]["CorDA KPM, start"] < 1
+    assert comparison["sentences"] == [
         "CorDA KPM, start lost 45.0 points on easy-VQA, no less than LoRA.",
         "CorDA KPM, strict lost 3.0 points on easy-VQA: 10.0 times less than LoRA.",
         "LoRA lost 30.0 points on easy-VQA. Unseen digits read: Base 10.0 %, LoRA 90.0 %, CorDA KPM, start 90.0 %, "
         "CorDA KPM, strict 90.0 %.",
     ]
-    nothing = verdict({LABELS[method]: _rows(base, scores) for method, scores in zip(LABELS, (lora, worse, base), strict=True)})
+    nothing = verdict({METHODS[method].label: _rows(base, scores) for method, scores in zip(METHODS, (lora, worse, base), strict=True)})
     assert nothing["sentences"][1] == "CorDA KPM, strict lost 0.0 points on easy-VQA: at least 30.0 times less than LoRA."

@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from corda_eval.demo.demo import LABELS
+from corda_eval.demo.demo import METHODS
 from corda_eval.demo.headline import headline
 from corda_eval.suite.comparison import Row
 from corda_vlm.pages import COLORS
@@ -26,7 +26,7 @@ def test_headline_is_a_picture() -> None:
     pytest.importorskip("matplotlib")
     values = ((0.93, 0.72, 0.41, 18.93), (0.92, 0.87, 0.55, 15.61), (0.91, 0.93, 0.59, 14.31))
     intervals = ((0.79, 0.86), (-0.25, -0.2), (-0.27, 0.01), (4.41, 5.06))
-    drawn = headline({label: rows_of(after, intervals) for label, after in zip(LABELS.values(), values, strict=True)}, "lab")
+    drawn = headline({method.label: rows_of(after, intervals) for method, after in zip(METHODS.values(), values, strict=True)}, "lab")
     with Image.open(io.BytesIO(drawn)) as image:
         assert image.format == "PNG"
         assert image.size == (1200, 500)

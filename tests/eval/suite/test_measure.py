@@ -152,7 +152,7 @@ def test_what_belongs_to_another_run_is_refused(place: Path, monkeypatch: pytest
     [
         ("out/base/digits.json", lambda text: text.replace('"accuracy": ', '"accuracy": 1'), "digits.json is damaged"),
         ("out/base/digits.json", lambda text: text[:50], "digits.json is not whole JSON"),
-        ("out/tuned/digits.json", lambda text: "[]", "digits.json is no object"),
+        ("out/tuned/digits.json", lambda text: "[]", "digits.json is not a JSON object"),
         ("lora/adapter_config.json", lambda text: text[:50], "adapter_config.json is not whole JSON"),
         ("lora/adapter_config.json", lambda text: text.replace('"r": ', '"r": 9'), "adapter_config.json is not that which"),
         ("lora/adapter_config.json", lambda text: text.replace('"LORA"', '"ADALORA"'), "adapter_config.json is not that which"),
@@ -203,7 +203,7 @@ def test_errors_are_sentences(place: Path) -> None:
         ("tasks: []", "has no list of tasks"),
         ("tasks: [{task: digits}, {task: digits}]", "names 'digits' twice"),
         ("tasks: [{task: digits, rol: kept}]", "unknown option 'rol'; did you mean 'role'?"),
-        ("tasks: [{task: digits, role: main}]", "expected target or kept"),
+        ("tasks: [{task: digits, role: main}]", "role is 'main'; expected 'target' or 'kept'"),
         ("tasks: [{task: vqav2}]", "vqav2 has no data; name its folder or file"),
         ("tasks: [{task: vqav2, data: nowhere}]", "nowhere"),
     ):
