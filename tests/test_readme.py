@@ -82,9 +82,10 @@ def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkey
     names: dict[str, Any] = {"kept_texts": ["what color is this shape ?" * 10, "a red circle in blue" * 10]}
     exec(compile(alone.replace("rank=32", "rank=4"), "corda_core/README.md", "exec"), names)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    names |= {"model": tiny_llama(), "several_contexts": [names["batches"], names["batches"][:1]], "budget": 5000}
-    exec(compile("from corda_core import choose, allocate\n" + several.replace("rank=32", "rank=4"), "corda_core/README.md", "exec"), names)
-    assert 4000 < names["adapter"].num_parameters <= 5000
+    names |= {"model": tiny_llama(), "several_contexts": [names["batches"], names["batches"][:1]]}
+    few = several.replace("rank=32", "rank=4").replace("names], 32)", "names], 4)")
+    exec(compile(few, "corda_core/README.md", "exec"), names)
+    assert 0.9 * names["budget"] < names["adapter"].num_parameters <= names["budget"]
 
 
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
