@@ -1,4 +1,4 @@
-"""The decomposition against float64 references: the papers' form with its inverse, and properties."""
+"""The decomposition against float64 references: the papers' form with its inverse, and properties; whitening against the dense root."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corda_core import Covariance, Mode, decompose, factors
-from corda_core.decompose import Solver, spectrum
+from corda_core.decompose import TOLERANCE, Solver, spectrum, whitening
 
 SHAPES = [(12, 20), (16, 16), (20, 12)]
 
@@ -129,3 +129,54 @@ def test_refuses_what_cannot_be_decomposed() -> None:
     deficient[0] = deficient[1]
     with pytest.raises(ValueError, match="balanced"):
         factors(decompose(deficient, covariance, 1, "kpm"), "paper")
+
+
+def decaying_covariance(n: int, decay: float, tokens: int) -> Covariance:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens, n, generator=generator, dtype=torch.float64) * torch.logspace(0, -decay, n, dtype=torch.float64)
+    return Covariance.of((rows.T @ rows / tokens).float(), tokens)
+
+
+@pytest.mark.parametrize(("n", "decay", "tokens"), [(12, 2.0, 100), (12, 0.0, 100), (300, 3.0, 2000), (300, 1.0, 40), (600, 2.0, 3000)])
+def test_whitening_is_the_dense_inverse_square_root_within_its_bound(n: int, decay: float, tokens: int) -> None:
+    covariance = decaying_covariance(n, decay, tokens)
+    whitener = whitening(covariance)
+    damped = dense(covariance)
+    values, vectors = torch.linalg.eigh(damped)
+    root = vectors * values.sqrt() @ vectors.T
+    P = whitener.apply(torch.eye(n)).double()
+    error = float(torch.linalg.matrix_norm(P @ root / whitener.unit - torch.eye(n), 2))
+    assert whitener.error <= TOLERANCE + 1e-6
+    assert error <= whitener.error + 5e-3
+    assert whitener.vectors.shape == (n, len(whitener.lengths))
+    assert float(whitener.lengths.max()) <= 1 + 1e-6
+
+
+def test_undo_is_the_inverse_of_whitening() -> None:
+    whitener = whitening(decaying_covariance(40, 2.0, 400))
+    A = torch.randn(5, 40)
+    torch.testing.assert_close(whitener.undo(whitener.apply(A)), A, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whitener.apply(A), A, atol=1e-2)
+
+
+def test_no_direction_stands_out_of_white_inputs() -> None:
+    whitener = whitening(Covariance.of(torch.eye(16), 64), damping=10.0)
+    assert len(whitener.lengths) == 0
+    A = torch.randn(3, 16)
+    assert torch.equal(whitener.apply(A), A)
+
+
+def test_the_change_of_the_context_is_the_size_of_the_factors() -> None:
+    covariance = decaying_covariance(64, 2.0, 500)
+    whitener = whitening(covariance)
+    A, B = torch.randn(4, 64).double(), torch.randn(10, 4).double()
+    change = B @ whitener.apply(A.float()).double()
+    root = torch.linalg.cholesky(dense(covariance))
+    assert float((change @ root).norm()) == pytest.approx(whitener.unit * float((B @ A).norm()), rel=TOLERANCE)
+
+
+def test_whitening_refuses_bad_input() -> None:
+    with pytest.raises(ValueError, match="damping is 0"):
+        whitening(decaying_covariance(8, 1.0, 40), damping=0)
+    with pytest.raises(ValueError, match="trace 0"):
+        whitening(Covariance.of(torch.zeros(8, 8), 40))

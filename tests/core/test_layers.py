@@ -1,6 +1,7 @@
-"""Work on every layer."""
+"""Work on every layer, and in threads: order, cores, errors."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import tiny_llama
 from torch import Tensor
 
 from corda_core import select_linears
-from corda_core.layers import no_progress, num_workers, over_layers
+from corda_core.layers import in_threads, no_progress, num_workers, over_layers
 
 
 def test_every_layer_once_in_order_with_progress() -> None:
@@ -46,3 +47,41 @@ def test_layers_are_taken_at_a_time_only_where_they_are_small_and_on_the_cpu() -
         assert num_workers([(64, 64)], torch.device("meta")) == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_come_in_order_and_items_are_drawn_as_needed(workers: int) -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            drawn.append(item)
+            yield item
+
+    results = in_threads(lambda item: item * item, items(), workers)
+    assert next(results) == 0
+    assert len(drawn) <= 2 * workers
+    assert list(results) == [item * item for item in range(1, 20)]
+
+
+def test_workers_share_the_cores() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        thread_counts = set(
+            in_threads(lambda _: (torch.get_num_threads(), threading.current_thread() is threading.main_thread()), range(8), 2)
+        )
+        assert thread_counts == {(2, False)}
+        assert torch.get_num_threads() == 4
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [4]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_first_error_reaches_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda item: 1 // item, [3, 2, 0, 1], 2))
