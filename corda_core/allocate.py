@@ -36,23 +36,16 @@ class Candidate:
         return self.log_pi * float(self.spectrum.sum() / self.spectrum[0])
 
 
-def compactness(covariance: Covariance, m: int, *, damping: float = 0.01, anisotropy_of_C: float | None = None) -> float:
-    """Return ``π(C) = √(m · σ_max(C)) / σ_min(C)`` of a layer with m outputs; lower is more compact.
+def compactness(anisotropy_of_C: float, m: int) -> float:
+    """Return ``π(C) = √(m · σ_max(C)) / σ_min(C)`` of a layer with m outputs, from ``anisotropy``; lower is more compact.
 
     It bounds what dropping the r-th smallest component of ``W C`` changes in the outputs: ``‖ΔY‖₁ ≤ π(C) · σ₋ᵣ`` (CorDA++).
     C is scaled to a mean diagonal of 1 and then damped, as ``π(a C) = π(C) / √a``: only so are layers and candidates comparable.
 
-    Args:
-        covariance: C.
-        m: The number of the layer's outputs.
-        damping: λ of ``Covariance.damped``.
-        anisotropy_of_C: ``anisotropy`` of this C, where it is known from another layer with the same inputs.
-
     Raises:
-        ValueError: If C is zero or not finite, or damping is not positive, where C may be singular; or if ``log π <= 0``, where the
-            scores of CorDA++ have no meaning.
+        ValueError: If ``log π <= 0``, where the scores of CorDA++ have no meaning.
     """
-    pi = math.sqrt(m) * (anisotropy_of_C or anisotropy(covariance, damping))
+    pi = math.sqrt(m) * anisotropy_of_C
     if pi <= 1:
         raise ValueError(
             f"its compactness π is {pi:.3g}, and CorDA++ needs log π > 0: with {m} output(s) and inputs this uniform there is nothing to "
@@ -76,24 +69,24 @@ def anisotropy(covariance: Covariance, damping: float) -> float:
     return math.sqrt(largest / C.mean) / (smallest / C.mean)
 
 
-def assess(weight: Tensor, covariance: Covariance, *, damping: float = 0.01, anisotropy_of_C: float | None = None) -> Candidate:
+def assess(weight: Tensor, covariance: Covariance, anisotropy_of_C: float, *, damping: float = 0.01) -> Candidate:
     """Return how well a covariance suits a layer, from eigenvalues without vectors.
 
     Args:
         weight: W (m, n), any floating type.
         covariance: C (n, n).
+        anisotropy_of_C: ``anisotropy`` of this C, the same for all layers with these inputs.
         damping: λ of ``Covariance.damped``.
-        anisotropy_of_C: As in ``compactness``.
 
     Raises:
         ValueError: As ``compactness``; if the shapes do not fit, or the weight is zero.
     """
     C = damped_for(weight, covariance, damping)
-    log_pi = math.log(compactness(covariance, weight.shape[0], damping=damping, anisotropy_of_C=anisotropy_of_C))
-    spectrum = solvers.rough_spectrum(weight, C)
-    if spectrum[0] == 0:
+    log_pi = math.log(compactness(anisotropy_of_C, weight.shape[0]))
+    sigma = solvers.rough_spectrum(weight, C)
+    if sigma[0] == 0:
         raise ValueError("its weight is all zero, so no covariance suits it better than another; leave the layer out.")
-    return Candidate(log_pi, spectrum.cpu())
+    return Candidate(log_pi, sigma.cpu())
 
 
 def allocate_ranks(
@@ -293,7 +286,7 @@ def _assessed(
         raise ValueError(f"Candidate {number}: {error}") from error
 
     def assess_layer(name: str, weight: Tensor) -> Candidate:
-        return assess(weight, covariances[name], damping=damping, anisotropy_of_C=anisotropies[id(covariances[name])])
+        return assess(weight, covariances[name], anisotropies[id(covariances[name])], damping=damping)
 
     return over_layers(model, covariances, assess_layer, progress, f"candidate {number + 1}")
 

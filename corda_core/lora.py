@@ -151,25 +151,21 @@ def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: floa
 def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:
     """Give one PEFT layer its starting point."""
     weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if protect is Protect.STRICT:
-        weight_a.data.copy_(init.A0)
-        weight_b.data.zero_()
+    A, B, frozen = init.A0, torch.zeros_like(init.B0), dict[str, Tensor]()
+    if protect is Protect.START:
+        root = layer.scaling[adapter_name] ** 0.5
+        A, B = (init.A0, init.B0) if root == 1 else (init.A0 / root, init.B0 / root)
+        frozen = {"lora_A0": A.to(weight_a), "lora_B0": B.to(weight_b)}  # the plan's own memory where it can be
+    elif protect is Protect.WHITENED:
+        assert init.whitening is not None, "checked by attach"
+        A = init.whitening.undo(init.A0)
+        frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
+    else:
         # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
         layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
         weight_a.requires_grad_(False)
-        layer.lora_variant[adapter_name] = ContextLora()
-        return
-    if protect is Protect.WHITENED:
-        assert init.whitening is not None, "checked by attach"
-        weight_a.data.copy_(init.whitening.undo(init.A0))
-        weight_b.data.zero_()
-        frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
-    else:
-        root = layer.scaling[adapter_name] ** 0.5
-        A0, B0 = (init.A0, init.B0) if root == 1 else (init.A0 / root, init.B0 / root)
-        frozen = {"lora_A0": A0.to(weight_a), "lora_B0": B0.to(weight_b)}  # the plan's own memory where it can be
-        weight_a.data.copy_(frozen["lora_A0"])
-        weight_b.data.copy_(frozen["lora_B0"])
+    weight_a.data.copy_(A)
+    weight_b.data.copy_(B)
     for key, value in frozen.items():
         if not hasattr(layer, key):
             setattr(layer, key, BufferDict({}, persistent=True))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corda_core import Covariance
-from corda_core.allocate import Candidate, allocate_ranks, assess, compactness
+from corda_core.allocate import Candidate, allocate_ranks, anisotropy, assess, compactness
 from corda_core.decompose import spectrum
 
 
@@ -31,12 +31,12 @@ def test_compactness_is_the_formula(n: int) -> None:
     one = covariance(n)
     values = torch.linalg.eigvalsh(dense_damped(one))
     expected = math.sqrt(7 * float(values[-1])) / float(values[0])
-    assert compactness(one, 7) == pytest.approx(expected, rel=2e-3)
+    assert compactness(anisotropy(one, 0.01), 7) == pytest.approx(expected, rel=2e-3)
 
 
 def test_compactness_does_not_depend_on_the_scale_of_the_inputs() -> None:
     one = covariance(12)
-    assert compactness(Covariance.of(1e4 * one.matrix, one.num_tokens), 5) == pytest.approx(compactness(one, 5), rel=1e-5)
+    assert anisotropy(Covariance.of(1e4 * one.matrix, one.num_tokens), 0.01) == pytest.approx(anisotropy(one, 0.01), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,7 +50,7 @@ def test_compactness_bounds_what_dropping_a_component_changes(seed: int) -> None
     for r in range(1, 7):
         kept = U[:, : 6 - r] * sigma[: 6 - r] @ Vh[: 6 - r] @ torch.linalg.inv(C)
         one_more = U[:, : 7 - r] * sigma[: 7 - r] @ Vh[: 7 - r] @ torch.linalg.inv(C)
-        assert ((one_more - kept) @ X).abs().sum() <= compactness(one, 6) * sigma[6 - r] * 1.001
+        assert ((one_more - kept) @ X).abs().sum() <= compactness(anisotropy(one, 0.01), 6) * sigma[6 - r] * 1.001
 
 
 def test_assessment_is_the_formula() -> None:
@@ -63,7 +63,7 @@ def test_assessment_is_the_formula() -> None:
         values = torch.linalg.eigvalsh(C)
         sigma = torch.linalg.svdvals(W.double() @ C)
         scores.append(math.log(math.sqrt(9 * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
-    assessed = [assess(W, one) for one in candidates]
+    assessed = [assess(W, one, anisotropy(one, 0.01)) for one in candidates]
     assert [one.score for one in assessed] == pytest.approx(scores, rel=1e-3)
     expected = spectrum(W, candidates[1])
     torch.testing.assert_close(assessed[1].spectrum, expected, rtol=0, atol=3e-6 * float(expected[0]))
@@ -72,13 +72,13 @@ def test_assessment_is_the_formula() -> None:
 def test_bad_candidates_are_named() -> None:
     one = covariance(8)
     with pytest.raises(ValueError, match="log π > 0"):
-        compactness(Covariance.of(torch.eye(8), 64), 1)
+        compactness(anisotropy(Covariance.of(torch.eye(8), 64), 0.01), 1)
     with pytest.raises(ValueError, match="damping is 0"):
-        compactness(one, 4, damping=0)
+        anisotropy(one, 0)
     with pytest.raises(ValueError, match="all zero"):
-        assess(torch.zeros(4, 8), one)
+        assess(torch.zeros(4, 8), one, 2.0)
     with pytest.raises(ValueError, match="different layers"):
-        assess(torch.randn(4, 9), one)
+        assess(torch.randn(4, 9), one, 2.0)
 
 
 def literal(
@@ -172,7 +172,6 @@ def test_bad_arguments_are_named() -> None:
         (lambda: allocate_ranks({}, {}, 10, "kpm"), "no layers"),
         (lambda: allocate_ranks(candidates_of(spectra, log_pi), {"b": 10}, 10, "kpm"), "different layers: a is"),
         (lambda: allocate_ranks(candidates_of(spectra, log_pi), {}, 10, "kpm"), "candidates and costs"),
-        (lambda: allocate_ranks(candidates_of(spectra, {"a": -0.5}), costs, 10, "kpm"), "a: log π is -0.5"),
         (lambda: allocate_ranks(candidates_of(spectra, log_pi), costs, 10, "kpm", min_rank=0), "min_rank is 0"),
         (lambda: allocate_ranks(candidates_of(spectra, log_pi), costs, 10, "kpm", min_rank=3, max_rank=2), "max_rank 2"),
     ):
