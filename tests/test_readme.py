@@ -176,10 +176,10 @@ def test_the_files_of_the_core_stand_in_the_order_in_which_they_are_read() -> No
 
 
 def test_the_table_of_options_is_made_from_their_fields() -> None:
-    found = OPTIONS.search((ROOT / "corda_vlm/README.md").read_text())
-    wanted = options_table()
-    assert found is not None
-    assert found[0] == wanted, f"python tests/test_readme.py writes it:\n{wanted}"
+    written = OPTIONS.search((ROOT / "corda_vlm/README.md").read_text())
+    expected = options_table()
+    assert written is not None
+    assert written[0] == expected, f"python tests/test_readme.py writes it:\n{expected}"
 
 
 def is_program(name: str) -> bool:

@@ -137,15 +137,15 @@ def test_files_without_a_record_still_load(tmp_path: Path) -> None:
 def test_a_tensor_is_named_as_in_the_base_whatever_stands_around_it() -> None:
     model = tiny_llama()
     names = select_linears(model)
-    found = other_tensors(model, dict.fromkeys(names))
-    assert found.keys() == model.state_dict().keys() - {f"{name}.weight" for name in names}
-    assert other_tensors(adapted(model, train_fully=["model.norm"]).get_base_model(), dict.fromkeys(names)) == found
+    others = other_tensors(model, dict.fromkeys(names))
+    assert others.keys() == model.state_dict().keys() - {f"{name}.weight" for name in names}
+    assert other_tensors(adapted(model, train_fully=["model.norm"]).get_base_model(), dict.fromkeys(names)) == others
 
 
 def test_checksum_is_fletchers() -> None:
     values = torch.randn(70_000, dtype=torch.bfloat16)
     bits = values.float().view(torch.int32).tolist()
-    expected = "".join(f"{sum(one) % 2**64:016x}" for one in (bits, [place * bit for place, bit in enumerate(bits, 1)]))
+    expected = "".join(f"{sum(part) % 2**64:016x}" for part in (bits, [place * bit for place, bit in enumerate(bits, 1)]))
     assert checksum(values) == checksum(values.float()) == checksum(values.reshape(700, 100)) == expected
     moved = values.clone()
     moved[[0, 1]] = values[[1, 0]]
@@ -155,19 +155,19 @@ def test_checksum_is_fletchers() -> None:
 
 def test_a_base_that_carries_layers_of_an_adapter_is_refused(tmp_path: Path) -> None:
     base = tiny_llama()
-    made = planned(base)
-    folder = save(attach(base, made), tmp_path)
-    for again in (lambda: attach(base, made), lambda: load(base, folder)):
+    adapter_plan = planned(base)
+    folder = save(attach(base, adapter_plan), tmp_path)
+    for again in (lambda: attach(base, adapter_plan), lambda: load(base, folder)):
         with pytest.raises(ValueError, match=r"carries an adapter already \(at model\.layers\.0\.self_attn\.q_proj\)"):
             again()
 
 
 def test_weights_that_are_not_there_are_refused() -> None:
     base = tiny_llama()
-    made = planned(base)
+    adapter_plan = planned(base)
     base.model.norm.to("meta")
     with pytest.raises(ValueError, match=r"model\.norm\.weight holds no values here \(device meta\)"):
-        attach(base, made)
+        attach(base, adapter_plan)
     base.model.layers[0].to("meta")
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds no values here \(device meta\)"):
         weight_matrix(base, "model.layers.0.mlp.up_proj")
@@ -177,10 +177,10 @@ def test_weights_that_are_not_there_are_refused() -> None:
 def test_compiled_and_parallel_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     expected = logits(tiny_llama())
     wrapped = wrap(tiny_llama())
-    made = planned(wrapped)
-    model = attach(wrapped, made)
+    adapter_plan = planned(wrapped)
+    model = attach(wrapped, adapter_plan)
     assert torch.equal(logits(model), expected)
-    assert made.layers.keys() == planned(tiny_llama()).layers.keys()
+    assert adapter_plan.layers.keys() == planned(tiny_llama()).layers.keys()
     save(wrap(model), tmp_path)
     assert torch.equal(logits(load(wrap(tiny_llama()), tmp_path)), expected)
 
@@ -188,8 +188,8 @@ def test_compiled_and_parallel_models_are_unwrapped(wrap: Callable[[nn.Module], 
 def test_another_projector_counts(tmp_path: Path) -> None:
     model = tiny_llava()
     names = select_linears(model, "model.language_model.*q_proj")
-    made = plan(model, collect(model, [{"input_ids": torch.randint(5, 20, (8, 16))}], names), mode="kpm", rank=4)
-    folder = save(attach(model, made), tmp_path)
+    adapter_plan = plan(model, collect(model, [{"input_ids": torch.randint(5, 20, (8, 16))}], names), mode="kpm", rank=4)
+    folder = save(attach(model, adapter_plan), tmp_path)
     other = tiny_llava()
     other.model.multi_modal_projector.linear_1.bias.data += 1
     with pytest.raises(ValueError, match=r"depend on model\.multi_modal_projector\.linear_1\.bias"):

@@ -33,12 +33,12 @@ def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) 
     for name in select_linears(model):
         W = model.get_submodule(name).weight.detach().double()
         scores = []
-        for one in sets:
-            C = one[name].matrix.double()
+        for candidate in sets:
+            C = candidate[name].matrix.double()
             C = C / C.diagonal().mean() + 0.01 * torch.eye(len(C))
             values, sigma = torch.linalg.eigvalsh(C), torch.linalg.svdvals(W @ C)
             scores.append(math.log(math.sqrt(len(W) * float(values[-1])) / float(values[0])) * float(sigma.sum() / sigma[0]))
-        assert [one.score for one in choices[name].candidates] == pytest.approx(scores, rel=1e-4)
+        assert [candidate.score for candidate in choices[name].candidates] == pytest.approx(scores, rel=1e-4)
         assert choices[name].index == scores.index(min(scores))
         assert covariances[name] is sets[choices[name].index][name]
         assert choices[name].best is choices[name].candidates[choices[name].index]
@@ -47,8 +47,8 @@ def test_each_layer_gets_the_covariance_with_the_lowest_score(model: nn.Module) 
 
 
 def test_of_equal_candidates_the_first_is_chosen(model: nn.Module) -> None:
-    one = some_set(model, 0)
-    _, choices = choose(model, [one, dict(one), dict(one)])
+    covariances = some_set(model, 0)
+    _, choices = choose(model, [covariances, dict(covariances), dict(covariances)])
     assert {choice.index for choice in choices.values()} == {0}
 
 
@@ -71,29 +71,29 @@ def test_only_the_best_so_far_and_the_next_are_in_memory(model: nn.Module) -> No
     def sets() -> Iterator[dict[str, Covariance]]:
         nonlocal most
         for seed in range(5):
-            made = some_set(model, seed)
-            alive.extend(weakref.ref(one) for one in {id(one): one for one in made.values()}.values())
+            covariances = some_set(model, seed)
+            alive.extend(weakref.ref(C) for C in {id(C): C for C in covariances.values()}.values())
             gc.collect()
-            most = max(most, sum(one() is not None for one in alive))
-            yield made
-            del made
+            most = max(most, sum(C() is not None for C in alive))
+            yield covariances
+            del covariances
 
-    found, _ = choose(model, sets())
-    layers = len(found)
-    distinct = len({id(one) for one in some_set(model, 0).values()})
+    chosen, _ = choose(model, sets())
+    layers = len(chosen)
+    distinct = len({id(C) for C in some_set(model, 0).values()})
     assert most <= layers + distinct  # at worst a chosen one for every layer, and the next set
-    del found
+    del chosen
     gc.collect()
-    assert not any(one() for one in alive)
+    assert not any(C() for C in alive)
 
 
 def test_a_plan_of_given_ranks(model: nn.Module) -> None:
     covariances = some_set(model, 0)
     ranks = {name: 1 + place % 5 for place, name in enumerate(covariances)}
-    made = plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
-    assert {name: init.rank for name, init in made.layers.items()} == ranks
-    assert made.rank == 4
-    assert made.num_parameters == sum(r * sum(model.get_submodule(name).weight.shape) for name, r in ranks.items())
+    adapter_plan = plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
+    assert {name: init.rank for name, init in adapter_plan.layers.items()} == ranks
+    assert adapter_plan.rank == 4
+    assert adapter_plan.num_parameters == sum(r * sum(model.get_submodule(name).weight.shape) for name, r in ranks.items())
     with pytest.raises(ValueError, match="at least 1 for each layer"):
         plan(model, covariances, mode="kpm", rank=4, ranks={**ranks, next(iter(ranks)): 0})
     missing = ranks.popitem()[0]
@@ -102,15 +102,15 @@ def test_a_plan_of_given_ranks(model: nn.Module) -> None:
 
 
 def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:
-    one, other = some_set(model, 0), some_set(model, 1)
-    other.pop("model.layers.1.mlp.up_proj")
+    first, second = some_set(model, 0), some_set(model, 1)
+    second.pop("model.layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match=r"Candidate 1 has other layers than candidate 0: model\.layers\.1\.mlp\.up_proj"):
-        choose(model, [one, other])
+        choose(model, [first, second])
     with pytest.raises(ValueError, match="no candidates"):
         choose(model, [])
     name = "model.layers.0.mlp.down_proj"
-    nothing = Covariance.of(torch.zeros(one[name].packed.n, one[name].packed.n), one[name].num_tokens)
+    nothing = Covariance.of(torch.zeros(first[name].packed.n, first[name].packed.n), first[name].num_tokens)
     with pytest.raises(ValueError, match=r"Candidate 1: model\.layers\.0\.mlp\.down_proj: the covariance has trace 0"):
-        choose(model, [one, {**one, name: nothing}])
+        choose(model, [first, {**first, name: nothing}])
     with pytest.raises(ValueError, match="candidate 1 saw 16 tokens for 32 inputs"):
-        choose(model, [one, some_set(model, 1, tokens=16)])
+        choose(model, [first, some_set(model, 1, tokens=16)])

@@ -37,9 +37,9 @@ if how == "fsdp":
     fully_shard(model)
 rank, world = dist.get_rank(), dist.get_world_size()
 covariances = collect(wrapped, [{{"input_ids": part}} for part in samples[rank::world].split(2)], names)
-made = plan(wrapped, covariances, mode="kpm", rank=4)
-save_plan(made, f"{{folder}}/{{how}}{{rank}}.safetensors")
-save_file({{name: one.matrix for name, one in covariances.items()}}, f"{{folder}}/covariances{{rank}}.safetensors")
+adapter_plan = plan(wrapped, covariances, mode="kpm", rank=4)
+save_plan(adapter_plan, f"{{folder}}/{{how}}{{rank}}.safetensors")
+save_file({{name: covariance.matrix for name, covariance in covariances.items()}}, f"{{folder}}/covariances{{rank}}.safetensors")
 dist.destroy_process_group()
 """
 
@@ -58,11 +58,11 @@ def test_two_processes_equal_one(how: str, tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
-        made = read_plan(tmp_path / f"{how}{rank}.safetensors")[0]
-        assert list(made.layers) == list(alone.layers)
-        assert made.provenance["base_digest"] == alone.provenance["base_digest"]
+        adapter_plan = read_plan(tmp_path / f"{how}{rank}.safetensors")[0]
+        assert list(adapter_plan.layers) == list(alone.layers)
+        assert adapter_plan.provenance["base_digest"] == alone.provenance["base_digest"]
         matrices = load_file(tmp_path / f"covariances{rank}.safetensors")
-        for name, init in made.layers.items():
+        for name, init in adapter_plan.layers.items():
             expected = alone.layers[name]
             assert init.num_tokens == expected.num_tokens
             C = covariances[name].matrix

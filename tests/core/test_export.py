@@ -68,10 +68,10 @@ def test_alpha_interpolates_between_base_and_tuned_in_every_form(protect: str, r
     plain = merge(ours, alpha=alpha)
     assert plain.state_dict().keys() == base.state_dict().keys()
     loaded = PeftModel.from_pretrained(tiny_llama(), export(model, tmp_path, alpha=alpha).folder).merge_and_unload()
-    for found in (plain, loaded):
+    for merged in (plain, loaded):
         for name in names:
-            torch.testing.assert_close(weight_matrix(found, name), expected[name], rtol=0, atol=2e-6)
-        torch.testing.assert_close(found.model.layers[0].input_layernorm.weight.data, norm)
+            torch.testing.assert_close(weight_matrix(merged, name), expected[name], rtol=0, atol=2e-6)
+        torch.testing.assert_close(merged.model.layers[0].input_layernorm.weight.data, norm)
     if alpha == 1:
         torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
 
@@ -165,10 +165,10 @@ def test_tied_weights_stay_with_the_other_module() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     covariances = collect(model, [{"input_ids": torch.randint(2, 20, (8, 16))}], ["lm_head"])
-    made = plan(model, covariances, mode="kpm", rank=4)
+    adapter_plan = plan(model, covariances, mode="kpm", rank=4)
     with pytest.raises(ValueError, match="lm_head, whose weight another module uses too"):
-        attach(model, made, residual="subtract")
-    adapted = trained(attach(model, made))
+        attach(model, adapter_plan, residual="subtract")
+    adapted = trained(attach(model, adapter_plan))
     expected, embedding = logits(adapted), model.model.embed_tokens.weight.detach().clone()
     plain = merge(adapted)
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
@@ -251,9 +251,9 @@ def test_what_is_tied_to_a_trained_module_stays_as_it_was(family: str, layers: s
             return of(input_ids=ids, **pixels).logits
 
     names = select_linears(model, layers)
-    made = plan(model, collect(model, [{"input_ids": ids, **pixels}], names), mode="kpm", rank=2)
-    embedding, head = (one.weight.detach().clone() for one in (model.get_input_embeddings(), model.get_output_embeddings()))
-    adapted = attach(model, made, train_fully=whole)
+    adapter_plan = plan(model, collect(model, [{"input_ids": ids, **pixels}], names), mode="kpm", rank=2)
+    embedding, head = (module.weight.detach().clone() for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    adapted = attach(model, adapter_plan, train_fully=whole)
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
         adapted(input_ids=ids, labels=ids, **pixels).loss.backward()
@@ -302,10 +302,10 @@ class Twice(nn.Module):
 def test_a_module_in_two_places_changes_in_the_one_that_trained(layers: list[str], whole: list[str]) -> None:
     torch.manual_seed(0)
     model, x = Twice(), torch.randn(40, 6)
-    made = plan(model, collect(model, [{"x": x}], layers), mode="kpm", rank=2)
+    adapter_plan = plan(model, collect(model, [{"x": x}], layers), mode="kpm", rank=2)
     with pytest.raises(ValueError, match="whose weight another module uses too"):
-        attach(model, made, residual="subtract")
-    adapted = attach(model, made, protect="strict", train_fully=whole)
+        attach(model, adapter_plan, residual="subtract")
+    adapted = attach(model, adapter_plan, protect="strict", train_fully=whole)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data.normal_()

@@ -86,9 +86,9 @@ def test_every_flipped_bit_of_a_file_of_tensors_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "tensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "none": torch.zeros(0, 3)}
     write_tensors(tensors, path, {"about": "these"})
-    found, metadata = read_tensors(path)
+    loaded, metadata = read_tensors(path)
     assert metadata["about"] == "these"
-    assert all(torch.equal(value, tensors[name]) for name, value in found.items())
+    assert all(torch.equal(value, tensors[name]) for name, value in loaded.items())
     whole = path.read_bytes()
     for bit in range(0, 8 * len(whole), 3):
         spoilt = bytearray(whole)

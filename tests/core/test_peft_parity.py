@@ -47,8 +47,8 @@ def peft_product(model: nn.Module, samples: list[Tensor], mode: str) -> dict[str
 
 def our_product(model: nn.Module, samples: list[Tensor], mode: str) -> dict[str, Tensor]:
     covariances = collect(model, [{"x": sample} for sample in samples], select_linears(model), normalize="sample-max")
-    made = plan(model, covariances, mode=mode, rank=RANK, split="paper")
-    return {name: init.B0 @ init.A0 for name, init in made.layers.items()}
+    adapter_plan = plan(model, covariances, mode=mode, rank=RANK, split="paper")
+    return {name: init.B0 @ init.A0 for name, init in adapter_plan.layers.items()}
 
 
 def samples_of(scales: Tensor) -> list[Tensor]:
@@ -62,11 +62,11 @@ def samples_of(scales: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_the_same_product_where_it_is_well_conditioned(mode: str) -> None:
     model, samples = Stack(), samples_of(torch.linspace(0.5, 2.0, 24))
-    ours = our_product(model, samples, mode)
-    theirs = peft_product(model, samples, mode)
-    assert set(ours) == set(theirs) == {"square", "wide", "tall", "transposed"}
-    for name, product in ours.items():
-        torch.testing.assert_close(product, theirs[name], rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    our_update = our_product(model, samples, mode)
+    peft_update = peft_product(model, samples, mode)
+    assert set(our_update) == set(peft_update) == {"square", "wide", "tall", "transposed"}
+    for name, product in our_update.items():
+        torch.testing.assert_close(product, peft_update[name], rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_float64_judge_where_it_is_not() -> None:
@@ -86,7 +86,7 @@ def test_a_float64_judge_where_it_is_not() -> None:
         """Context energy of the directions that B spans, over the smallest there is."""
         return float((torch.linalg.qr(B.double()).Q.T @ P).norm() / smallest)
 
-    ours = plan(model, covariances, mode="kpm", rank=RANK).layers["0"].B0
-    theirs = lora_layers(peft_model(model, samples, "kpm"))["0"].lora_B["default"].weight.detach()
-    assert energy_ratio(ours) < 1.001
-    assert energy_ratio(theirs) > 1.01
+    our_B = plan(model, covariances, mode="kpm", rank=RANK).layers["0"].B0
+    peft_B = lora_layers(peft_model(model, samples, "kpm"))["0"].lora_B["default"].weight.detach()
+    assert energy_ratio(our_B) < 1.001
+    assert energy_ratio(peft_B) > 1.01

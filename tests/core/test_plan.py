@@ -16,23 +16,23 @@ def covariances(model: torch.nn.Module, tokens: int = 64) -> dict[str, Covarianc
 
 def test_every_layer_gets_its_factors() -> None:
     model = tiny_llama()
-    made = plan(model, covariances(model), mode="kpm", rank=4)
-    assert set(made.layers) == set(select_linears(model))
-    for name, init in made.layers.items():
+    adapter_plan = plan(model, covariances(model), mode="kpm", rank=4)
+    assert set(adapter_plan.layers) == set(select_linears(model))
+    for name, init in adapter_plan.layers.items():
         m, n = model.get_submodule(name).weight.shape
         assert (init.A0.shape, init.B0.shape, init.rank) == ((4, n), (m, 4), 4)
         assert init.sigma.shape == (4,)
         assert init.components == slice(min(m, n) - 4, min(m, n))
         assert init.num_tokens == 64
-    assert made.provenance["base_digest"] == base_digest(model, made.layers)
+    assert adapter_plan.provenance["base_digest"] == base_digest(model, adapter_plan.layers)
 
 
 def test_rank_is_clipped_where_a_layer_is_smaller_and_said_once() -> None:
     model = tiny_llama()
     with pytest.warns(UserWarning, match=r"rank 24 is larger than min\(m, n\) of 4 layer") as caught:
-        made = plan(model, covariances(model), mode="ipm", rank=24)
+        adapter_plan = plan(model, covariances(model), mode="ipm", rank=24)
     assert len(caught) == 1
-    assert {init.rank for init in made.layers.values()} == {16, 24}
+    assert {init.rank for init in adapter_plan.layers.values()} == {16, 24}
 
 
 def test_few_tokens_are_warned_about() -> None:

@@ -58,10 +58,10 @@ def test_adapters_on_a_quantised_base(kind: str, tmp_path: Any) -> None:
     with torch.no_grad():
         expected = model(**BATCH).logits
     packed = {name: model.get_submodule(name).weight.data.clone() for name in names}
-    made = plan(model, collect(model, [BATCH], names), mode="kpm", rank=4)
-    W, init = weight_matrix(model, names[0]).float(), made.layers[names[0]]
+    adapter_plan = plan(model, collect(model, [BATCH], names), mode="kpm", rank=4)
+    W, init = weight_matrix(model, names[0]).float(), adapter_plan.layers[names[0]]
     torch.testing.assert_close(init.B0 @ init.A0, init.B0 @ torch.linalg.lstsq(init.B0, W).solution, rtol=1e-3, atol=1e-4)
-    adapted = attach(model, made)
+    adapted = attach(model, adapter_plan)
     with torch.no_grad():
         assert torch.equal(adapted(**BATCH).logits, expected)
     adapted(**BATCH).logits.square().sum().backward()
@@ -71,7 +71,7 @@ def test_adapters_on_a_quantised_base(kind: str, tmp_path: Any) -> None:
         assert not change_factors(layer)[1][:, :4].any()
     export(adapted, tmp_path)
     with pytest.raises(ValueError, match="q_proj is quantised already"):
-        attach(quantized(kind), made, residual="subtract")
+        attach(quantized(kind), adapter_plan, residual="subtract")
 
 
 def test_weights_packed_for_inference_are_refused() -> None:
@@ -115,11 +115,11 @@ def test_a_model_that_transformers_quantised(bits: int, tmp_path: Any) -> None:
         tmp_path / "base", quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map="cpu"
     )
     names = select_linears(model)
-    made = plan(model, collect(model, [BATCH], names), mode="kpm", rank=4)
+    adapter_plan = plan(model, collect(model, [BATCH], names), mode="kpm", rank=4)
     model.train()
     with torch.no_grad():
         expected = model(**BATCH).logits
-    adapted = attach(model, made)
+    adapted = attach(model, adapter_plan)
     with torch.no_grad():
         torch.testing.assert_close(adapted(**BATCH).logits, expected, rtol=0, atol=0)
     adapted(**BATCH).logits.square().sum().backward()
@@ -135,13 +135,13 @@ def test_attaching_to_weights_quantised_on_the_way(residual: str, kind: str, tmp
     """QLoRA's way from an unquantised base, and Q-CorDA: what is held in 4 bits is W, or W − B0 A0."""
     model = plain_llama()
     names = select_linears(model)
-    made = plan(model, collect(model, [BATCH], names), mode="ipm", rank=8)
+    adapter_plan = plan(model, collect(model, [BATCH], names), mode="ipm", rank=8)
     expected = {}
-    for name, init in made.layers.items():
+    for name, init in adapter_plan.layers.items():
         weight = weight_matrix(model, name) - (init.B0 @ init.A0 if residual == "subtract" else 0)
         packed, state = bnb.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
         expected[name] = bnb.functional.dequantize_4bit(packed, state)
-    adapted = attach(model, made, residual=residual, quantize=kind).train()
+    adapted = attach(model, adapter_plan, residual=residual, quantize=kind).train()
     layers = lora_layers(adapted)
     assert {type(layer).__name__ for layer in layers.values()} == {"Linear4bit"}
     for name, layer in layers.items():
@@ -149,7 +149,7 @@ def test_attaching_to_weights_quantised_on_the_way(residual: str, kind: str, tmp
         A, B = change_factors(layer)
         assert not (B @ A).abs().max() > 1e-6
     dense = plain_llama()
-    for name, init in made.layers.items():
+    for name, init in adapter_plan.layers.items():
         dense.get_submodule(name).weight.data = expected[name] + (init.B0 @ init.A0 if residual == "subtract" else 0)
     torch.testing.assert_close(adapted(**BATCH).logits, dense(**BATCH).logits, rtol=1e-4, atol=1e-5)
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
@@ -182,17 +182,17 @@ def test_errors_of_base_and_residual_are_the_dense_ones() -> None:
             0.3 * torch.randn(model.get_submodule(name).weight.shape[0], 1) @ torch.randn(1, model.get_submodule(name).weight.shape[1])
         )
     covariances = collect(model, [BATCH], select_linears(model))
-    made = plan(model, covariances, mode="ipm", rank=4)
-    digest = base_digest(model, made.layers)
-    errors = quantization_errors(model, made, covariances=covariances)
-    assert base_digest(model, made.layers) == digest
-    for name, found in errors.items():
-        W, init = weight_matrix(model, name), made.layers[name]
+    adapter_plan = plan(model, covariances, mode="ipm", rank=4)
+    digest = base_digest(model, adapter_plan.layers)
+    errors = quantization_errors(model, adapter_plan, covariances=covariances)
+    assert base_digest(model, adapter_plan.layers) == digest
+    for name, layer_errors in errors.items():
+        W, init = weight_matrix(model, name), adapter_plan.layers[name]
         values, vectors = torch.linalg.eigh(covariances[name].matrix.double())
         root = vectors * values.clamp(min=0).sqrt()
         for X, plain, on_context in (
-            (W, found.base, found.base_on_context),
-            (W - init.B0 @ init.A0, found.residual, found.residual_on_context),
+            (W, layer_errors.base, layer_errors.base_on_context),
+            (W - init.B0 @ init.A0, layer_errors.residual, layer_errors.residual_on_context),
         ):
             packed, state = bnb.functional.quantize_4bit(X.contiguous(), quant_type="nf4", compress_statistics=True)
             error = (X - bnb.functional.dequantize_4bit(packed, state)).double()
@@ -204,13 +204,13 @@ def test_errors_of_base_and_residual_are_the_dense_ones() -> None:
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_what_cannot_be_quantised_is_refused_before_anything_changes() -> None:
     model = tiny_llama()  # 24 inputs
-    made = plan(model, collect(model, [{"input_ids": torch.randint(2, 20, (4, 9))}], select_linears(model)), mode="kpm", rank=2)
-    before = base_digest(model, made.layers)
+    adapter_plan = plan(model, collect(model, [{"input_ids": torch.randint(2, 20, (4, 9))}], select_linears(model)), mode="kpm", rank=2)
+    before = base_digest(model, adapter_plan.layers)
     with pytest.raises(ValueError, match="to be quantised it needs a multiple of 64"):
-        attach(model, made, residual="subtract", quantize="nf4")
-    assert base_digest(model, made.layers) == before
+        attach(model, adapter_plan, residual="subtract", quantize="nf4")
+    assert base_digest(model, adapter_plan.layers) == before
     with pytest.raises(ValueError, match="quantize is 'int3'"):
-        attach(model, made, quantize="int3")
+        attach(model, adapter_plan, quantize="int3")
     packed = quantized("nf4")
     with pytest.raises(ValueError, match="is quantised already"):
         attach(packed, plan(packed, collect(packed, [BATCH], select_linears(packed)), mode="kpm", rank=2), quantize="nf4")
@@ -221,8 +221,8 @@ def test_what_cannot_be_quantised_is_refused_before_anything_changes() -> None:
 def test_what_trains_may_be_kept_in_bfloat16(protect: Any) -> None:
     """As TRL does on quantised bases, leaving what is frozen in float32."""
     model = plain_llama()
-    made = plan(model, collect(model, [BATCH], select_linears(model)), mode="kpm", rank=4, whiten=True)
-    adapted = attach(model, made, protect=protect, quantize="nf4").train()
+    adapter_plan = plan(model, collect(model, [BATCH], select_linears(model)), mode="kpm", rank=4, whiten=True)
+    adapted = attach(model, adapter_plan, protect=protect, quantize="nf4").train()
     with torch.no_grad():
         expected = adapted(**BATCH).logits
     for parameter in adapted.parameters():
@@ -239,14 +239,14 @@ def test_merging_quantised_layers_that_have_a_bias(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
     x = torch.randn(96, 64, dtype=dtype)
-    made = plan(model, collect(model, [{"input": x}], ["0", "1"]), mode="kpm", rank=4)
-    adapted = attach(model, made, protect="strict", quantize="nf4")
+    adapter_plan = plan(model, collect(model, [{"input": x}], ["0", "1"]), mode="kpm", rank=4)
+    adapted = attach(model, adapter_plan, protect="strict", quantize="nf4")
     for layer in lora_layers(adapted).values():
         layer.lora_B["default"].weight.data.normal_(std=0.1)
     with torch.no_grad():
         expected = adapted(x)
         merged = merge(adapted)
-        assert {one.weight.dtype for one in merged} == {one.bias.dtype for one in merged} == {dtype}
+        assert {module.weight.dtype for module in merged} == {module.bias.dtype for module in merged} == {dtype}
         torch.testing.assert_close(merged(x), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
 
 
@@ -255,8 +255,8 @@ def test_a_tied_output_layer_that_was_quantised_is_its_own_when_merged(tmp_path:
     model = plain_llama()
     model.config.tie_word_embeddings = True
     model.tie_weights()
-    made = plan(model, collect(model, [BATCH], ["lm_head"]), mode="kpm", rank=4)
-    adapted = attach(model, made, protect="strict", quantize="nf4")
+    adapter_plan = plan(model, collect(model, [BATCH], ["lm_head"]), mode="kpm", rank=4)
+    adapted = attach(model, adapter_plan, protect="strict", quantize="nf4")
     lora_layers(adapted)["lm_head"].lora_B["default"].weight.data.normal_()
     with torch.no_grad():
         expected = adapted.train()(**BATCH).logits

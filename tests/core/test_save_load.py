@@ -84,12 +84,12 @@ def test_strict_is_read_by_peft_alone(tmp_path: Path) -> None:
 
 def test_what_was_attached_is_remembered_and_read_again(tmp_path: Path) -> None:
     adapted = attach(tiny_llama(), planned(tiny_llama()), alpha=9, train_fully=["model.norm"])
-    found, kept = read_attachment(save(adapted, tmp_path) / "corda.safetensors")[0], attachment_of(adapted)
-    assert (found.alpha, found.protect, found.residual, found.quantize, found.train_fully) == (9, "start", "offset", None, ("model.norm",))
-    assert found.plan.provenance == kept.plan.provenance
-    for name, init in kept.plan.layers.items():
-        assert torch.equal(init.A0, found.plan.layers[name].A0)
-        assert torch.equal(init.sigma, found.plan.layers[name].sigma)
+    saved, attached = read_attachment(save(adapted, tmp_path) / "corda.safetensors")[0], attachment_of(adapted)
+    assert (saved.alpha, saved.protect, saved.residual, saved.quantize, saved.train_fully) == (9, "start", "offset", None, ("model.norm",))
+    assert saved.plan.provenance == attached.plan.provenance
+    for name, init in attached.plan.layers.items():
+        assert torch.equal(init.A0, saved.plan.layers[name].A0)
+        assert torch.equal(init.sigma, saved.plan.layers[name].sigma)
 
 
 def test_two_adapters_on_one_base(tmp_path: Path) -> None:
@@ -97,16 +97,16 @@ def test_two_adapters_on_one_base(tmp_path: Path) -> None:
     base = logits(model)
     first, second = planned(model), planned(model, "ipm", rank=3)
     adapted = trained(attach(model, first))
-    one = logits(adapted)
+    first_logits = logits(adapted)
     adapted = attach(adapted, second, adapter_name="ipm")
     assert torch.equal(logits(adapted), base)  # the new one is active, at its start
-    two = logits(trained(adapted))
-    assert not torch.equal(two, base)
+    second_logits = logits(trained(adapted))
+    assert not torch.equal(second_logits, base)
     adapted.set_adapter("default")
-    assert torch.equal(logits(adapted), one)
+    assert torch.equal(logits(adapted), first_logits)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), base)
-    for name, expected in (("default", one), ("ipm", two)):
+    for name, expected in (("default", first_logits), ("ipm", second_logits)):
         adapted.set_adapter(name)
         assert torch.equal(logits(adapted), expected)
         assert torch.equal(logits(load(tiny_llama(), save(adapted, tmp_path / name, adapter_name=name))), expected)
@@ -118,43 +118,43 @@ def test_two_adapters_on_one_base(tmp_path: Path) -> None:
         )
     plain = adapted.merge_and_unload()
     assert not lora_layers(plain)
-    torch.testing.assert_close(logits(plain), two, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(plain), second_logits, rtol=0, atol=1e-5)
 
 
 def test_weighted_sums_are_refused_in_training_and_right_when_exported(tmp_path: Path) -> None:
     model = tiny_llama()
     adapted = trained(attach(model, planned(model)))
-    one = export(adapted, tmp_path / "one").folder
+    first_folder = export(adapted, tmp_path / "first").folder
     attach(adapted, planned(tiny_llama(), "ipm"), adapter_name="ipm")
-    two = export(trained(adapted), tmp_path / "two", adapter_name="ipm").folder
-    plain = PeftModel.from_pretrained(tiny_llama(), one, adapter_name="one")
-    plain.load_adapter(two, "two")
+    second_folder = export(trained(adapted), tmp_path / "second", adapter_name="ipm").folder
+    plain = PeftModel.from_pretrained(tiny_llama(), first_folder, adapter_name="first")
+    plain.load_adapter(second_folder, "second")
     before = set(adapted.peft_config)
     for names in (["default", "ipm"], ["ipm"]):
         with pytest.raises(ValueError, match="add_weighted_adapter got .*export it"):
             adapted.add_weighted_adapter(names, [1.0] * len(names), "sum", combination_type="cat")
     assert set(adapted.peft_config) == before
-    plain.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")
+    plain.add_weighted_adapter(["first", "second"], [1.0, 1.0], "sum", combination_type="cat")
     plain.set_adapter("sum")
     adapted.base_model.set_adapter(["default", "ipm"])
     torch.testing.assert_close(logits(plain.eval()), logits(adapted.eval()), rtol=0, atol=1e-5)
 
 
 def test_refusals(tmp_path: Path) -> None:
-    made = planned(tiny_llama())
-    adapted = trained(attach(tiny_llama(), made))
+    adapter_plan = planned(tiny_llama())
+    adapted = trained(attach(tiny_llama(), adapter_plan))
     folder = save(adapted, tmp_path / "a")
     with pytest.raises(ValueError, match="an adapter named 'default' already"):
-        attach(adapted, made)
+        attach(adapted, adapter_plan)
     with pytest.raises(ValueError, match="which other adapters on this model need"):
-        attach(adapted, made, residual="subtract", adapter_name="second")
+        attach(adapted, adapter_plan, residual="subtract", adapter_name="second")
     for alpha in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="expected a finite number above 0"):
-            attach(tiny_llama(), made, alpha=alpha)
+            attach(tiny_llama(), adapter_plan, alpha=alpha)
     with pytest.raises(ValueError, match="train_fully names 'model.nothing'"):
-        attach(tiny_llama(), made, train_fully=["model.nothing"])
+        attach(tiny_llama(), adapter_plan, train_fully=["model.nothing"])
     with pytest.raises(ValueError, match=r"holds the planned layer model.layers.0.mlp.gate_proj"):
-        attach(tiny_llama(), made, train_fully=["model.layers.0.mlp"])
+        attach(tiny_llama(), adapter_plan, train_fully=["model.layers.0.mlp"])
     with pytest.raises(ValueError, match="no CorDA adapter named 'default'"):
         save(tiny_llama(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -182,15 +182,15 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_files_that_were_not_saved_together_are_refused(tmp_path: Path) -> None:
     """As a save that is killed between its two renames leaves them, or a folder that somebody put together."""
-    made = planned(tiny_llama())
-    first = save(trained(attach(tiny_llama(), made)), tmp_path / "first")
-    second = save(trained(trained(attach(tiny_llama(), made))), tmp_path / "second")
+    adapter_plan = planned(tiny_llama())
+    first = save(trained(attach(tiny_llama(), adapter_plan)), tmp_path / "first")
+    second = save(trained(trained(attach(tiny_llama(), adapter_plan))), tmp_path / "second")
     for name in ("adapter_model.safetensors", "corda.safetensors"):
         mixed = shutil.copytree(first, tmp_path / f"mixed-{name}")
         shutil.copy(second / name, mixed / name)
         with pytest.raises(ValueError, match=r"was not saved together with corda\.safetensors"):
             load(tiny_llama(), mixed)
-    save_attachment(attachment_of(attach(tiny_llama(), made)), first / "corda.safetensors")  # of a run before its first step
+    save_attachment(attachment_of(attach(tiny_llama(), adapter_plan)), first / "corda.safetensors")  # of a run before its first step
     with pytest.raises(ValueError, match=r"was not saved together with corda\.safetensors"):
         load(tiny_llama(), first)
 
@@ -211,9 +211,9 @@ def test_an_adapter_of_the_first_version_loads_with_one_warning(tmp_path: Path) 
     adapted = trained(attach(tiny_llama(), planned(tiny_llama())))
     folder = save(adapted, tmp_path)
     as_version_one(folder)
-    with pytest.warns(UserWarning, match="was written by corda-vlm 0.1.0") as told:
+    with pytest.warns(UserWarning, match="was written by corda-vlm 0.1.0") as warned:
         again = load(tiny_llama(), folder)
-    assert len([one for one in told if "0.1.0" in str(one.message)]) == 1
+    assert len([warning for warning in warned if "0.1.0" in str(warning.message)]) == 1
     assert torch.equal(logits(again), logits(adapted))
 
 

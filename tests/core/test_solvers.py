@@ -30,10 +30,10 @@ def product(weight: Tensor, covariance: Covariance, damping: float) -> Tensor:
     return weight.double() @ covariance.damped(damping).dense(torch.float64, CPU)
 
 
-def energy_ratio(found: Decomposition, P: Tensor) -> float:
+def energy_ratio(decomposition: Decomposition, P: Tensor) -> float:
     """Context energy ‖U_Sᵀ P‖_F over that of the exact subspace, from a float64 singular value decomposition."""
-    exact = torch.linalg.svdvals(P)[found.components]
-    return float((found.basis.T @ P).norm() / exact.norm())
+    exact = torch.linalg.svdvals(P)[decomposition.components]
+    return float((decomposition.basis.T @ P).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -45,12 +45,12 @@ def test_partial_is_within_a_thousandth_of_exact(shape: str, rank: int, damping:
     P = product(weight, covariance, damping)
     for mode, low, high in (("kpm", 0.9999, 1.001), ("ipm", 0.999, 1.0001)):
         for solver in ("partial", "exact"):
-            found = decompose(weight, covariance, rank, mode, damping=damping, solver=solver)
+            decomposition = decompose(weight, covariance, rank, mode, damping=damping, solver=solver)
             # Four times as many components as are wanted leave the iteration room; then it must do the work itself.
-            assert not found.fell_back or min(SHAPES[shape]) < 4 * rank + 32 or max(conditions) > 1e6
-            assert low <= energy_ratio(found, P) <= high, (mode, solver, found.fell_back)
-            torch.testing.assert_close(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-9)
-            torch.testing.assert_close(found.sigma.norm(), (found.basis.T @ P).norm(), rtol=2e-3, atol=0)
+            assert not decomposition.fell_back or min(SHAPES[shape]) < 4 * rank + 32 or max(conditions) > 1e6
+            assert low <= energy_ratio(decomposition, P) <= high, (mode, solver, decomposition.fell_back)
+            torch.testing.assert_close(decomposition.basis.T @ decomposition.basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-9)
+            torch.testing.assert_close(decomposition.sigma.norm(), (decomposition.basis.T @ P).norm(), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("shape", ["square", "wide", "tall"])
@@ -76,9 +76,9 @@ def test_components_behind_a_massive_one_are_found() -> None:
     sigma = torch.cat([torch.tensor([1e4]), torch.linspace(1.0, 0.2, 199)]).double()
     weight = (orthogonal(200, generator) * sigma) @ orthogonal(200, generator)
     covariance = Covariance.of(torch.eye(200, dtype=torch.float64), 2000)
-    found = decompose(weight, covariance, 9, "ipm", solver="partial")
-    assert not found.fell_back
-    torch.testing.assert_close(found.sigma, 1.01 * sigma[:9], rtol=1e-2, atol=0)
+    decomposition = decompose(weight, covariance, 9, "ipm", solver="partial")
+    assert not decomposition.fell_back
+    torch.testing.assert_close(decomposition.sigma, 1.01 * sigma[:9], rtol=1e-2, atol=0)
 
 
 def test_flat_spectrum_where_iterations_converge_slowly() -> None:
@@ -109,10 +109,10 @@ def test_falls_back_where_the_inverse_does_not_exist(shape: str) -> None:
         weight[:, 5:10] = 0
     else:
         weight[5:10] = 0
-    found = decompose(weight, covariance, 4, "kpm", solver="partial")
+    decomposition = decompose(weight, covariance, 4, "kpm", solver="partial")
     P = product(weight, covariance, 0.01)
-    assert found.fell_back
-    assert (found.basis.T @ P).norm() <= 1e-6 * P.norm()
+    assert decomposition.fell_back
+    assert (decomposition.basis.T @ P).norm() <= 1e-6 * P.norm()
 
 
 def test_nothing_is_returned_that_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +120,9 @@ def test_nothing_is_returned_that_fails_the_check(monkeypatch: pytest.MonkeyPatc
     weight, covariance = case(160, 160, 10.0, 100.0)
     right = decompose(weight, covariance, 4, "kpm", solver="exact")
     monkeypatch.setattr(solvers, "_solve", lambda lower, X: X.roll(1, 0) + 2 * X)
-    found = decompose(weight, covariance, 4, "kpm", solver="partial")
-    assert found.fell_back
-    torch.testing.assert_close(found.sigma, right.sigma)
+    decomposition = decompose(weight, covariance, 4, "kpm", solver="partial")
+    assert decomposition.fell_back
+    torch.testing.assert_close(decomposition.sigma, right.sigma)
 
 
 def test_an_iteration_that_does_not_settle_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +144,9 @@ def test_rough_spectrum_is_good_enough_to_choose_by(shape: str, dtype: torch.dty
     weight, covariance = case(*SHAPES[shape], 1e4, 1e5)
     weight, C = weight.to(dtype), covariance.damped(0.01)
     expected = torch.linalg.svdvals(product(weight, covariance, 0.01))
-    found = solvers.rough_spectrum(weight, C)
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * float(expected[0]))
-    torch.testing.assert_close(found.sum(), expected.sum(), rtol=1e-4, atol=0)
+    estimate = solvers.rough_spectrum(weight, C)
+    torch.testing.assert_close(estimate, expected, rtol=0, atol=3e-6 * float(expected[0]))
+    torch.testing.assert_close(estimate.sum(), expected.sum(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("rank", [20, 390, 400])
@@ -177,10 +177,10 @@ def test_auto_iterates_only_where_it_pays() -> None:
 def test_spectrum_of_an_ill_conditioned_product_has_its_smallest_values(shape: str) -> None:
     """Squared, they would be rounding errors or 0, and rank allocation lives on them."""
     weight, covariance = case(*SHAPES[shape], 1e5, 1e6)
-    found = spectrum(weight, covariance, damping=1e-7)
+    sigma = spectrum(weight, covariance, damping=1e-7)
     expected = torch.linalg.svdvals(product(weight, covariance, 1e-7))
     assert float(expected[-1] / expected[0]) < 1e-7
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-14 * float(expected[0]))
+    torch.testing.assert_close(sigma, expected, rtol=1e-3, atol=1e-14 * float(expected[0]))
 
 
 def test_massive_direction_is_beyond_float32_and_done_in_float64() -> None:
@@ -190,10 +190,10 @@ def test_massive_direction_is_beyond_float32_and_done_in_float64() -> None:
     rows = torch.randn(900, 300, generator=generator)
     rows[:, 7] *= 3000
     covariance = Covariance.of(rows.T @ rows / 900, 900)
-    found = decompose(weight, covariance, 16, "ipm", damping=0.0, solver="partial")
+    decomposition = decompose(weight, covariance, 16, "ipm", damping=0.0, solver="partial")
     P = product(weight, covariance, 0.0)
     exact = torch.linalg.svdvals(P)
     assert float(exact[1] / exact[0]) < 1e-5
-    reached = (found.basis.T @ P).square().sum(1).flip(0).cumsum(0)
-    assert not found.fell_back
+    reached = (decomposition.basis.T @ P).square().sum(1).flip(0).cumsum(0)
+    assert not decomposition.fell_back
     torch.testing.assert_close(reached, exact[:16].square().flip(0).cumsum(0), rtol=1e-2, atol=0)

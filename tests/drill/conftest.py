@@ -53,9 +53,9 @@ class Drill:
 
 @pytest.fixture
 def drill(request: pytest.FixtureRequest) -> Iterator[Drill]:
-    made = Drill(request.config)
-    request.node.user_properties.append(("drill", made.counts))
-    return made
+    drill = Drill(request.config)
+    request.node.user_properties.append(("drill", drill.counts))
+    return drill
 
 
 @pytest.fixture(scope="session")
@@ -65,5 +65,5 @@ def place(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> Place:
 
 @pytest.fixture(scope="session")
 def bench(place: Place) -> Iterator[Bench]:
-    with Bench(place.folder / "logs") as made:
-        yield made
+    with Bench(place.folder / "logs") as bench:
+        yield bench

@@ -44,7 +44,7 @@ def options(schema: type, prefix: str = "") -> Iterator[Option]:
     for field in dataclasses.fields(schema):
         declared = hints[field.name]
         yield Option(schema, prefix + field.name, declared)
-        section = next((one for one in _alternatives(declared) if dataclasses.is_dataclass(one)), None)
+        section = next((kind for kind in _alternatives(declared) if dataclasses.is_dataclass(kind)), None)
         if section is not None:
             yield from options(typing.cast(type, section), f"{prefix}{field.name}.")
 
@@ -64,9 +64,9 @@ def fits(value: Any, declared: Any) -> bool:
     if dataclasses.is_dataclass(kind):
         return isinstance(value, Mapping)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(fits(key, inner[0]) and fits(one, inner[1]) for key, one in value.items())
+        return isinstance(value, Mapping) and all(fits(key, inner[0]) and fits(item, inner[1]) for key, item in value.items())
     if origin in (Sequence, tuple):
-        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if kind in (int, float):
         return _is_number(value, kind)
     return isinstance(value, kind)
@@ -86,7 +86,7 @@ def _alternatives(declared: Any) -> tuple[Any, ...]:
 
 
 RECIPE = list(options(Recipe))
-SUITE = [*(one for one in options(Suite) if one.path != "tasks"), *options(SuiteTask, "tasks.")]
+SUITE = [*(option for option in options(Suite) if option.path != "tasks"), *options(SuiteTask, "tasks.")]
 STUDY, DEMO = list(options(StudyConfig)), list(options(DemoConfig))
 
 OVERRIDES = (

@@ -83,8 +83,8 @@ def read_adapter(place: Place, folder: Path) -> str:
 
 
 def read_covariances(place: Place, folder: Path) -> str:
-    found = load_covariances(folder / "covariances.safetensors", model=tiny_llama(), options=OPTIONS)
-    return digest(*(f"{name} {one.num_tokens}".encode() + one.matrix.numpy().tobytes() for name, one in sorted(found.items())))
+    covariances = load_covariances(folder / "covariances.safetensors", model=tiny_llama(), options=OPTIONS)
+    return digest(*(f"{name} {C.num_tokens}".encode() + C.matrix.numpy().tobytes() for name, C in sorted(covariances.items())))
 
 
 def read_plan(place: Place, folder: Path) -> str:

@@ -34,9 +34,9 @@ def test_damage_is_told_or_does_none(target: Target, place: Place, drill: Drill,
         file = rng.choice(files)
         folder = _copy(whole, tmp_path / str(trial), whole.name)
         way = spoil(folder / file, (other / file).read_bytes(), rng)
-        found = _value(target, place, folder)
-        outcome, problem = _outcome(target, folder / file, found, expected)
-        if outcome == "wrong" and way == "exchanged" and found == others:  # all that is read is of the other
+        result = _value(target, place, folder)
+        outcome, problem = _outcome(target, folder / file, result, expected)
+        if outcome == "wrong" and way == "exchanged" and result == others:  # all that is read is of the other
             outcome, problem = "legal", ""
         drill.count(f"damaged files, {target.name}", outcome)
         faults += [f"{trial}: {file}: {way}: {problem}"] if problem else []
@@ -57,16 +57,16 @@ def _value(target: Target, place: Place, folder: Path) -> Any:
         return error
 
 
-def _outcome(target: Target, file: Path, found: Any, expected: Any) -> tuple[str, str]:
+def _outcome(target: Target, file: Path, result: Any, expected: Any) -> tuple[str, str]:
     """Return in a word what reading came to, and in words what is wrong with that, if anything."""
-    if isinstance(found, HangError):
+    if isinstance(result, HangError):
         return "hang", f"not read within {LONGEST:.0f} s"
-    if isinstance(found, SENTENCES):
-        problem = unclear(str(found).strip(), _names(file, target))
+    if isinstance(result, SENTENCES):
+        problem = unclear(str(result).strip(), _names(file, target))
         return ("unclear", problem) if problem else ("refused", "")
-    if isinstance(found, BaseException):
-        return "traceback", f"{type(found).__name__}: {str(found)[:300]}"
-    if found == expected:
+    if isinstance(result, BaseException):
+        return "traceback", f"{type(result).__name__}: {str(result)[:300]}"
+    if result == expected:
         return "same", ""
     return ("wrong", "another result, without a word") if target.ours else ("legal", "")
 

@@ -53,7 +53,7 @@ def evaluated(output: Path) -> Any:
     """Return what an evaluation came to, without its times; and how many predictions each file holds of how many questions."""
     lines = {file: [json.loads(line) for line in file.read_text().splitlines()[1:]] for file in output.glob("*/*.jsonl")}
     return json.loads((output / "summary.json").read_text())["comparison"], {
-        str(file.relative_to(output)): (len(its), len({one["question_id"] for one in its})) for file, its in lines.items()
+        str(file.relative_to(output)): (len(rows), len({row["question_id"] for row in rows})) for file, rows in lines.items()
     }
 
 

@@ -120,7 +120,8 @@ def test_a_bad_flag_is_refused_or_works(place: Place, drill: Drill) -> None:
     every = [(command, flag, value) for (command, flag), values in FLAGS.items() for value in values]
     for command, flag, value in rng.sample(every, min(len(every), round(0.2 * drill.amounts["options"]))):
         given = _usual(place, command) | {flag: value}
-        outcome, problem = _outcome(lambda: call(command, *(part for one in given.items() for part in one)), _names(flag.strip("-"), value))  # noqa: B023
+        arguments = [part for pair in given.items() for part in pair]
+        outcome, problem = _outcome(lambda: call(command, *arguments), _names(flag.strip("-"), value))  # noqa: B023
         drill.count("bad options, flags", outcome)
         faults += [f"{command} {flag} {value!r:.80}: {problem}"] if problem else []
         shutil.rmtree("output", ignore_errors=True)

@@ -106,9 +106,9 @@ def test_what_was_written_is_taken_as_it_is_meant() -> None:
 
 
 def test_equal_values_of_other_types_are_taken() -> None:
-    made = Tried(count=np.int64(3), number=np.float32(2), known=Mode.IPM, texts=("a",), place="~/runs")  # type: ignore[arg-type]
-    assert made == Tried(3, 2.0, known="ipm", texts=("a",), place=str(Path.home() / "runs"))
-    assert (type(made.count), type(made.number), type(made.known)) == (int, float, str)
+    tried = Tried(count=np.int64(3), number=np.float32(2), known=Mode.IPM, texts=("a",), place="~/runs")  # type: ignore[arg-type]
+    assert tried == Tried(3, 2.0, known="ipm", texts=("a",), place=str(Path.home() / "runs"))
+    assert (type(tried.count), type(tried.number), type(tried.known)) == (int, float, str)
 
 
 def holding_itself() -> Any:
@@ -137,11 +137,11 @@ def refusal(values: Mapping[str, Any], schema: type) -> str | None:
 
 def paths_of(schema: type) -> list[tuple[str, ...]]:
     nested = {"model": ModelConfig, "data": DataConfig, "context": DataConfig, "corda": CordaConfig, "training": TrainingConfig}
-    found: list[tuple[str, ...]] = []
-    for one in dataclasses.fields(schema):
-        inner = nested.get(one.name) if schema is Recipe else None
-        found += [(one.name,), *((one.name, *path) for path in (paths_of(inner) if inner else []))]
-    return found
+    paths: list[tuple[str, ...]] = []
+    for option in dataclasses.fields(schema):
+        inner = nested.get(option.name) if schema is Recipe else None
+        paths += [(option.name,), *((option.name, *path) for path in (paths_of(inner) if inner else []))]
+    return paths
 
 
 def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

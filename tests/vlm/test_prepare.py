@@ -96,20 +96,20 @@ def test_every_form_of_samples_gives_the_same_plan(processor: Any, samples: list
     config = corda_vlm.CordaConfig(rank=4, batch_size=5)
     reference = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
     for form in (rows(), table, batches, iter(batches)):
-        found = corda_vlm.collect_context(tiny_llava(), form, config, processor)
+        covariances = corda_vlm.collect_context(tiny_llava(), form, config, processor)
         for name, covariance in reference.items():
-            torch.testing.assert_close(found[name].matrix, covariance.matrix, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(covariances[name].matrix, covariance.matrix, rtol=1e-5, atol=1e-6)
 
 
 def test_batch_size_does_not_change_the_covariances(processor: Any, samples: list[Any]) -> None:
     mixed = [*samples, (None, "a red circle"), {"question": "what shape is this ?", "answer": "a circle"}]
-    one, many = (
+    by_one, at_once = (
         corda_vlm.collect_context(tiny_llava(), mixed, corda_vlm.CordaConfig(batch_size=size, parts=ALL_PARTS), processor)
         for size in (1, 14)
     )
-    for name, covariance in one.items():
-        assert many[name].num_tokens == covariance.num_tokens
-        torch.testing.assert_close(many[name].matrix, covariance.matrix, rtol=1e-4, atol=1e-5)
+    for name, covariance in by_one.items():
+        assert at_once[name].num_tokens == covariance.num_tokens
+        torch.testing.assert_close(at_once[name].matrix, covariance.matrix, rtol=1e-4, atol=1e-5)
 
 
 def test_a_language_model_takes_its_tokenizer(tokenizer: Any) -> None:
@@ -181,15 +181,15 @@ def test_candidates_and_budget_apart(tokenizer: Any) -> None:
     config = corda_vlm.CordaConfig(rank=4, candidates=3, num_samples=20)
     contexts = context.draw_contexts(texts, config)
     drawn = [set(context.indices) for context in contexts]
-    assert [len(one) for one in drawn] == [20, 20, 20]
+    assert [len(indices) for indices in drawn] == [20, 20, 20]
     assert not (drawn[0] & drawn[1])
     assert not (drawn[0] & drawn[2])
     assert not (drawn[1] & drawn[2])
     model = tiny_llama()
-    made = corda_vlm.plan_contexts(model, contexts, config, tokenizer)
-    assert {init.rank for init in made.layers.values()} == {4}
-    assert {len(init.choice.candidates) for init in made.layers.values()} == {3}
-    assert {init.choice.index for init in made.layers.values()} <= {0, 1, 2}
+    adapter_plan = corda_vlm.plan_contexts(model, contexts, config, tokenizer)
+    assert {init.rank for init in adapter_plan.layers.values()} == {4}
+    assert {len(init.choice.candidates) for init in adapter_plan.layers.values()} == {3}
+    assert {init.choice.index for init in adapter_plan.layers.values()} <= {0, 1, 2}
     spread = corda_vlm.plan_contexts(model, [texts], corda_vlm.CordaConfig(budget=5000, min_rank=2, max_rank=9), tokenizer)
     assert {len(init.choice.candidates) for init in spread.layers.values()} == {1}
     assert min(init.rank for init in spread.layers.values()) >= 2
@@ -211,11 +211,11 @@ def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) ->
     free = corda_vlm.plan_contexts(tiny_llava(), contexts, config, processor)
     alive: list[weakref.ref[Any]] = []
     most = 0
-    made = prepare_module.collect
+    collect = prepare_module.collect
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal most
-        covariances = made(*args, **kwargs)
+        covariances = collect(*args, **kwargs)
         alive.extend(weakref.ref(C) for C in {id(C): C for C in covariances.values()}.values())
         gc.collect()
         most = max(most, sum(C().packed.num_bytes(C().packed.n, torch.float32) for C in alive if C() is not None))
@@ -225,7 +225,7 @@ def test_candidates_within_a_memory_limit(processor: Any, samples: list[Any]) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "collect", watched)
         within = corda_vlm.plan_contexts(tiny_llava(), contexts, dataclasses.replace(config, max_memory=limit), processor)
-    assert len(alive) > 2 * len({id(one) for one in alive if one() is not None})
+    assert len(alive) > 2 * len({id(C) for C in alive if C() is not None})
     assert most <= limit
     for name, init in free.layers.items():
         assert (within.layers[name].rank, within.layers[name].choice.index) == (init.rank, init.choice.index)
@@ -260,9 +260,9 @@ def test_tokens_weigh_images_and_text(processor: Any, samples: list[Any]) -> Non
     counts, matrices = {}, {}
     for tokens in ("all", "image", "text", {"image": 0.25, "text": 1.0}):
         config = corda_vlm.CordaConfig(tokens=tokens, parts=ALL_PARTS)
-        found = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
+        covariances = corda_vlm.collect_context(tiny_llava(), samples, config, processor)
         for part in ("language_model.layers.0.self_attn.q_proj", "vision_tower.encoder.layers.0.self_attn.q_proj"):
-            covariance = next(one for name, one in found.items() if name.endswith(part.rsplit("tower.", 1)[-1]))
+            covariance = next(C for name, C in covariances.items() if name.endswith(part.rsplit("tower.", 1)[-1]))
             counts[part[:6], str(tokens)], matrices[part[:6], str(tokens)] = covariance.num_tokens, covariance.matrix
     images, words = counts["langua", "image"], counts["langua", "text"]
     assert images == 4 * len(samples)
@@ -274,8 +274,8 @@ def test_tokens_weigh_images_and_text(processor: Any, samples: list[Any]) -> Non
 
 def test_the_output_embedding_may_be_adapted(tokenizer: Any) -> None:
     texts = [(None, "a red circle in this shape is blue")] * 5
-    found = corda_vlm.collect_context(tiny_llama(), texts, corda_vlm.CordaConfig(targets=["lm_head"]), tokenizer)
-    assert found["lm_head"].num_tokens == 5 * 8
+    covariances = corda_vlm.collect_context(tiny_llama(), texts, corda_vlm.CordaConfig(targets=["lm_head"]), tokenizer)
+    assert covariances["lm_head"].num_tokens == 5 * 8
 
 
 @pytest.mark.parametrize(("samples", "processes", "batch_size"), [(256, 3, 1), (256, 3, 8), (11, 2, 3), (7, 7, 4), (5, 1, 2)])
