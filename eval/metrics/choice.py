@@ -59,13 +59,14 @@ def pope_scores(predictions: Sequence[str], labels: Sequence[str], categories: S
 
 def _binary_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Return the scores of pairs (answer, label)."""
-    hits, said, there = pairs.count(("yes", "yes")), [a for a, _ in pairs].count("yes"), [b for _, b in pairs].count("yes")
+    hits = pairs.count(("yes", "yes"))
+    answered_yes, labelled_yes = (sum(pair[side] == "yes" for pair in pairs) for side in (0, 1))
     return {
         "accuracy": (hits + pairs.count(("no", "no"))) / len(pairs),
-        "precision": hits / said if said else 0.0,
-        "recall": hits / there if there else 0.0,
-        "f1": 2 * hits / (said + there) if said + there else 0.0,
-        "yes_ratio": said / len(pairs),
+        "precision": hits / answered_yes if answered_yes else 0.0,
+        "recall": hits / labelled_yes if labelled_yes else 0.0,
+        "f1": 2 * hits / (answered_yes + labelled_yes) if answered_yes + labelled_yes else 0.0,
+        "yes_ratio": answered_yes / len(pairs),
     }
 
 

@@ -76,7 +76,7 @@ def _check_system(system: str, processor: Any) -> None:
         ValueError: If it does.
     """
     # Two sentences, as one may be what the template says by itself.
-    once, twice = (Collator(processor)([_turns("?", said)])["input_ids"].tolist() for said in (system, f"{system} {system}"))
+    once, twice = (Collator(processor)([_turns("?", turn)])["input_ids"].tolist() for turn in (system, f"{system} {system}"))
     if once == twice:
         raise ValueError(
             f"The chat template of {type(processor).__name__} leaves system turns out: system={system[:60]!r} would change nothing; leave "

@@ -59,7 +59,7 @@ def karpathy(
 
 def _karpathys(rows: Sequence[Any], split: str) -> list[tuple[str, list[str]]]:
     return [
-        (f"{row['filepath']}/{row['filename']}" if "filepath" in row else row["filename"], [said["raw"] for said in row["sentences"]])
+        (f"{row['filepath']}/{row['filename']}" if "filepath" in row else row["filename"], [text["raw"] for text in row["sentences"]])
         for row in rows
         if row["split"] == split
     ]

@@ -50,10 +50,10 @@ NEVER = Moment()
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (negative: by that signal), what it said, how long it took, how often it changed a file."""
+    """How a process ended: its exit code (negative: by that signal), what it wrote, how long it took, how often it changed a file."""
 
     code: int
-    said: str
+    output: str
     seconds: float
     changes: int
 
@@ -111,10 +111,10 @@ class Bench:
             process.kill()
             process.join()
         del self.running[process]
-        said, count = log.read_text(errors="replace"), log.with_suffix(".changes")
+        output, count = log.read_text(errors="replace"), log.with_suffix(".changes")
         if hangs:
-            raise TimeoutError(f"did not end within {LONGEST:.0f} s; it had said: {said[-2000:]}")
-        return Ended(process.exitcode or 0, said, time.monotonic() - start, int(count.read_text()) if count.exists() else 0)
+            raise TimeoutError(f"did not end within {LONGEST:.0f} s; it had said: {output[-2000:]}")
+        return Ended(process.exitcode or 0, output, time.monotonic() - start, int(count.read_text()) if count.exists() else 0)
 
     def wait_until_it_stops(self, process: BaseProcess) -> None:
         """Wait until a process has stopped at its moment, or ended."""

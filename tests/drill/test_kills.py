@@ -99,7 +99,7 @@ def run(bench: Bench, arguments: list[str], output: Path, moment: Moment = Momen
 @pytest.mark.parametrize("work", WORKS, ids=[work.name for work in WORKS])
 def test_killed_and_run_again_it_comes_to_the_same(work: Work, place: Place, bench: Bench, drill: Drill, tmp_path: Path) -> None:
     usual = run(bench, work.arguments(place, tmp_path / "usual"), tmp_path / "usual")
-    assert usual.code == 0, usual.said
+    assert usual.code == 0, usual.output
     expected = work.outcome(tmp_path / "usual")
     faults, kills, trial = [], 0, 0
     while kills < work.share * drill.amounts["kills"]:
@@ -126,11 +126,11 @@ def test_killed_and_run_again_it_comes_to_the_same(work: Work, place: Place, ben
 
 def _after(bench: Bench, work: Work, arguments: list[str], output: Path, deaths: list[Ended], expected: Any) -> list[str]:
     """Return what is wrong with a command that died so, when it is run again; and, of every third, once more when it is done."""
-    problems = [f"ended with {death.code}: {death.said[-500:]}" for death in deaths if not death.was_killed and death.code != 0]
+    problems = [f"ended with {death.code}: {death.output[-500:]}" for death in deaths if not death.was_killed and death.code != 0]
     for what in ("run again", "run when done") if output.name.endswith(("1", "4", "7")) else ("run again",):
         ended = run(bench, arguments, output)
         if ended.code != 0:
-            return [*problems, f"{what}, it ended with {ended.code}: {ended.said[-500:]}"]
+            return [*problems, f"{what}, it ended with {ended.code}: {ended.output[-500:]}"]
         if work.outcome(output) != expected:
             return [*problems, f"{what}, it came to {work.outcome(output)}, not {expected}"]
     return problems + [f"{left.name} is left" for left in output.rglob(".partial-*")]
@@ -173,8 +173,8 @@ def test_of_two_at_once_one_is_told_so_and_the_other_is_right(work: Work, place:
         second = run(bench, [*arguments, *work.again], output)
         os.kill(first.pid or 0, signal.SIGCONT)
         ends = [bench.wait(first), second]
-        problems = [f"one ended with {end.code}: {end.said[-500:]}" for end, code in zip(ends, (0, 1), strict=True) if end.code != code]
-        problems += [f"one said {end.said[-500:]}" for end in ends if "Traceback" in end.said]
+        problems = [f"one ended with {end.code}: {end.output[-500:]}" for end, code in zip(ends, (0, 1), strict=True) if end.code != code]
+        problems += [f"one said {end.output[-500:]}" for end in ends if "Traceback" in end.output]
         if not problems and work.outcome(output) != expected:
             problems.append(f"the one that ended well came to {work.outcome(output)}, not {expected}")
         faults += [f"{trial}: {moment}: {problem}" for problem in problems]

@@ -71,8 +71,8 @@ BROKEN = {
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_base_that_is_not_ready_is_refused_everywhere(case: str, entry: str, tokenizer: Any) -> None:
-    make, said = BROKEN[case]
-    with pytest.raises(ValueError, match=said):
+    make, sentence = BROKEN[case]
+    with pytest.raises(ValueError, match=sentence):
         ENTRIES[entry](make(), tokenizer)
 
 

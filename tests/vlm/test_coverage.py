@@ -43,11 +43,11 @@ def test_fused_experts_are_told_of(kind: str, tokenizer: Any) -> None:
     assert share.stacked == sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 3)
     assert share.stacked > 0.6 * share.total
     assert share.adapted == sum(weight_matrix(model, name).numel() for name in corda_vlm.select_layers(model))
-    said = (
+    sentence = (
         rf"{share.adapted / share.total:.1%} of the {share.total:,} parameters of language .* fused experts, 3-D weights such as .*experts"
     )
     texts = [(None, "a red circle in this shape is blue"), (None, "what color is the shape ?")] * 4
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=sentence):
         corda_vlm.prepare(model, texts, processor=tokenizer, rank=2)
 
 

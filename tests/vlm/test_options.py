@@ -123,8 +123,8 @@ def test_no_value_of_any_option_ends_in_a_traceback(schema: type) -> None:
             nested: Any = value
             for key in reversed(path):
                 nested = {key: nested}
-            said = refusal(merged(RECIPE if schema is Recipe else {}, nested), schema)
-            assert said is None or (said.startswith("a.yaml") and "\n" not in said), (path, value)
+            sentence = refusal(merged(RECIPE if schema is Recipe else {}, nested), schema)
+            assert sentence is None or (sentence.startswith("a.yaml") and "\n" not in sentence), (path, value)
 
 
 def refusal(values: Mapping[str, Any], schema: type) -> str | None:

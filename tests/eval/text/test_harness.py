@@ -53,14 +53,14 @@ def tasks(tmp_path: Path) -> list[str]:
 
 
 def test_tasks_of_ones_own(tasks: list[str], tokenizer: Any) -> None:
-    choice, words, said = evaluate_text(tiny_llama(), tokenizer, tasks, batch_size=2)
+    choice, words, generation = evaluate_text(tiny_llama(), tokenizer, tasks, batch_size=2)
     assert (choice.task, choice.headline, choice.num_examples) == ("choice", "acc,none", 6)
     assert choice.metrics["acc,none"] == sum(choice.scores) / 6 == 0.5  # it says the same to all, and half of them want it
     assert [record["id"] for record in choice.records] == [f"choice/{number}" for number in range(6)]
     assert words.headline == "word_perplexity,none"
     assert len(set(words.scores)) == 1  # nats a word of the same text
-    assert said.scores == [0.0] * 6
-    json.dumps([[*task.records, *task.scores, dict(task.metrics)] for task in (choice, words, said)])
+    assert generation.scores == [0.0] * 6
+    json.dumps([[*task.records, *task.scores, dict(task.metrics)] for task in (choice, words, generation)])
     assert evaluate_text(tiny_llama(), tokenizer, tasks[:1], limit=2)[0].scores == choice.scores[:2]
 
 

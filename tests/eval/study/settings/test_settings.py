@@ -300,8 +300,8 @@ def generated_hits(model: nn.Module, ids: Tensor, labels: Tensor) -> Iterator[bo
         end = place
         while end < len(ids) and labels[end] >= 0:
             end += 1
-        said = model.generate(input_ids=ids[None, :place], max_new_tokens=end - place, do_sample=False, eos_token_id=None, pad_token_id=0)
-        yield said[0, place:].tolist() == ids[place:end].tolist()
+        reply = model.generate(input_ids=ids[None, :place], max_new_tokens=end - place, do_sample=False, eos_token_id=None, pad_token_id=0)
+        yield reply[0, place:].tolist() == ids[place:end].tolist()
         place = end
 
 
