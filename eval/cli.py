@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from corda_vlm.cli import DOWNLOAD, TRUST, app, command
+from corda_vlm.outputs import alone_in, processes
 from corda_vlm.training.recipe import ModelConfig
 from corda_vlm.yaml import read_config
 
@@ -64,10 +65,12 @@ def eval_command(
     if check_batch_invariance:
         for title, check in batch_checks(model, read_suite(suite), check_batch_invariance).items():
             typer.echo(f"{title}: {len(check.differing)} of {check.num_examples} answers change with the batch size.")
-    measured = measure(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output)
-    if measured is None:  # the first process reports
-        return
-    write_comparison(measured, output, facts={"command": _typed()})
+    processes()  # joins the others, if there are any
+    with alone_in(output):
+        measured = measure(model, dict(zip(names, adapter, strict=True)), read_suite(suite), output)
+        if measured is None:  # the first process reports
+            return
+        write_comparison(measured, output, facts={"command": _typed()})
     for name, rows in measured.rows.items():
         typer.echo(f"{name}: {'; '.join(sentences(averages(rows)))}.")
     typer.echo(f"Report: {output / 'report.html'}, report.md, summary.json ({measured.seconds:.0f} s)")

@@ -28,7 +28,7 @@ from corda_eval.suite.comparison import Measured, compare
 from corda_eval.suite.tasks import BENCHMARKS, Suite, asking_of, examples_of, run_task
 from corda_eval.vqa.generate import BatchCheck, check_batch_invariance
 from corda_vlm.adapted import check_lora_config, load, load_lora
-from corda_vlm.outputs import alone_in, clear_partial, processes
+from corda_vlm.outputs import clear_partial, processes
 from corda_vlm.training.models import load_base, network_only_if
 from corda_vlm.training.recipe import ModelConfig
 
@@ -59,20 +59,12 @@ def measure(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, outpu
         base: The untouched model.
         adapters: Folders by the names they are reported under: of ``corda-vlm train``, or of an ordinary LoRA.
         suite: The tasks.
-        output: Folder; tasks that are done there are not run again.
+        output: Folder, this run's alone (``corda_vlm.outputs.alone_in``); tasks that are done there are not run again.
 
     Raises:
-        BlockingIOError: If another run writes to the output.
         FileNotFoundError: If a file is missing.
         ValueError: If data, adapter or output are not right.
     """
-    processes()  # joins the others, if there are any
-    with alone_in(output):
-        return _measured(base, adapters, suite, output)
-
-
-def _measured(base: ModelConfig, adapters: Mapping[str, Path], suite: Suite, output: Path) -> Measured | None:
-    """Measure, in an output that is this run's own."""
     start = time.time()
     results, changes = {}, {}
     if process_rank() == 0:
