@@ -40,6 +40,7 @@ from corda_eval.vqa.easy_vqa import TRAINING_QUESTIONS, load_easy_vqa
 from corda_eval.vqa.files import package_folder
 from corda_vlm import CordaConfig, attach_lora, collect_context, fine_tune, plan_adapters
 from corda_vlm.options import Count, Options, Positive, Seed, one_of
+from corda_vlm.outputs import alone_in
 from corda_vlm.training.models import load_base
 from corda_vlm.training.recipe import ModelConfig
 
@@ -139,7 +140,8 @@ def run_demo(config: DemoConfig, output: Path, command: str) -> dict[str, Any]:
     methods = _train_all(config, output / "adapters")
     adapters = {METHODS[method].label: output / "adapters" / method for method in methods}
     shutil.rmtree(output / "measured", ignore_errors=True)  # of an earlier demo, whose adapters these are not
-    measured = measure(lab(), adapters, config.suite, output / "measured")
+    with alone_in(output / "measured"):
+        measured = measure(lab(), adapters, config.suite, output / "measured")
     assert measured is not None, "the demo is a single process"
     exports = check_exports(lab_folder(), list(adapters.values()))
     comparison = verdict(measured.rows)

@@ -21,6 +21,7 @@ import corda_vlm
 from corda_eval.cli import app
 from corda_eval.records import library_versions
 from corda_eval.suite import measure as run
+from corda_eval.suite import page
 from corda_eval.suite.tasks import read_suite
 from corda_vlm import outputs
 from corda_vlm.training.recipe import ModelConfig
@@ -196,6 +197,21 @@ def test_two_at_once_do_not_share_an_output(place: Path, monkeypatch: pytest.Mon
         done = called(place, "tuned")
     assert done.exit_code == 1
     assert "out is in use by another run" in done.output
+
+
+def test_the_report_is_written_before_another_run_may_begin(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "LOCK_WAIT", 0.1)
+    write = page.write_comparison
+
+    def write_while_held(*args: Any, **options: Any) -> Any:
+        with pytest.raises(BlockingIOError), outputs.locked(place / "out"):
+            pass
+        return write(*args, **options)
+
+    monkeypatch.setattr(page, "write_comparison", write_while_held)
+    done = called(place, "tuned")
+    assert done.exit_code == 0, done.output
+    assert (place / "out" / "report.html").exists()
 
 
 def test_errors_are_sentences(place: Path) -> None:
