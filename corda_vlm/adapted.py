@@ -45,7 +45,7 @@ def load_lora(model: nn.Module, folder: Path) -> PeftModel:
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     odd = sorted(wanted.keys() - held.keys()) or sorted(held.keys() - wanted.keys() - adapted.state_dict().keys())
     if odd:
-        raise ValueError(f"{folder / CONFIG_NAME} and {WEIGHTS} do not fit each other: one has {odd[0]}, the other has not.")
+        raise ValueError(f"{folder / CONFIG_NAME} and {WEIGHTS} do not fit each other: one has {odd[0]}, the other lacks it.")
     return adapted
 
 

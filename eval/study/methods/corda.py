@@ -47,5 +47,5 @@ class Corda:
             covariances, choices = choose(task.model, collections, in_full=True)
             budget = budget_of_rank((weight_shape(task.model, name) for name in task.layers), self.rank)
             ranks = allocate(task.model, choices, budget, self.mode)
-        made = plan(task.model, covariances, mode=self.mode, rank=self.rank, ranks=ranks, split=self.split, whiten=whiten)
-        return Adapted(attach(task.model, made, protect=self.protect))
+        adapter_plan = plan(task.model, covariances, mode=self.mode, rank=self.rank, ranks=ranks, split=self.split, whiten=whiten)
+        return Adapted(attach(task.model, adapter_plan, protect=self.protect))
