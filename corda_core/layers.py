@@ -53,8 +53,8 @@ def over_layers(
             if place % num_processes() == process_rank():
                 yield name, weight
 
-    plain = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    workers = num_workers([weight_shape(model, name) for name in names], next(model.parameters()).device) if plain else 1
+    shapes = [weight_shape(model, name) for name in names]
+    workers = min(threads_for(model), num_workers(shapes, next(model.parameters()).device))
     results: dict[str, R] = {}
     for part in gathered(dict(in_threads(named, own(), workers))):
         results |= part

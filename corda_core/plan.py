@@ -98,11 +98,11 @@ def plan(
         progress: A progress bar: ``progress(names, title)`` returns the names to iterate, as ``tqdm`` does.
 
     Raises:
-        ValueError: If the rank is below 1, ``ranks`` lacks a layer, or a layer cannot be decomposed (the text names it).
+        ValueError: If a rank is below 1, ``ranks`` or ``choices`` lack a layer, or a layer cannot be decomposed (the text names it).
     """
-    low = next((name for name, own in (ranks or {}).items() if own < 1), None)
-    if rank < 1 or low is not None:
-        raise ValueError(f"rank is {rank}{f', and that of {low} {(ranks or {})[low]}' if low else ''}; expected at least 1 for each layer.")
+    for what, asked in (("rank", rank), *((f"the rank of {name}", own) for name, own in (ranks or {}).items())):
+        if asked < 1:
+            raise ValueError(f"{what} is {asked}; expected at least 1 for each layer.")
     mode, split = Mode(mode), Split(split)
 
     def start(part: Mapping[str, Covariance], name: str, weight: Tensor) -> tuple[AdapterInit, bool]:

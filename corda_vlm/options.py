@@ -6,7 +6,8 @@ as their base. pydantic judges, strictly: true is no number and "8" no whole one
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from numbers import Integral, Real
@@ -101,6 +102,16 @@ def as_declared(schema: type, values: Mapping[str, Any], *, written: bool = Fals
     """
     fields = _fields(schema)
     return {name: _read(name, value, *fields[name], written) for name, value in values.items()}
+
+
+def first_unknown(schema: type, names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first of the names that no field of a dataclass has, and what was meant or is known, in words; None if there is none."""
+    known = [field.name for field in dataclasses.fields(schema)]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is None:
+        return None
+    near = get_close_matches(str(unknown), known, n=1)
+    return unknown, f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}."
 
 
 @cache

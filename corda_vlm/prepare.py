@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,16 @@ from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
 from corda_vlm.coverage import coverage, tell
+from corda_vlm.options import first_unknown
 from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, select_layers, token_weights
 
 logger = logging.getLogger(__name__)
 
 GONE = {
-    "preprocess": "give processor=corda_vlm.OpenClipPairs(preprocess, tokenizer)",
-    "tokenizer": "give processor=corda_vlm.OpenClipPairs(preprocess, tokenizer)",
-    "normalize": "leave it out; corda_core.collect still knows it, for parity with PEFT",
-    "solver": "leave it out; the faster one is taken, and checked",
+    "preprocess": "give processor=corda_vlm.OpenClipPairs(preprocess, tokenizer).",
+    "tokenizer": "give processor=corda_vlm.OpenClipPairs(preprocess, tokenizer).",
+    "normalize": "leave it out; corda_core.collect still knows it, for parity with PEFT.",
+    "solver": "leave it out; the faster one is taken, and checked.",
 }
 """Keywords of version 0.1.0 that ``prepare`` no longer has, and what to do."""
 
@@ -184,12 +184,10 @@ def _config(mode: str, config: CordaConfig | None, options: Mapping[str, Any]) -
         if options or mode not in ("kpm", config.mode):
             raise TypeError(f"prepare got both config and {[*options] or 'mode'}; put all options into the config (dataclasses.replace).")
         return config
-    known = [field.name for field in fields(CordaConfig)]
-    unknown = next((name for name in options if name not in known), None)
+    unknown = first_unknown(CordaConfig, options)
     if unknown is not None:
-        near = get_close_matches(unknown, known, n=1)
-        advice = GONE.get(unknown) or (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
-        raise TypeError(f"prepare has no option {unknown!r}: {advice}.")
+        name, meant = unknown
+        raise TypeError(f"prepare has no option {name!r}: {GONE.get(name, meant)}")
     if not isinstance(options.get("candidates"), int | None):
         raise TypeError("candidates is a number; give contexts of your own as further_contexts=[...].")
     return CordaConfig(mode=mode, **options)  # type: ignore[arg-type]

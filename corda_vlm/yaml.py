@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from corda_core.files import read_text
-from corda_vlm.options import as_declared, members_of
+from corda_vlm.options import as_declared, first_unknown, members_of
 
 T = TypeVar("T")
 
@@ -44,12 +43,9 @@ def _filled(values: Mapping[str, Any], schema: type[T], source: str, inside: tup
     """``from_mapping`` of the options under some names."""
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     where = ", ".join([source, *inside])
-    unknown = next((key for key in values if key not in fields), None)
+    unknown = first_unknown(schema, values)
     if unknown is not None:
-        near = get_close_matches(str(unknown), fields, n=1)
-        raise ValueError(
-            f"{where}: unknown option {unknown!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(fields)}.")
-        )
+        raise ValueError(f"{where}: unknown option {unknown[0]!r}; {unknown[1]}")
     filled = {key: _inner(value, fields[key].type, source, (*inside, key)) for key, value in values.items()}
     missing = [name for name, field in fields.items() if name not in filled and _is_required(field)]
     if missing:

@@ -99,6 +99,10 @@ def test_a_plan_of_given_ranks(model: nn.Module) -> None:
     missing = ranks.popitem()[0]
     with pytest.raises(ValueError, match=rf"ranks has none for {re.escape(missing)}"):
         plan(model, covariances, mode="kpm", rank=4, ranks=ranks)
+    _, choices = choose(model, [covariances])
+    del choices[missing]
+    with pytest.raises(ValueError, match=rf"choices has none for {re.escape(missing)}"):
+        plan(model, covariances, mode="kpm", rank=4, choices=choices)
 
 
 def test_mistakes_get_one_clear_sentence(model: nn.Module) -> None:

@@ -144,6 +144,8 @@ def test_leaves_the_model_as_it_was_even_after_an_error() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no batches"):
         collect(Toy(), [], NAMES)
+    with pytest.raises(ValueError, match="no batches"):
+        split_layers(Toy(), [], NAMES, 1)
     with pytest.raises(ValueError, match="idle.*never ran"):
         collect(Toy(), [{"x": torch.randn(1, 2, 6)}], (*NAMES, "idle"))
     with pytest.raises(ValueError, match="the mask has"):

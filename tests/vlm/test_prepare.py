@@ -320,3 +320,23 @@ def test_a_model_that_carries_an_adapter_is_refused(processor: Any, samples: lis
     ):
         with pytest.raises(ValueError, match="carries the adapter 'default' already.*collect them before"):
             again()
+
+
+def test_options_are_the_fields_of_the_config(samples: list[Any], processor: Any) -> None:
+    config = corda_vlm.CordaConfig(mode="ipm", rank=3, parts=ALL_PARTS)
+    whole = corda_vlm.prepare(tiny_llava(), samples, processor=processor, config=config)
+    apart = corda_vlm.prepare(tiny_llava(), samples, "ipm", processor=processor, rank=3, parts=ALL_PARTS)
+    for (name, layer), other in zip(lora_layers(whole).items(), lora_layers(apart).values(), strict=True):
+        assert torch.equal(layer.lora_A["default"].weight, other.lora_A["default"].weight), name
+    for options, words in (
+        ({"rnak": 3}, "no option 'rnak': did you mean 'rank'"),
+        ({"solver": "exact"}, "no option 'solver': leave it out"),
+        ({"normalize": None}, "no option 'normalize': leave it out; corda_core.collect"),
+        ({"candidates": [samples]}, "further_contexts"),
+        ({"config": config, "rank": 3}, "both config and .*rank"),
+        ({"config": config, "mode": "kpm", "alpha": 1.0}, "both config and .*alpha"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            corda_vlm.prepare(tiny_llava(), samples, processor=processor, **options)
+    with pytest.raises(ValueError, match="leave one out"):
+        corda_vlm.prepare(tiny_llava(), samples, processor=processor, candidates=2, further_contexts=[samples])
