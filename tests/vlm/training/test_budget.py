@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+
 from corda_vlm.training.budget import TOLERANCE, largest_alpha
 
 CURVES: dict[str, Callable[[float], float]] = {
