@@ -1,7 +1,7 @@
 """LoRA layers of PEFT that hold what CorDA starts from, the change that they make, and how far that moves the context's outputs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from corda_core.covariance import Covariance
@@ -124,6 +125,44 @@ def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Ten
     """Return the change of one layer against the untouched base as ``(A', B')``, ``ΔW = B' A'`` (m, n), float32, scaling included."""
     A, B = _factors(layer, adapter_name)
     return A.detach().float(), B.detach().float() * layer.scaling[adapter_name]
+
+
+@torch.no_grad()
+def shrink_(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
+    """Take what was trained back towards its start: 1 leaves it, 0 is the base, bit for bit.
+
+    All of ``trained_tensors`` become ``(1 − alpha) · start + alpha · trained``. The change is then ``alpha ΔW``, but with
+    ``protect="start"``, where A moves too: ``s (alpha (δB A0 + B0 δA) + alpha² δB δA)``.
+    """
+    for trained, start in trained_tensors(model, adapter_name):
+        if start is None:
+            trained.mul_(alpha)
+        else:
+            trained.copy_(torch.lerp(_placed_as(trained, start), trained, alpha))
+
+
+def trained_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield what makes the difference from the base, and where each started; None is zero.
+
+    B, with ``protect="start"`` A too, and the parameters and floating-point buffers of what trains whole. An A whose B started from zero is
+    left out: what it is makes no difference to where B is zero.
+    """
+    for layer in lora_layers(model, adapter_name).values():
+        for factor, key in ((layer.lora_A, "lora_A0"), (layer.lora_B, "lora_B0")):
+            start = dict(getattr(layer, key, {})).get(adapter_name)
+            if start is not None or factor is layer.lora_B:
+                yield factor[adapter_name].weight, start
+    for wrapper in whole_modules(model, adapter_name).values():
+        starts = wrapper.original_module.state_dict()
+        trained = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
+        yield from ((value, starts[key]) for key, value in trained.items() if value.is_floating_point())
+
+
+def _placed_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return the other tensor in the type, and where the first is sharded in the shards, of the first."""
+    if isinstance(tensor, DTensor) and not isinstance(other, DTensor):
+        other = distribute_tensor(other, tensor.device_mesh, tensor.placements)
+    return other.to(tensor.dtype)
 
 
 def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:

@@ -61,14 +61,14 @@ def context_batches(model: nn.Module, images_texts: Iterable[Any], names: Sequen
         ValueError: If the context is empty, there are fewer samples than processes, or no processor is known.
     """
     chosen, are_batches = _draw(images_texts, config.num_samples, config.seed)
-    inputs_of = partial(_model_inputs, model, not _reads_output(model, names))
+    inputs_of = partial(model_inputs, model, not _reads_output(model, names))
     if are_batches:
         if isinstance(chosen, Iterator):
             first = next(chosen)
             return Context(iter(_Batches(chain([first], chosen), inputs_of)), inputs_of(first))
         # The one with most keys: one with images, if there are any.
         return Context(_Batches(chosen, inputs_of), inputs_of(max(islice(chosen, 8), key=len)))
-    collate = collator_for(model, processor or _own_processor(model))
+    collate = collator_for(model, processor or own_processor(model))
     # Samples are read when their batch comes: a dataset decodes its images only then.
     groups = share_out(len(chosen), config.batch_size)
     looked_at = range(0, len(chosen), max(1, len(chosen) // NUM_LOOKED_AT))  # all over: perhaps texts stand first
@@ -118,7 +118,7 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool
     if isinstance(images_texts, Sequence) or (hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")):
         items = Numbered(images_texts, "images_texts")
         total = len(items)
-        if total and not _is_batch(items[0]):
+        if total and not is_batch(items[0]):
             order = range(total) if total <= count else sorted(random.Random(seed).sample(range(total), count))
             return Subset(items, list(order)), False
         if total:
@@ -127,7 +127,7 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool
     first = next(iterator, None)
     if first is None:
         raise ValueError("images_texts is empty: there is no context to collect; give samples of what the model is to keep (or to learn).")
-    if _is_batch(first):
+    if is_batch(first):
         return (chain([first], iterator) if iterator is images_texts else images_texts), True
     return Numbered([first, *islice(iterator, count - 1)], "images_texts"), False
 
@@ -151,13 +151,13 @@ def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[
     return contexts
 
 
-def _is_batch(sample: Any) -> bool:
+def is_batch(sample: Any) -> bool:
     """Whether these are inputs of a model: tensors, and no text that is still to be read."""
     values = list(sample.values()) if isinstance(sample, Mapping) else []
     return any(isinstance(value, Tensor) and value.ndim > 1 for value in values) and not any(isinstance(value, str) for value in values)
 
 
-def _own_processor(model: nn.Module) -> Any:
+def own_processor(model: nn.Module) -> Any:
     """Return the processor beside the model's own files; never from the network."""
     config = getattr(model, "config", None)
     if config is None:
@@ -181,7 +181,7 @@ def _reads_output(model: nn.Module, names: Sequence[str]) -> bool:
     return any(model.get_submodule(name) not in inside for name in names)
 
 
-def _model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}

@@ -220,9 +220,9 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     what comes behind the token that is read counts nothing; in a vision tower neither do patches that only fill an image up; in a
     projector all tokens count alike.
     """
-    image_tokens, two_towers = _image_tokens(model), has_two_towers(model)
+    placeholders, two_towers = image_tokens(model), has_two_towers(model)
     family, unlisted, decoder = family_of(model), _listed(model) is None, _decoder_prefix(model)
-    if weights["image"] != weights["text"] and not image_tokens:
+    if weights["image"] != weights["text"] and not placeholders:
         raise ValueError(
             f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
         )
@@ -238,7 +238,7 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
         mask = _caption_mask(model, batch) if is_open_clip(model) else attention_mask_of(name, batch)
         if weights["image"] == weights["text"]:
             return mask
-        is_image = torch.isin(batch["input_ids"], torch.tensor(image_tokens, device=batch["input_ids"].device))
+        is_image = torch.isin(batch["input_ids"], torch.tensor(placeholders, device=batch["input_ids"].device))
         return torch.where(is_image, weights["image"], weights["text"]) * (1 if mask is None else mask)
 
     return weigh
@@ -273,7 +273,7 @@ def _decoder_prefix(model: Any) -> str:
     return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "\0")
 
 
-def _image_tokens(model: nn.Module) -> list[int]:
+def image_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens that stand for pieces of images and videos."""
     config: Any = getattr(model, "config", None)
     tokens = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]

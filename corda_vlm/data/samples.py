@@ -46,6 +46,9 @@ class Collator:
     with_labels: bool = False
     """Add ``labels``: the response tokens, all else ignored."""
 
+    whole_texts: bool = False
+    """With labels: of a sample without a response all of the text is learned, instead of refusing it."""
+
     trim_logits: bool = False
     """With labels: ask the model (``logits_to_keep``) for the logits of the responses only."""
 
@@ -84,10 +87,17 @@ class Collator:
         encoded = encode(read_sample(item, self.processor), self.processor)
         self.limits.check(encoded["input_ids"])
         if self.with_labels and not encoded["is_response"].any():
+            if self.whole_texts:
+                return encoded | {"is_response": (encoded["input_ids"] != self._image_token).long()}
             raise ValueError(
                 "A training item has no response to learn; give `question` and `answer`, or `conversations` with an assistant turn."
             )
         return encoded
+
+    @property
+    def _image_token(self) -> int:
+        """The token that stands where an image is; none has the number −1."""
+        return getattr(self.processor, "image_token_id", None) or -1
 
     def _labels(self, input_ids: Tensor, is_response: Tensor) -> dict[str, Any]:
         labels = torch.where(is_response, input_ids, IGNORED_LABEL)

@@ -1,0 +1,321 @@
+"""Hold a model to what it was while it trains: by its base's predictions on samples of the context, or by their own loss; to a budget.
+
+``KeepCallback`` does it in any of transformers' Trainers, ``Keeper`` in other loops.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from corda_core.layers import num_processes, process_rank, sum_over_processes_
+from corda_core.linears import base_of
+from corda_core.lora import shrink_, trained_tensors
+from corda_vlm.context import collator_for, is_batch, own_processor
+from corda_vlm.data.rows import Numbered
+from corda_vlm.data.samples import Collator
+from corda_vlm.options import Count, NotNegative, Options, Positive
+from corda_vlm.towers import has_two_towers
+from corda_vlm.training.budget import largest_alpha
+from corda_vlm.training.divergence import Kind, context_kl, kept_sum, num_kept
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 32
+"""At most so many samples, and at most a quarter, are held out to measure the divergence on."""
+AIM = 1.15
+"""The divergence is steered to so much of the budget; what is above it in the end is taken off."""
+GAIN = 12.0
+"""By how much the logarithm of the weight may move in a training at the most, for each unit of the logarithm of the divergence."""
+FASTEST = 0.25
+"""By how much at one step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOptions(Options):
+    """How a training is held to what the model was."""
+
+    kind: Kind = Kind.DISTILL
+    """"distill": the divergence KL(base ‖ adapted) of the predictions on the samples; "replay": the samples' own loss."""
+
+    weight: Positive = 1.0
+    """What that loss is multiplied by beside the training's own; with a budget only where it begins."""
+
+    batch_size: Count | None = None
+    """Samples at a time, over all processes; None takes half of the training's batch, for two towers all of it."""
+
+    every: Count = 1
+    """Steps from one such batch to the next; its weight is then multiplied by them."""
+
+    budget: NotNegative | None = None
+    """What may be forgotten: KL(base ‖ adapted) on held-out samples, in nats a token (two towers: a pair). The weight follows from it,
+    and what is above it in the end is taken off the change."""
+
+    def __post_init__(self) -> None:
+        """Refuse a budget in a loss that does not measure what it limits."""
+        super().__post_init__()
+        if self.budget is not None and self.kind is Kind.REPLAY:
+            raise ValueError('budget limits the divergence from the base, but kind is "replay"; leave one of the two out.')
+
+
+@dataclass(frozen=True)
+class Keep(KeepOptions):
+    """Samples of what a model is to keep, and how it is held to them: ``Keep(samples, budget=0.01)``."""
+
+    samples: Any
+    """As ``images_texts`` of ``corda_vlm.prepare``, with a length; ready batches count as one sample each."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept in the end."""
+
+    kl: float
+    """KL(base ‖ adapted), nats a token (two towers: a pair), on these samples."""
+    num_samples: int
+    are_held_out: bool
+    """Whether the training never used them."""
+    alpha: float
+    """How much of the trained change was left to be within the budget."""
+    weight: float
+    """Of the last step."""
+
+
+class Keeper:
+    """What holds a training to the base: which samples come at which step, and with what weight.
+
+    In a loop of your own add ``keeper.loss(step)`` to the loss of each optimiser step, counted from 0, and call ``keeper.finish_()`` at
+    the end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[Any],
+        collate: Callable[[Sequence[Any]], dict[str, Any]],
+        options: KeepOptions,
+        *,
+        batch_size: int,
+        num_steps: int,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Take what is trained and what it is held to.
+
+        Args:
+            model: With an adapter.
+            samples: Of what is to be kept.
+            collate: Makes inputs of the model of some samples.
+            options: How; its own batch size comes first.
+            batch_size: Samples at a time, over all processes.
+            num_steps: Of the training.
+            micro_batch_size: Samples in one forward pass of one process; None takes its whole share.
+            seed: Of the order of the samples.
+
+        Raises:
+            ValueError: If there are too few samples, they cannot be read, the batch cannot be shared out, or the base is not there without
+                the adapter.
+        """
+        least = 1 if options.budget is None else 2
+        if len(samples) < least:
+            raise ValueError(f"keep has {len(samples)} sample(s); expected at least {least}: give samples of what the model is to keep.")
+        self.model, self.samples, self.collate, self.options, self.seed = model, samples, collate, options, seed
+        self.batch_size = options.batch_size or batch_size
+        share, rest = divmod(self.batch_size, num_processes())
+        if rest:
+            raise ValueError(f"keep.batch_size is {self.batch_size} for {num_processes()} processes; expected a multiple of their number.")
+        two_towers = has_two_towers(base_of(model))  # where a smaller batch is another loss
+        self.micro_batch_size = share if two_towers or micro_batch_size is None else min(share, micro_batch_size)
+        self.gain = min(FASTEST, GAIN * options.every / num_steps)
+        count = len(samples)
+        held = random.Random(f"held out {seed}").sample(range(count), min(HELD_OUT, max(1, count // 4)))
+        self.measured = sorted(held)
+        self.trained = sorted(set(range(count)) - set(held)) if options.budget is not None else list(range(count))
+        self.weight = options.weight
+        self.last: float | None = None
+        """The loss of the last batch, over all processes."""
+        self.smoothed: float | None = None
+        """Its running mean, which the weight follows."""
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Run a sample, so that what cannot be kept is refused before the training."""
+        batch = self.collate([self.samples[self.measured[0]]])
+        if self.options.kind is Kind.DISTILL:
+            context_kl(self.model, [batch])
+        else:
+            num_kept(self.model, batch, Kind.REPLAY)
+
+    def loss(self, step: int) -> Tensor | None:
+        """Return the weighted loss of an optimiser step, None where it has none.
+
+        Raises:
+            ValueError: If a sample cannot be read.
+        """
+        losses = list(self.losses(step))
+        return torch.stack(losses).sum() if losses else None
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """Yield ``loss`` in parts, one for each forward pass: take each one's gradient before asking for the next.
+
+        Their gradients are to be averaged over processes, as DDP and FSDP do.
+
+        Raises:
+            ValueError: If a sample cannot be read.
+        """
+        if step % self.options.every:
+            return
+        self._steer()
+        places = self._places(step // self.options.every)[process_rank() :: num_processes()]
+        size = self.micro_batch_size
+        parts = [places[start : start + size] for start in range(0, len(places), size)]
+        batches = [self.collate([self.samples[place] for place in part]) for part in parts]
+        sums = torch.tensor([0.0, sum(num_kept(self.model, batch, self.options.kind) for batch in batches)], dtype=torch.float64)
+        sum_over_processes_(sums)
+        for batch in batches:
+            part = kept_sum(self.model, batch, self.options.kind) / float(sums[1])
+            sums[0] += float(part.detach())
+            yield self.weight * self.options.every * num_processes() * part
+        total = sums[:1].clone()
+        sum_over_processes_(total)
+        self.last = float(total)
+        self.smoothed = self.last if self.smoothed is None else (self.smoothed + self.last) / 2
+
+    def _steer(self) -> None:
+        """Let the weight follow the divergence: ``log w += gain · log(KL / aim)``, as PPO's controller of a KL does."""
+        if self.options.budget is None or self.smoothed is None:
+            return
+        excess = max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
+        self.weight *= math.exp(self.gain * max(-2.0, min(2.0, math.log(excess))))
+
+    def _places(self, number: int) -> list[int]:
+        """Return which samples the batch of this number holds: all in an order of their own, then in another, and so on."""
+        count, first = len(self.trained), number * self.batch_size
+        return [self.trained[_order(count, self.seed, place // count)[place % count]] for place in range(first, first + self.batch_size)]
+
+    def finish_(self) -> Kept:
+        """Measure the divergence, and take the change back to where it is within the budget.
+
+        Raises:
+            ValueError: If a sample cannot be read.
+        """
+        size = self.batch_size if has_two_towers(base_of(self.model)) else self.micro_batch_size
+        own = self.measured[process_rank() :: num_processes()] or self.measured[:1]
+        batches = [self.collate([self.samples[place] for place in own[start : start + size]]) for start in range(0, len(own), size)]
+        trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model)]
+
+        @torch.no_grad()
+        def kl_at(alpha: float) -> float:
+            for tensor, value in trained:
+                tensor.copy_(value)
+            if alpha < 1:
+                shrink_(self.model, alpha)
+            return context_kl(self.model, batches)
+
+        alpha, kl = (1.0, kl_at(1.0)) if self.options.budget is None else largest_alpha(kl_at, self.options.budget)
+        if self.options.budget is not None:
+            kl = kl_at(alpha)
+        return Kept(kl, len(self.measured), self.options.budget is not None, alpha, self.weight)
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, round_: int) -> list[int]:
+    return random.Random(f"keep {seed} {round_}").sample(range(count), count)
+
+
+class KeepCallback(TrainerCallback, ExportableState):
+    """Holds what one of transformers' Trainers trains, or TRL's, to its base: ``callbacks=[KeepCallback(Keep(samples), processor)]``.
+
+    Before each (k-th) step the gradient of the loss on the samples is put beside which the training's own is added; it is clipped with it.
+    Logs gain ``keep_kl`` (or ``keep_loss``) and ``keep_weight``; after the training ``kept`` says what was kept.
+
+    Note:
+        Under DDP and FSDP2 too; not with DeepSpeed or fp16, whose own backward passes scale gradients.
+    """
+
+    def __init__(self, keep: Keep, processor: Any = None) -> None:
+        """Take what is to be kept, and what reads its samples; None looks beside the model's own files on this disk."""
+        self.keep, self.processor = keep, processor
+        self.keeper: Keeper | None = None
+        self.kept: Kept | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make ready, with the weight of the checkpoint that is resumed.
+
+        Raises:
+            ValueError: If the samples cannot be kept, or the Trainer scales gradients in a way of its own.
+        """
+        if args.fp16 or args.deepspeed:
+            raise ValueError(
+                "keep takes gradients of its own, which fp16 and DeepSpeed scale each in a way of theirs; train in bf16, with DDP or FSDP."
+            )
+        model = kwargs["model"]
+        base, world = base_of(model), args.world_size
+        share = args.train_batch_size * args.gradient_accumulation_steps
+        samples, collate, are_batches = reading(base, self.keep, self.processor)
+        self.keeper = Keeper(
+            model,
+            samples,
+            collate,
+            self.keep,
+            batch_size=world if are_batches else world * (share if has_two_towers(base) else max(1, share // 2)),
+            num_steps=max(1, state.max_steps),
+            micro_batch_size=1 if are_batches else args.train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        recorded = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and isinstance(recorded, Mapping):
+            self.keeper.weight, self.keeper.smoothed = recorded["attributes"]["weight"], recorded["attributes"]["smoothed"]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the gradient of the loss on the samples."""
+        for loss in self._keeper.losses(state.global_step):
+            loss.backward()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add what was measured to a log of the training."""
+        if logs is not None and "loss" in logs and self.keeper is not None and self.keeper.last is not None:
+            shown = {"keep_kl" if self.keep.kind is Kind.DISTILL else "keep_loss": self.keeper.last, "keep_weight": self.keeper.weight}
+            logs |= shown
+            state.log_history[-1] |= shown
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure what was kept, within the budget."""
+        self.kept = self._keeper.finish_()
+        logger.info("%s", self.kept)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs."""
+        weight, smoothed = (self.keep.weight, None) if self.keeper is None else (self.keeper.weight, self.keeper.smoothed)
+        return {"args": {}, "attributes": {"weight": weight, "smoothed": smoothed}}
+
+    @property
+    def _keeper(self) -> Keeper:
+        assert self.keeper is not None, "the Trainer calls on_train_begin first"
+        return self.keeper
+
+
+def reading(base: nn.Module, keep: Keep, processor: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]], bool]:
+    """Return the samples of what is to be kept, what makes inputs of the model of some, and whether they are such inputs already.
+
+    Raises:
+        ValueError: If they are no samples, or no processor is known.
+    """
+    if hasattr(keep.samples, "__len__") and len(keep.samples) and is_batch(keep.samples[0]):
+        return keep.samples, lambda batches: dict(batches[0]), True
+    samples = Numbered(keep.samples if hasattr(keep.samples, "__getitem__") else list(keep.samples), "keep")
+    collate = collator_for(base, processor or own_processor(base))
+    if keep.kind is Kind.REPLAY and isinstance(collate, Collator):
+        collate = replace(collate, with_labels=True, whole_texts=True)
+    return samples, collate, False
