@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,42 @@ NUM_LOOKED_AT = 64
 def progress_bar(steps: Iterable[Any], title: str) -> Iterable[Any]:
     """Show progress with the time left on a terminal, in the first process only."""
     return tqdm(steps, desc=title, disable=None if process_rank() == 0 else True)
+
+
+KEEP_FILE = ".safetensors"
+"""How the name of a keep file ends: covariances, as ``corda-vlm collect`` writes them."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One context as it was given: keep files, and samples or batches; together they count as if all had been collected at once."""
+
+    files: tuple[Path, ...]
+    samples: Iterable[Any] | None
+    """None where there are files only."""
+
+
+def is_keep_file(item: Any) -> bool:
+    """Return whether this names a keep file."""
+    return isinstance(item, (str, os.PathLike)) and os.fspath(item).endswith(KEEP_FILE)
+
+
+def sources_of(images_texts: Any) -> Sources:
+    """Return a context as its keep files and its samples: a file by itself, or some in a list, perhaps among samples.
+
+    Raises:
+        ValueError: If a name is none of a keep file.
+    """
+    if isinstance(images_texts, Sources):
+        return images_texts
+    items = images_texts if isinstance(images_texts, (list, tuple)) else [images_texts]
+    other = next((item for item in items if isinstance(item, (str, os.PathLike)) and not is_keep_file(item)), None)
+    if other is not None:
+        raise ValueError(f"images_texts names {os.fspath(other)!r}; expected samples, or keep files, whose names end in {KEEP_FILE}.")
+    files = tuple(Path(item).expanduser() for item in items if is_keep_file(item))
+    if not files:
+        return Sources((), images_texts)
+    return Sources(files, [item for item in items if not is_keep_file(item)] or None)
 
 
 @dataclass(frozen=True)
@@ -132,15 +170,21 @@ def _draw(images_texts: Iterable[Any], count: int, seed: int) -> tuple[Any, bool
     return Numbered([first, *islice(iterator, count - 1)], "images_texts"), False
 
 
-def draw_contexts(images_texts: Iterable[Any], config: CordaConfig) -> Sequence[Iterable[Any]]:
+def draw_contexts(images_texts: Any, config: CordaConfig) -> Sequence[Any]:
     """Return the context, or as many disjoint contexts drawn from it as there are candidates.
 
     Raises:
-        ValueError: If there are fewer samples than candidates.
+        ValueError: If there are fewer samples than candidates, or keep files, from which nothing can be drawn.
     """
-    count = config.num_candidates
+    count, sources = config.num_candidates, sources_of(images_texts)
     if count == 1:
-        return [images_texts]
+        return [sources]
+    if sources.files:
+        raise ValueError(
+            f"{sources.files[0]} holds no samples of which {count} candidates could be drawn; set candidates=1, or give keep files as "
+            "further_contexts."
+        )
+    images_texts = sources.samples
     wanted = count * config.num_samples
     sized = hasattr(images_texts, "__len__") and hasattr(images_texts, "__getitem__")
     items = Numbered(images_texts if sized else list(islice(images_texts, wanted)), "images_texts")

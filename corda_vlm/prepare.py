@@ -16,7 +16,7 @@ from corda_core.lora import Protect
 from corda_vlm.attention import split_attention
 from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
-from corda_vlm.context import Context, context_batches, draw_contexts, progress_bar
+from corda_vlm.context import Context, Sources, context_batches, draw_contexts, progress_bar, sources_of
 from corda_vlm.coverage import coverage, tell
 from corda_vlm.options import first_unknown
 from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, select_layers, token_weights
@@ -110,7 +110,8 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
         ValueError: If an option, a sample or a layer pattern is not right, or the budget is too small.
     """
     model = checked_base(model)
-    names, ready = _layers_and_contexts(model, contexts, config, processor)
+    sources = [sources_of(context) for context in contexts]
+    names, ready = _layers_and_contexts(model, sources, config, processor)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     collect_of = partial(_collect, model, ready, config)
     # The best so far and the next one share the memory limit.
@@ -118,7 +119,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     parts = split_layers(model, ready[0].batches, names, limit)
     if len(ready) == 1 and budget is None:
         return plan_adapters(model, (collect_of(0, part) for part in parts), config)
-    if len(parts) > 1 and any(iter(context) is context for context in contexts):
+    if len(parts) > 1 and any(iter(context) is context for context in (source.samples for source in sources) if context is not None):
         raise ValueError(
             "max_memory with candidates or a budget runs the contexts twice, but one of them can be iterated only once; give a list."
         )
@@ -147,7 +148,7 @@ def collect_context(model: nn.Module, images_texts: Iterable[Any], config: Corda
         ValueError: If an option, a sample or a layer pattern is not right.
     """
     model = checked_base(model)
-    names, ready = _layers_and_contexts(model, [images_texts], config, processor)
+    names, ready = _layers_and_contexts(model, [sources_of(images_texts)], config, processor)
     return _collect(model, ready, config, 0, names)
 
 
@@ -194,7 +195,7 @@ def _config(mode: str, config: CordaConfig | None, options: Mapping[str, Any]) -
 
 
 def _layers_and_contexts(
-    model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any
+    model: nn.Module, sources: Sequence[Sources], config: CordaConfig, processor: Any
 ) -> tuple[tuple[str, ...], list[Context]]:
     """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model.
 
@@ -207,7 +208,10 @@ def _layers_and_contexts(
     if processor is not None:
         check_image_token(model, processor)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
-    ready = [context_batches(model, context, names, config, processor) for context in contexts]
+    filed = next((file for source in sources for file in source.files), None)
+    if filed is not None:
+        raise ValueError(f"{filed} is a keep file, which this version does not read yet; give samples.")
+    ready = [context_batches(model, source.samples, names, config, processor) for source in sources if source.samples is not None]
     learnable = learnable_layers(model, names, [context.example for context in ready])
     tell(coverage(model, learnable, config.parts))
     return learnable, ready

@@ -63,6 +63,8 @@ def _inner(value: Any, declared: Any, source: str, inside: tuple[str, ...]) -> A
     if nested is None or (value is None and NoneType in members) or isinstance(value, nested):  # type: ignore[arg-type]
         return value
     if not isinstance(value, Mapping):
+        if any(member not in (nested, NoneType) for member in members):  # what else it may be is judged with the other options
+            return value
         raise ValueError(f"{source}: {'.'.join(inside)} is {value!r}; expected option: value lines.")
     return _filled(value, nested, source, inside)  # type: ignore[arg-type]
 

@@ -10,14 +10,16 @@ from torch import nn
 
 from corda_core.allocate import budget_of_rank
 from corda_core.linears import weight_shape
+from corda_vlm.context import is_keep_file
 from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data.items import load_items
 from corda_vlm.data.samples import read_sample
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.data.tokens import encode
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
+from corda_vlm.training.contexts import entries
 from corda_vlm.training.models import describe_base, read_processor
-from corda_vlm.training.recipe import Recipe
+from corda_vlm.training.recipe import SELF, Recipe
 
 TOKENS = 512
 """Tokens of a sample, where none can be read: an image of LLaVA's is 576."""
@@ -90,7 +92,7 @@ def estimate(recipe: Recipe) -> Estimate:
     num_base = sum(parameter.numel() for parameter in model.parameters())
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
-    context_length = length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
+    context_length = _context_length(recipe, model, length)
     steps = training.steps or (None if samples is None else int(-(-samples * training.epochs // training.batch_size)))
     step_flops = training.batch_size * length * (2 * num_base * (3 if training.gradient_checkpointing else 2) + 6 * adapters)
     inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
@@ -158,6 +160,16 @@ def _part(shapes: Sequence[tuple[int, int]], recipe: Recipe) -> Part:
         largest = max(min(shape) for shape in shapes)
         limits = recipe.corda.min_rank, min(largest, recipe.corda.max_rank or largest)
     return Part(len(shapes), limits, budget_of_rank(shapes, recipe.corda.rank))
+
+
+def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
+    """Return how many tokens a sample of context has on average; 0 where none is run, as keep files hold covariances."""
+    if recipe.context is None or isinstance(recipe.context, DataConfig):
+        return length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
+    named = [name for name in entries(recipe.context) if not is_keep_file(name)]
+    looked_at = [(None, TOKENS) if name == SELF else _look_at(DataConfig(name), recipe, model) for name in named]
+    counts = [count or 1 for count, _ in looked_at]
+    return round(sum(count * own for count, (_, own) in zip(counts, looked_at, strict=True)) / sum(counts)) if named else 0
 
 
 def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | None, int]:

@@ -1,5 +1,6 @@
 """A training run as a value: which model, data and adapter, how it is trained, where it is written; ``configs/`` has examples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from corda_vlm.yaml import from_mapping, read_config, read_yaml
 
 RECIPE = "recipe.yaml"
 """Its file in a run's output."""
+SELF = "self"
+"""Names, where a context is to be named, what the base itself makes."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ class Recipe(Options):
     output: Place
     """Folder for the adapter, its checkpoints and its records."""
 
-    context: DataConfig | None = None
-    """Samples of what is to be kept (``corda.mode: kpm``), or learned (ipm); None takes ``data``, for ipm only."""
+    context: DataConfig | Place | Sequence[Place] | None = None
+    """What is to be kept (``corda.mode: kpm``), or learned (ipm): options of samples; "self" for samples that the base makes; a keep file
+    of ``corda-vlm collect`` (.safetensors); or several of such and of sources of samples in a list. None takes ``data``, for ipm only."""
 
     evaluation: DataConfig | None = None
     """Held-out samples whose loss is measured: the mean over tokens, then over samples; for CLIP over batches."""
@@ -158,6 +162,8 @@ class Recipe(Options):
             raise ValueError(
                 "corda.mode is kpm, but there is no context: name samples of what the model is to keep, or set corda.mode to ipm."
             )
+        if self.context == "" or (isinstance(self.context, list | tuple) and (not self.context or "" in self.context)):
+            raise ValueError(f"context is {self.context!r}; expected options of samples, {SELF}, or at least one file.")
         if self.evaluation is None and self.training.evaluate_every is not None:
             raise ValueError(
                 f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."

@@ -28,14 +28,14 @@ from corda_core.lora import whole_modules
 from corda_core.quantize import check_quantizable
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 from corda_vlm.adapted import attached_as
-from corda_vlm.context import draw_contexts, image_reader
-from corda_vlm.data.items import Items, load_items
-from corda_vlm.data.sources import DataConfig
+from corda_vlm.context import draw_contexts
+from corda_vlm.data.items import Items
 from corda_vlm.failures import is_disk_full
 from corda_vlm.outputs import alone_in
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.training.arguments import training_arguments
+from corda_vlm.training.contexts import items_of, read_context
 from corda_vlm.training.contrastive import check_pairs
 from corda_vlm.training.models import load_base, network_only_if
 from corda_vlm.training.recipe import Recipe
@@ -177,7 +177,7 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
     sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
-    samples = {name: _items(source, recipe, model, processor) for name, source in sources.items()}
+    samples = {name: items_of(source, recipe, model, processor) for name, source in sources.items()}
     _check_fits(model, recipe, arguments, samples)
     if recipe.model.quantize is None:  # else it is there already
         model.to(arguments.device)
@@ -212,10 +212,6 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
         raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
 
 
-def _items(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -> Items:
-    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
-
-
 def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
     fingerprints = from_first_process({name: items.fingerprint() for name, items in samples.items()} if process_rank() == 0 else {})
@@ -224,9 +220,7 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], rec
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
         adapted = attached_as(model, attachment)
     else:
-        contexts = draw_contexts(
-            samples["data"] if recipe.context is None else _items(recipe.context, recipe, model, processor), recipe.corda
-        )
+        contexts = draw_contexts(read_context(recipe, model, processor, samples["data"], output), recipe.corda)
         plan = plan_contexts(model, contexts, recipe.corda, processor)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, FINGERPRINTS: fingerprints})
         adapted = attach_plan(model, plan, recipe.corda)

@@ -1,0 +1,90 @@
+"""What a recipe's ``context`` stands for: keep files, samples of data, and samples that the base makes itself."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from corda_vlm.context import Sources, image_reader, is_keep_file
+from corda_vlm.data.items import Items, load_items
+from corda_vlm.data.sources import DataConfig
+from corda_vlm.towers import has_two_towers
+from corda_vlm.training.recipe import SELF, Recipe
+
+
+class Joined(Sequence[Any]):
+    """Samples of several sources, one behind the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        """Take each source's samples."""
+        self.parts, self.ends = parts, [*accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self.ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the sample at a place, or the samples of a slice."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        number = next(number for number, end in enumerate(self.ends) if place < end)
+        return self.parts[number][place - self.ends[number]]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the sources' fingerprints."""
+        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()  # type: ignore[attr-defined]
+
+
+def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> Sources:
+    """Return what the recipe's context holds: ``files`` need no sample, and ``samples`` (None with files only) may be kept by a loss too.
+
+    Args:
+        recipe: The recipe.
+        model: The untouched base, which writes what ``context: self`` stands for.
+        processor: The model's.
+        data: The samples that are trained on: what a recipe without a context takes.
+        output: The run's folder, where a context that the base made is kept.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a source is broken, empty or of an unknown kind.
+    """
+    context = recipe.context
+    if context is None or isinstance(context, DataConfig):
+        return Sources((), data if context is None else items_of(context, recipe, model, processor))
+    named = entries(context)
+    parts = [
+        self_written(recipe, model, processor, data, output) if name == SELF else items_of(DataConfig(name), recipe, model, processor)
+        for name in named
+        if not is_keep_file(name)
+    ]
+    files = tuple(Path(name) for name in named if is_keep_file(name))
+    return Sources(files, None if not parts else parts[0] if len(parts) == 1 else Joined(parts))
+
+
+def entries(context: str | Sequence[str]) -> list[str]:
+    """Return the names in a context that is given by names."""
+    return [context] if isinstance(context, str) else list(context)
+
+
+def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -> Items:
+    """Return the samples of a source, as this model needs them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the source is broken, empty or of an unknown kind.
+    """
+    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
+
+
+def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> Sequence[Any]:
+    """Return what the base makes itself, from the output where it has been made.
+
+    Raises:
+        ValueError: As the base cannot do this yet.
+    """
+    raise ValueError(f"context is {SELF}, which this version does not make yet; name files or options of samples.")
