@@ -8,18 +8,24 @@ from corda_vlm.config import CordaConfig
 from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.towers import select_layers
+from corda_vlm.training.divergence import context_kl, keep_loss
+from corda_vlm.training.keep import Keep, KeepCallback
 from corda_vlm.training.train import attach_lora, fine_tune
 
 __all__ = [
     "CordaConfig",
+    "Keep",
+    "KeepCallback",
     "OpenClipPairs",
     "ZeroShotClassifier",
     "attach",
     "attach_lora",
     "collect_context",
+    "context_kl",
     "export",
     "fine_tune",
     "fuse_attention",
+    "keep_loss",
     "load",
     "merge",
     "plan_adapters",

@@ -192,8 +192,17 @@ def similarity_kl(before: Features, after: Features) -> Tensor:
 
 
 def _sum_of_kl(logarithms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return ``Σ p (log p − log q)`` over pairs of logarithms."""
-    return torch.stack([(log_p.exp() * (log_p - log_q)).sum() for log_p, log_q in logarithms]).sum()
+    """Return the sum of ``_kl`` over pairs of logarithms."""
+    return torch.stack([_kl(log_p, log_q).sum() for log_p, log_q in logarithms]).sum()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return ``p (d + e^(−d) − 1)``, d = log p − log q, whose sum over all outcomes is the KL.
+
+    Of ``p d`` it is the same sum, as Σ q = Σ p; but no term is negative, and what is of first order in d need not cancel between terms.
+    """
+    p, d = log_p.exp(), log_p - log_q
+    return (p * (d + torch.expm1(-d))).masked_fill(p == 0, 0)
 
 
 def _feature_distance(before: Features, after: Features) -> Tensor:
@@ -244,10 +253,9 @@ class _SumOfKl(torch.autograd.Function):
         gradient = torch.zeros_like(new) if ctx.needs_input_grad[0] else None
         for some in rows.split(max(1, CHUNK // size)):
             log_p, log_q = old[some].float().log_softmax(-1), new[some].float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum()
+            total += _kl(log_p, log_q).sum()
             if gradient is not None:
-                gradient[some] = (log_q.exp() - p).to(gradient.dtype)
+                gradient[some] = (log_q.exp() - log_p.exp()).to(gradient.dtype)
         ctx.save_for_backward(*([] if gradient is None else [gradient.view_as(after)]))
         return total
 

@@ -11,6 +11,7 @@ from corda_core.quantize import FourBit
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
+from corda_vlm.training.keep import KeepOptions
 from corda_vlm.yaml import from_mapping, read_config, read_yaml
 
 RECIPE = "recipe.yaml"
@@ -126,6 +127,14 @@ class TrainingConfig(Options):
             raise ValueError(f"save_every is {self.save_every}, no multiple of log_every, {self.log_every}; make it one.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeepConfig(KeepOptions):
+    """What the training is held to the base on, and how: ``keep`` in a recipe."""
+
+    samples: DataConfig | None = None
+    """Samples of what is to be kept; None takes ``context``, for kpm only."""
+
+
 @dataclass(frozen=True)
 class Recipe(Options):
     """One training run."""
@@ -152,11 +161,14 @@ class Recipe(Options):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
 
+    keep: KeepConfig | None = None
+    """Hold the training to the base on samples of what is to be kept, to a budget of forgetting if one is set; {} takes all defaults."""
+
     seed: Seed = 0
     """Of the order of the data, and all else that is random; the draw of the context has ``corda.seed``."""
 
     def __post_init__(self) -> None:
-        """Refuse KPM without a context of what is to be kept, and evaluations without data."""
+        """Refuse KPM without a context of what is to be kept, keeping without samples or a base, and evaluations without data."""
         super().__post_init__()
         if self.context is None and self.corda.mode == "kpm":
             raise ValueError(
@@ -164,6 +176,15 @@ class Recipe(Options):
             )
         if self.context == "" or (isinstance(self.context, list | tuple) and (not self.context or "" in self.context)):
             raise ValueError(f"context is {self.context!r}; expected options of samples, {SELF}, or at least one file.")
+        if self.keep is not None and self.keep.samples is None and (self.context is None or self.corda.mode == "ipm"):
+            raise ValueError(
+                "keep has no samples, and there is no context of what is to be kept (corda.mode: kpm) to take them from; name keep.samples."
+            )
+        if self.keep is not None and self.keep.kind == "distill" and self.corda.residual == "subtract":
+            raise ValueError(
+                "keep compares with the base, but corda.residual: subtract writes the start into its weights, so it cannot be run without "
+                "the adapter; leave residual out, or set keep.kind to replay."
+            )
         if self.evaluation is None and self.training.evaluate_every is not None:
             raise ValueError(
                 f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."

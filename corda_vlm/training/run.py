@@ -3,7 +3,7 @@
 output/recipe.yaml                      the options, all of them
 output/corda.safetensors                plan and options of the adapter, from before the first step
 output/checkpoint-N/                    the Trainer's; whole once it holds corda.safetensors too
-output/adapter_*, output/training.json  at the end: the adapter (``corda_core.load``) and the losses
+output/adapter_*, output/training.json  at the end: the adapter (``corda_core.load``), the losses and what was kept
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from corda_core.lora import whole_modules
 from corda_core.quantize import check_quantizable
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 from corda_vlm.adapted import attached_as
-from corda_vlm.context import draw_contexts
+from corda_vlm.context import Sources, draw_contexts
 from corda_vlm.data.items import Items
 from corda_vlm.failures import is_disk_full
 from corda_vlm.outputs import alone_in
@@ -37,6 +37,7 @@ from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_la
 from corda_vlm.training.arguments import training_arguments
 from corda_vlm.training.contexts import items_of, read_context
 from corda_vlm.training.contrastive import check_pairs
+from corda_vlm.training.keep import Keep, KeepCallback, KeepOptions, Kept
 from corda_vlm.training.models import load_base, network_only_if
 from corda_vlm.training.recipe import Recipe
 from corda_vlm.training.resume import WholeCheckpoints, claim, has_ended, last_whole, restore_
@@ -61,6 +62,9 @@ class RunSummary:
     """(step, loss on the held-out samples)."""
 
     seconds: float
+    kept: Kept | None
+    """What was kept, where the recipe has ``keep``."""
+
     num_broken: int
     """How many samples were skipped, as their images could not be read."""
 
@@ -84,9 +88,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
     start = time.time()
     with _own_output(recipe, resume) as (output, arguments):
         adapted, processor, samples = _prepare(recipe, arguments, output)
-        trainer = _trainer(adapted, processor, samples, recipe, arguments)
+        keep = _keep(recipe, samples, processor)
+        trainer = _trainer(adapted, processor, samples, recipe, arguments, keep)
         with _naming_what_is_kept(trainer, output):
-            _train_(trainer, output, resume)
+            _train_(trainer, output, resume, keep)
             if "evaluation" in samples and recipe.training.evaluate_every is None:
                 trainer.evaluate()
             save(trainer.model, output)
@@ -95,6 +100,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
             losses_of(trainer),
             [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
             round(time.time() - start, 1),
+            None if keep is None else keep.kept,
             samples["data"].num_broken,
         )
         if process_rank() == 0:
@@ -129,7 +135,22 @@ def _own_output(recipe: Recipe, resume: bool) -> Iterator[tuple[Path, TrainingAr
             yield output, arguments
 
 
-def _trainer(adapted: PeftModel, processor: Any, samples: Mapping[str, Items], recipe: Recipe, arguments: TrainingArguments) -> Trainer:
+def _keep(recipe: Recipe, samples: Mapping[str, Items], processor: Any) -> KeepCallback | None:
+    """Return what holds the training to the base, if the recipe asks for it."""
+    if recipe.keep is None:
+        return None
+    options = {field.name: getattr(recipe.keep, field.name) for field in dataclasses.fields(KeepOptions)}
+    return KeepCallback(Keep(samples["keep"], **options), processor)
+
+
+def _trainer(
+    adapted: PeftModel,
+    processor: Any,
+    samples: Mapping[str, Items],
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    keep: KeepCallback | None,
+) -> Trainer:
     options = recipe.training
     if not has_two_towers(base_of(adapted)):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
@@ -142,15 +163,18 @@ def _trainer(adapted: PeftModel, processor: Any, samples: Mapping[str, Items], r
         arguments,
         evaluation=samples.get("evaluation"),
         rates={part: rate for part, rate in rates.items() if rate is not None},
-        callbacks=[WholeCheckpoints(adapted)],
+        callbacks=[*([] if keep is None else [keep]), WholeCheckpoints(adapted)],
     )
 
 
-def _train_(trainer: Trainer, output: Path, resume: bool) -> None:
+def _train_(trainer: Trainer, output: Path, resume: bool, keep: KeepCallback | None) -> None:
     """Train; with ``resume`` from the last whole checkpoint."""
     checkpoint = from_first_process(last_whole(output) if resume and process_rank() == 0 else None)
     if checkpoint is not None and has_ended(checkpoint):
         restore_(trainer, checkpoint)
+        if keep is not None:
+            keep.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+            keep.on_train_end(trainer.args, trainer.state, trainer.control)
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
@@ -176,12 +200,26 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     """Return the model with its adapter at its start, its processor, and the samples on which the losses depend."""
     set_seed(recipe.seed)
     model, processor = load_base(recipe.model)
-    sources = {"data": recipe.data} | ({} if recipe.evaluation is None else {"evaluation": recipe.evaluation})
-    samples = {name: items_of(source, recipe, model, processor) for name, source in sources.items()}
+    sources = {"data": recipe.data, "evaluation": recipe.evaluation, "keep": None if recipe.keep is None else recipe.keep.samples}
+    samples = {name: items_of(source, recipe, model, processor) for name, source in sources.items() if source is not None}
     _check_fits(model, recipe, arguments, samples)
     if recipe.model.quantize is None:  # else it is there already
         model.to(arguments.device)
-    return _adapted(model, processor, samples, recipe, output), processor, samples
+    context = Sources((), None)
+    if not from_first_process((output / ATTACHMENT).exists()) or (recipe.keep is not None and "keep" not in samples):
+        context = read_context(recipe, model, processor, samples["data"], output)
+    if recipe.keep is not None and "keep" not in samples:
+        samples["keep"] = _samples_of(context)
+    return _adapted(model, processor, samples, context, recipe, output), processor, samples
+
+
+def _samples_of(context: Sources) -> Any:
+    """Return the samples of a context that the training is to be held to the base on."""
+    if context.samples is None:
+        raise ValueError(
+            f"keep needs samples, but the context is {context.files[0]}, which holds none; name keep.samples, or leave keep out."
+        )
+    return context.samples
 
 
 def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, samples: Mapping[str, Items]) -> None:
@@ -194,8 +232,8 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
                 "training.micro_batch_size splits a batch of pairs, each of which is told apart from all others: another loss; leave it "
                 "out."
             )
-        for name, items in samples.items():
-            check_pairs(len(items), options.batch_size, name)
+        for name in samples.keys() - {"keep"}:
+            check_pairs(len(samples[name]), options.batch_size, name)
     if corda.train_fully and recipe.model.dtype != "float32" and not options.bf16:
         raise ValueError(
             f"corda.train_fully trains weights of {recipe.model.dtype}, which small steps do not move; set training.bf16 to true (then "
@@ -212,7 +250,7 @@ def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, 
         raise ValueError("training.gradient_checkpointing is for models of transformers; leave it out for open_clip.")
 
 
-def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], recipe: Recipe, output: Path) -> PeftModel:
+def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], context: Sources, recipe: Recipe, output: Path) -> PeftModel:
     """Return the model with its adapter at its start: that of the run which is resumed, or a new one, which is written first."""
     fingerprints = from_first_process({name: items.fingerprint() for name, items in samples.items()} if process_rank() == 0 else {})
     if from_first_process((output / ATTACHMENT).exists()):
@@ -220,8 +258,7 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], rec
         _check_same_samples(attachment.plan.provenance.get(FINGERPRINTS), fingerprints, output)
         adapted = attached_as(model, attachment)
     else:
-        contexts = draw_contexts(read_context(recipe, model, processor, samples["data"], output), recipe.corda)
-        plan = plan_contexts(model, contexts, recipe.corda, processor)
+        plan = plan_contexts(model, draw_contexts(context, recipe.corda), recipe.corda, processor)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, FINGERPRINTS: fingerprints})
         adapted = attach_plan(model, plan, recipe.corda)
         if process_rank() == 0:

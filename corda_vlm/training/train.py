@@ -22,6 +22,7 @@ from corda_vlm.data.rows import Item, Numbered
 from corda_vlm.data.samples import Collator
 from corda_vlm.towers import family_of
 from corda_vlm.training.contrastive import ContrastiveTrainer, check_pairs
+from corda_vlm.training.keep import Keep, KeepCallback
 
 
 def fine_tune(
@@ -33,6 +34,7 @@ def fine_tune(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    keep: Keep | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[tuple[int, float]]:
     """Train what is trainable on the items, and return the loss of each step.
@@ -52,11 +54,12 @@ def fine_tune(
         batch_size: Items a step.
         learning_rate: Peak rate.
         seed: Of the order of the items.
+        keep: Samples that the model is held to its base on; what was kept is logged (``KeepCallback`` among ``callbacks`` tells it too).
         callbacks: The Trainer's.
 
     Raises:
         NotFiniteError: If loss, gradients or weights are no longer finite; a ``FloatingPointError`` and a ``ValueError``.
-        ValueError: If an item has no response, or there are fewer pairs than one batch.
+        ValueError: If an item has no response, there are fewer pairs than one batch, or ``keep`` is not right.
     """
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -76,7 +79,8 @@ def fine_tune(
             seed=seed,
             data_seed=seed,
         )
-        trainer = trainer_for(model, items, processor, arguments, callbacks=callbacks)
+        keeping = [] if keep is None else [KeepCallback(keep, processor)]
+        trainer = trainer_for(model, items, processor, arguments, callbacks=[*keeping, *callbacks])
         trainer.train()
     model.eval()
     return losses_of(trainer)
@@ -130,6 +134,8 @@ def trainer_for(
     trainer.remove_callback(ProgressCallback)
     for callback in (FiniteLosses(), *callbacks, _LossBar()):
         trainer.add_callback(callback)
+    # What adds to a log comes before what writes it.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, KeepCallback))
     return trainer
 
 
@@ -217,9 +223,9 @@ class _LossBar(ProgressCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show the last loss."""
+        """Show what was last measured."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=logs["loss"])
+            self.training_bar.set_postfix({name: logs[name] for name in ("loss", "keep_kl", "keep_loss") if name in logs})
 
 
 def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:
