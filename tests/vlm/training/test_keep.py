@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama, tiny_llava
+from PIL import Image
 from recipes import write_recipe
 from safetensors.torch import load_file
 from torch import nn
@@ -25,7 +26,8 @@ from corda_vlm.training.run import RunSummary, run_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
 
-KEPT = [{"text": text} for text in ("the shape in this is a circle", "what is one two ?", "assistant is in the circle", "two three is a")] * 3
+TEXTS = ("the shape in this is a circle", "what is one two ?", "assistant is in the circle", "two three is a")
+KEPT = [{"text": text} for text in TEXTS] * 3
 LEARNED = [{"question": "what color is the shape ?", "answer": answer} for answer in ("red", "blue", "green", "circle")] * 3
 
 
@@ -44,6 +46,12 @@ def kept_kl(model: nn.Module, tokenizer: Any) -> float:
     return context_kl(model, [Collator(tokenizer)(KEPT)])
 
 
+def measured_kl(callback: KeepCallback, model: nn.Module, tokenizer: Any) -> float:
+    """Return the divergence on the samples that the callback measures."""
+    assert callback.keeper is not None
+    return context_kl(model, [Collator(tokenizer)([callback.keeper.samples[place] for place in callback.keeper.measured])])
+
+
 def test_a_model_that_is_held_forgets_less(tokenizer: Any) -> None:
     alone, held, seldom, replayed = (prepared(tokenizer) for _ in range(4))
     tuned(alone, tokenizer, None)
@@ -53,8 +61,9 @@ def test_a_model_that_is_held_forgets_less(tokenizer: Any) -> None:
     forgotten = [kept_kl(model, tokenizer) for model in (alone, held, seldom)]
     assert forgotten[1] < 0.3 * forgotten[0]
     assert forgotten[2] < 0.6 * forgotten[0]
-    assert callback is not None and callback.kept is not None
-    assert callback.kept.kl == pytest.approx(kept_kl(held, tokenizer), rel=0.3)
+    assert callback is not None
+    assert callback.kept is not None
+    assert callback.kept.kl == pytest.approx(measured_kl(callback, held, tokenizer), rel=1e-3)
     assert (callback.kept.alpha, callback.kept.are_held_out) == (1.0, False)
     text = Collator(tokenizer)(KEPT)
     losses = [model(**text, labels=text["input_ids"]).loss.item() for model in (alone, replayed)]
@@ -66,11 +75,12 @@ def test_a_model_that_is_held_forgets_less(tokenizer: Any) -> None:
 def test_a_budget_is_never_exceeded(protect: str, rate: float, tokenizer: Any) -> None:
     model = prepared(tokenizer, protect)
     callback = tuned(model, tokenizer, Keep(KEPT, budget=0.02), learning_rate=rate, steps=12)
-    assert callback is not None and callback.kept is not None and callback.keeper is not None
-    held_out = [callback.keeper.samples[place] for place in callback.keeper.measured]
+    assert callback is not None
+    assert callback.kept is not None
+    assert callback.keeper is not None
     assert callback.kept.are_held_out
     assert callback.kept.kl <= 0.02
-    assert context_kl(model, [Collator(tokenizer)(held_out)]) == pytest.approx(callback.kept.kl, rel=1e-3)
+    assert measured_kl(callback, model, tokenizer) == pytest.approx(callback.kept.kl, rel=1e-3)
     if callback.kept.alpha < 1:
         assert callback.kept.kl >= 0.95 * 0.02
 
@@ -79,7 +89,9 @@ def test_a_budget_is_never_exceeded(protect: str, rate: float, tokenizer: Any) -
 def test_a_budget_of_nothing_gives_the_base_back(protect: str, tokenizer: Any) -> None:
     model, batch = prepared(tokenizer, protect), Collator(tokenizer)(LEARNED)
     callback = tuned(model, tokenizer, Keep(KEPT, budget=0.0), steps=5)
-    assert callback is not None and callback.kept is not None and callback.kept.alpha == 0
+    assert callback is not None
+    assert callback.kept is not None
+    assert callback.kept.alpha == 0
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, tiny_llama()(**batch).logits)
 
@@ -112,7 +124,8 @@ def test_own_loops_and_parts_give_the_same_gradient(tokenizer: Any) -> None:
         keeper = Keeper(model, KEPT, Collator(tokenizer), options, batch_size=2, num_steps=9, micro_batch_size=micro_batch_size)
         assert keeper.loss(4) is None
         loss = keeper.loss(3)
-        assert loss is not None and keeper.last is not None
+        assert loss is not None
+        assert keeper.last is not None
         assert loss.item() == pytest.approx(0.5 * 3 * keeper.last, rel=1e-5)
         gradients.append(torch.autograd.grad(loss, [tensor for tensor, _ in trained_tensors(model)]))
     for other in gradients[1:]:
@@ -137,7 +150,8 @@ def test_accumulation_and_checkpointing_change_nothing(tokenizer: Any, tmp_path:
             remove_unused_columns=False, save_strategy="no", report_to=[], use_cpu=True, logging_steps=2, **more,
         )  # fmt: skip
         callback = KeepCallback(Keep(KEPT, batch_size=2), tokenizer)
-        trainer = Trainer(model, arguments, train_dataset=LEARNED, data_collator=Collator(tokenizer, with_labels=True), callbacks=[callback])
+        collate = Collator(tokenizer, with_labels=True)
+        trainer = Trainer(model, arguments, train_dataset=LEARNED, data_collator=collate, callbacks=[callback])
         trainer.train()
         assert all({"keep_kl", "keep_weight"} <= entry.keys() for entry in trainer.state.log_history if "loss" in entry)
         weights.append([tensor.detach().clone() for tensor, _ in trained_tensors(model)])
@@ -153,7 +167,8 @@ def test_a_run_that_is_resumed_keeps_as_it_did(processor: Any, tmp_path: Path) -
     options = {"keep": {"budget": 0.001, "every": 2}, "training": {"micro_batch_size": 2, "learning_rate": 2e-2}}
     path = write_recipe(tmp_path, processor, **options)
     whole = finished(path, f"output={tmp_path / 'whole'}")
-    assert whole.kept is not None and whole.kept.kl <= 0.001
+    assert whole.kept is not None
+    assert whole.kept.kl <= 0.001
     record = json.loads((whole.output / "training.json").read_text())
     assert record["kept"] == vars(whole.kept)
     expected = load_file(whole.output / "adapter_model.safetensors")
@@ -169,7 +184,7 @@ def test_a_run_that_is_resumed_keeps_as_it_did(processor: Any, tmp_path: Path) -
 
 
 def test_what_cannot_be_kept_is_told(tokenizer: Any, processor: Any, tmp_path: Path) -> None:
-    picture = [{"image": "a.png", "text": "a circle"}]
+    picture = [{"image": Image.new("RGB", (16, 16)), "text": "a circle"}]
     for keep, text in (
         (Keep([]), "keep has 0 sample"),
         (Keep(KEPT[:1], budget=0.1), "at least 2"),
@@ -177,9 +192,11 @@ def test_what_cannot_be_kept_is_told(tokenizer: Any, processor: Any, tmp_path: P
     ):
         with pytest.raises(ValueError, match=text):
             tuned(prepared(tokenizer), tokenizer, keep)
-    for wrong, text in (({"weight": -1.0}, "weight is -1"), ({"budget": -0.1}, "budget is -0.1"), ({"kind": "replay", "budget": 1.0}, "replay")):
+    for wrong, text in (({"weight": -1.0}, "weight is -1"), ({"budget": -0.1}, "budget is -0.1"), ({"every": 0}, "every is 0")):
         with pytest.raises(ValueError, match=text):
             Keep(KEPT, **wrong)
+    with pytest.raises(ValueError, match="replay"):
+        Keep(KEPT, kind="replay", budget=1.0)  # type: ignore[arg-type]
     subtracted = corda_vlm.prepare(tiny_llama(), KEPT, processor=tokenizer, rank=4, protect="start", residual="subtract")
     with pytest.raises(ValueError, match="subtract"):
         tuned(subtracted, tokenizer, Keep(KEPT))
@@ -204,4 +221,5 @@ def test_losses_are_finite_where_the_base_rules_tokens_out(tokenizer: Any) -> No
     total.backward()
     p, q = before[:, ::2].double().softmax(-1), after.detach()[:, ::2].double().softmax(-1)
     assert total.item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-5)
-    assert after.grad is not None and after.grad.isfinite().all()
+    assert after.grad is not None
+    assert after.grad.isfinite().all()
