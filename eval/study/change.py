@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from corda_core import Covariance
 from corda_core.covariance import Symmetric
-from corda_core.linears import base_of, weight_matrix
+from corda_core.linears import base_of, evaluating, weight_matrix
 
 
 def linear_copies(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
@@ -60,6 +62,25 @@ def relative_changes(model: nn.Module, originals: Mapping[str, nn.Linear], covar
         on_context.append((_energy(change, C) / _energy(weight, C)).sqrt())
         plain.append(change.norm() / weight.norm())
     return float(torch.stack(on_context).mean()), float(torch.stack(plain).mean())
+
+
+@torch.no_grad()
+def kl_from_base(model: nn.Module, originals: Mapping[str, nn.Linear], batches: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean over tokens of ``KL(p_base ‖ p)``, nats, of a language model's next tokens; with ``labels``, of those labelled.
+
+    The base is the same model whose layers give the originals' outputs, so that any method can be asked.
+    """
+    total, count = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            wanted = batch["labels"][:, 1:] >= 0 if "labels" in batch else torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
+            with interpolated(model, originals, 0.0):
+                base = model(**inputs, use_cache=False).logits[:, :-1][wanted].float().log_softmax(-1)
+            logits = model(**inputs, use_cache=False).logits[:, :-1][wanted].float().log_softmax(-1)
+            total += functional.kl_div(logits, base, reduction="sum", log_target=True).item()
+            count += len(logits)
+    return total / count
 
 
 def _energy(weight: Tensor, C: Symmetric) -> Tensor:

@@ -26,14 +26,15 @@ from corda_eval.lab.base import cache_root
 from corda_eval.records import read_sealed
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_run, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
+from corda_eval.study.named import options_of
 from corda_eval.study.settings import SETTINGS
-from corda_eval.study.worker import RunSpec, options_of
+from corda_eval.study.worker import RunSpec
 from corda_vlm.options import Count, FileName, Place, as_declared
 from corda_vlm.outputs import clear_partial, locked
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
-OF_SETTINGS, OF_ARMS = ("arms", "rates"), ("rates",)
+OF_SETTINGS, OF_ARMS = ("arms", "rates", "alphas"), ("rates",)
 """What a setting and an arm say to the study; the rest are options of task and method, and decide what a run finds."""
 
 
@@ -42,8 +43,8 @@ class StudyConfig:
     """A study; ``configs/compare_lab.yaml`` holds the published one's values with their reasons."""
 
     settings: Mapping[FileName, Mapping[str, Any]]
-    """By name: ``kind``, its options, ``arms``, the names of those that run here (all, if it is left out), and ``rates``, where the ladder
-    begins here for some of them, by name."""
+    """By name: ``kind``, its options, ``arms``, the names of those that run here (all, if it is left out), ``rates``, where the ladder
+    begins here for some of them, by name, and ``alphas`` in place of the study's."""
 
     arms: Mapping[FileName, Mapping[str, Any]]
     """By name: ``method``, its options, and ``rates``, where the ladder begins for it elsewhere. One must be called ``lora``."""
@@ -56,6 +57,9 @@ class StudyConfig:
 
     alphas: Sequence[float] = ()
     """Interpolations with the base that are measured of each run (WiSE-FT)."""
+
+    climb: bool = True
+    """Whether rates go on beyond an edge, and the other seeds run at the rates that decide; if not, all seeds run at the rates given."""
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 1
     """Runs at once."""
@@ -85,9 +89,8 @@ class Planned:
 def planned(config: StudyConfig, setting: str, arm: str, rate: float, seed: int) -> Planned:
     """Return the run of one arm in one setting."""
     method = None if arm == BASE else _without(config.arms[arm], OF_ARMS)
-    return Planned(
-        setting, arm, RunSpec(_without(config.settings[setting], OF_SETTINGS), method, rate, seed, list(config.alphas) if method else [])
-    )
+    alphas = list(config.settings[setting].get("alphas", config.alphas)) if method else []
+    return Planned(setting, arm, RunSpec(_without(config.settings[setting], OF_SETTINGS), method, rate, seed, alphas))
 
 
 def _without(options: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
@@ -135,19 +138,28 @@ def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> 
     base = base_run(runs)
     if base is None:
         return [planned(config, setting, BASE, 0.0, 0)]
+    arms = [arm for arm in arms_of(config, setting)[1:] if arm not in failed]
+    if config.climb:
+        wanted = _climbing(config, setting, arms, runs, base)
+    else:
+        wanted = [(arm, rate, seed) for seed in range(config.seeds) for arm in arms for rate in rates_from(config, setting, arm)]
+    return [planned(config, setting, *run) for run in wanted if run not in have]
+
+
+def _climbing(config: StudyConfig, setting: str, arms: Sequence[str], runs: Sequence[Run], base: Run) -> list[tuple[str, float, int]]:
+    """Return (arm, rate, seed) of the runs that finished ones ask for: the first seed up and down the ladder, then other seeds."""
     baseline = [run for run in runs if run.arm == BASELINE]
     enough = gain_to_match(baseline, base)
     wanted: list[tuple[str, float, int]] = []
-    arms = [arm for arm in arms_of(config, setting)[1:] if arm not in failed]
     for arm in arms:
         first_seed = [run for run in runs if run.arm == arm and run.seed == 0]
         wanted += [(arm, rate, 0) for rate in rates_of(rates_from(config, setting, arm), first_seed, base, enough)]
-    if have.issuperset(wanted):
+    if {(run.arm, run.rate, run.seed) for run in runs}.issuperset(wanted):
         for arm in arms:
             of_arm = [run for run in runs if run.arm == arm]
             repeated = {rate for rate in (tuned_rate(of_arm, base), matched_rate(of_arm, base, baseline)) if rate is not None}
             wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
-    return [planned(config, setting, *run) for run in wanted if run not in have]
+    return wanted
 
 
 def rates_from(config: StudyConfig, setting: str, arm: str) -> Sequence[float]:
@@ -217,6 +229,7 @@ def _check_kinds(config: StudyConfig) -> None:
             if kind == "setting" and not _is_list_of(options.get("arms", []), str):
                 raise ValueError(f"The setting {name!r} has the arms {options['arms']!r}; expected a list of names.")
     lists = {"rates": config.rates, "alphas": config.alphas}
+    lists |= {f"alphas of the setting {name}": setting["alphas"] for name, setting in config.settings.items() if "alphas" in setting}
     lists |= {f"rates of the arm {name}": arm["rates"] for name, arm in config.arms.items() if "rates" in arm}
     for setting, options in config.settings.items():
         lists |= {f"rates of {name} in the setting {setting}": rates for name, rates in options.get("rates", {}).items()}

@@ -3,7 +3,8 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from corda_core.linears import LINEAR_TYPES
 Batch = Mapping[str, Any]
 TARGET = "target"
 """The name of what is learned among the contexts and the scores; all other scores are of what is to be kept."""
+WRITTEN = "self"
+"""The name of the context that the base wrote itself, without old data."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ class Task:
     """The loss of what is learned, in nats, of a guesser who knows the form of an answer: gains count from there where the
     base is worse, or a method that taught the form alone would look as good as one that taught the thing."""
 
+    written: Callable[[], Sequence[Batch]] | None = None
+    """Returns the context ``WRITTEN``, as those of ``contexts``: what the base itself writes; None where the setting has no such thing."""
+
+    held_out: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    """Some inputs of what is measured of the things that are to be kept, by name: the KL of the base to what it became is taken there."""
+
+    casting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """The precision that the setting's losses are taken in."""
+
     kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None
     """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a
     classifier its own predictions; None where the setting has no such loss."""
@@ -77,6 +89,18 @@ class Task:
     def default_context(self, mode: str) -> tuple[str, ...]:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
         return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain not in (TARGET, *self.learned))
+
+    def context(self, domain: str) -> Sequence[Batch]:
+        """Return the batches of one domain, or those that the base wrote (``WRITTEN``).
+
+        Raises:
+            ValueError: If the setting has no such domain.
+        """
+        if domain == WRITTEN and self.written is not None:
+            return self.written()
+        if domain not in self.contexts:
+            raise ValueError(f"The context {domain} is not one of this setting's: {', '.join(self.contexts)}.")
+        return self.contexts[domain]
 
     def covariances(self, *domains: str, first: int | None = None) -> dict[str, Covariance]:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.
@@ -89,12 +113,11 @@ class Task:
             ValueError: If a domain is unknown, the domains do not reach all layers, ``first`` is below 1, or the model carries adapters
                 already.
         """
-        unknown = [domain for domain in domains if domain not in self.contexts]
-        if unknown or not domains:
-            raise ValueError(f"The context {', '.join(unknown) or 'of a method'} is not one of this setting's: {', '.join(self.contexts)}.")
+        if not domains:
+            raise ValueError(f"A method names no context; expected some of this setting's: {', '.join(self.contexts)}.")
         if first is not None and first < 1:
             raise ValueError(f"A context of {first} batches of each domain is empty; expected at least 1, or None for all.")
-        batches = [batch for domain in domains for batch in self.contexts[domain][:first]]
+        batches = [batch for domain in domains for batch in self.context(domain)[:first]]
         digest = data_digest(batches)
         key = hashlib.sha256("\n".join((digest, base_digest(self.model, self.layers), *self.layers)).encode()).hexdigest()[:12]
         path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"
@@ -125,8 +148,14 @@ class Adapted:
     """What is trained and called: all its parameters that take gradients. The layers of the task are in ``base_of(model)`` under their
     names, and each is still linear in its input, apart from its bias."""
 
-    penalty: Callable[[], Tensor] | None = None
-    """Added to the loss of each step."""
+    penalty: Callable[[], Tensor | None] | None = None
+    """Called once a step, in order: what is added to the loss; None adds nothing to this step's."""
+
+    after_step: Callable[[], object] | None = None
+    """Called after each step of the optimiser."""
+
+    finish: Callable[[], Mapping[str, float]] | None = None
+    """Called once after the last step, before anything is measured; what it returns is recorded."""
 
     weight_decay: float = 0.0
     """AdamW's."""

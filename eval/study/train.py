@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ class TrainingRun:
     diverged: bool
     """Whether a loss was not finite; the training then ends."""
 
+    finish: Mapping[str, float] = field(default_factory=dict)
+    """What ``Adapted.finish`` returned."""
+
 
 def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
     """Train on each batch once. The peak rate is reached after 3 % of the steps; gradients are clipped to the norm 1."""
@@ -47,14 +51,19 @@ def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
         adapted.model.train()
         loss = task.loss(adapted.model, batch)
         losses.append(loss.item())
-        (loss if adapted.penalty is None else loss + adapted.penalty()).backward()
+        penalty = None if adapted.penalty is None else adapted.penalty()
+        (loss if penalty is None else loss + penalty).backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
         if not torch.isfinite(norm):
             return TrainingRun(losses, validation, seconds, diverged=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        if adapted.after_step is not None:
+            adapted.after_step()
         seconds += time.perf_counter() - start
-        if step % every == 0 or step == count:
+        if step % every == 0 and step < count:
             validation.append((step, task.validate(adapted.model)))
-    return TrainingRun(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]))
+    finish = {} if adapted.finish is None else adapted.finish()
+    validation.append((count, task.validate(adapted.model)))
+    return TrainingRun(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]), finish=finish)

@@ -16,13 +16,13 @@ import torch
 from corda_core import Covariance
 from corda_core.bases import base_digest
 from corda_eval.records import library_versions, peak_memory_gb, write_sealed
-from corda_eval.study.change import interpolated, linear_copies, relative_changes
+from corda_eval.study.change import interpolated, kl_from_base, linear_copies, relative_changes
 from corda_eval.study.methods import METHODS
+from corda_eval.study.named import options_of
 from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Adapted, Score, Task
 from corda_eval.study.train import train
 from corda_vlm.options import NotNegative, Options, Seed
-from corda_vlm.yaml import from_mapping
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         "validation_losses": [[step, round(loss, 5)] for step, loss in trained.validation_losses],
         "seconds": {"prepare": round(prepared, 2), "train": round(trained.seconds, 2)},
         "peak_memory_gb": round(peak_memory_gb(), 3),
+        **({"finish": dict(trained.finish)} if trained.finish else {}),
     }
     return result if trained.diverged else result | _measured(adapted, task, originals, kept, spec.alphas)
 
@@ -84,16 +85,10 @@ def _measured(
         with interpolated(adapted.model, originals, alpha):
             between[str(alpha)] = _plain(task.measure(adapted.model)) | {"validation": task.validate(adapted.model)}
     on_context, plain = relative_changes(adapted.model, originals, kept)
-    return {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
-
-
-def options_of(values: Mapping[str, Any], key: str, table: Mapping[str, type], what: str) -> Any:
-    """Return the dataclass that a mapping names, filled with its other values."""
-    options = dict(values)
-    name = options.pop(key, None)
-    if name not in table:
-        raise ValueError(f"The {what} {name!r} is unknown; expected {key}: one of {', '.join(sorted(table))}.")
-    return from_mapping(options, table[name], f"{what} {name}")
+    measured = {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
+    with task.casting():
+        kl = {name: kl_from_base(adapted.model, originals, batches) for name, batches in task.held_out.items()}
+    return measured | ({"kl": kl} if kl else {})
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:

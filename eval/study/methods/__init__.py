@@ -5,6 +5,7 @@ from corda_eval.study.methods.dora import Dora
 from corda_eval.study.methods.eva import Eva
 from corda_eval.study.methods.full import Full
 from corda_eval.study.methods.kasa import Kasa
+from corda_eval.study.methods.keep import Keep
 from corda_eval.study.methods.lalora import Lalora
 from corda_eval.study.methods.lora import Lora
 from corda_eval.study.methods.lora_ga import LoraGa
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "eva": Eva,
     "full": Full,
     "kasa": Kasa,
+    "keep": Keep,
     "lalora": Lalora,
     "lora": Lora,
     "lora_ga": LoraGa,

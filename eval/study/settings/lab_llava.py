@@ -18,7 +18,19 @@ import torch
 from torch import nn
 
 from corda_eval.lab.base import load_lab
-from corda_eval.study.settings.shared import WINDOW, answer_loss, answer_score, drawn, kept_scores, spread, text_context, text_loss
+from corda_eval.study.settings.shared import (
+    COMPARED,
+    WINDOW,
+    Whole,
+    answer_loss,
+    answer_score,
+    casting,
+    drawn,
+    kept_scores,
+    spread,
+    text_context,
+    text_loss,
+)
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
@@ -49,7 +61,8 @@ class LabLlavaDigits:
     kept_questions: Count = 200
     kept_windows: Count = 16
     """Of 128 tokens, measured."""
-    facts: Count = 100
+    facts: Whole = 100
+    """Asked of the 100; 0 leaves them out."""
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data."""
@@ -83,6 +96,8 @@ class LabLlavaDigits:
             cache=cache,
             seed=seed,
             guessing=math.log(10) / 2,  # a digit, and the turn's end
+            held_out={"easy_vqa": asked["easy_vqa"][:2], "docs": [{"input_ids": torch.stack(windows["docs"][:COMPARED])}]},
+            casting=casting,
             kept_loss=partial(text_loss, image_token=model.config.image_token_id),
         )
 

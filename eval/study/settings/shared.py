@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +14,13 @@ from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
 from corda_eval.text.facts import facts_task
 from corda_eval.text.perplexity import mean_loss, text_windows
+from corda_vlm.options import LARGEST
 
 WINDOW = 128
 """Tokens of a window of text."""
+COMPARED = 4
+"""Windows of each kept domain whose predictions are compared with the base's."""
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 def drawn(count: int, total: int, seed: str) -> list[int]:

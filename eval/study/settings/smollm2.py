@@ -19,7 +19,17 @@ from torch import nn
 
 from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.study.settings.lines import guessing, lines
-from corda_eval.study.settings.shared import WINDOW, answer_loss, answer_score, kept_scores, text_context, text_loss
+from corda_eval.study.settings.shared import (
+    COMPARED,
+    WINDOW,
+    Whole,
+    answer_loss,
+    answer_score,
+    casting,
+    kept_scores,
+    text_context,
+    text_loss,
+)
 from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_vlm.options import Count
@@ -44,7 +54,8 @@ class SmolLm2Lines:
     """Of 64 tokens of each kind of lines, measured in the end."""
     validation_windows: Count = 12
     """Measured eleven times in a training."""
-    facts: Count = 100
+    facts: Whole = 100
+    """Asked of the 100; 0 leaves them out."""
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data.
@@ -83,6 +94,8 @@ class SmolLm2Lines:
             seed=seed,
             learned=tuple(parts),
             guessing=mean(guessing(kind) for kind in self.lines),
+            held_out={name: [{"input_ids": torch.stack(windows[:COMPARED])}] for name, windows in kept.items()},
+            casting=casting,
             kept_loss=text_loss,
         )
 
