@@ -16,7 +16,8 @@ from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.lora import Lora
 from corda_eval.study.named import options_of
 from corda_eval.study.task import Adapted, Batch, Method, Task
-from corda_vlm.options import Count, NotNegative
+from corda_vlm.options import Count, NotNegative, Positive
+from corda_vlm.training.divergence import Kind
 from corda_vlm.training.keep import Keeper, KeepOptions
 
 ADAPTERS: dict[str, type[Method]] = {"corda": Corda, "lora": Lora}
@@ -31,7 +32,7 @@ class Keep:
     """What trains: ``method`` and its options."""
 
     loss: Literal["distill", "replay"] = "distill"
-    weight: NotNegative = 1.0
+    weight: Positive = 1.0
     every: Count = 1
     batch_size: Count = 2
     """Samples of the context a step."""
@@ -49,8 +50,8 @@ class Keep:
         domains = self.context or task.default_context("kpm")
         samples = [sample for domain in domains for batch in task.context(domain) for sample in samples_of(batch)]
         adapted: Adapted = options_of(self.adapter, "method", ADAPTERS, "adapter").adapt(task)
-        options = KeepOptions(weight=self.weight, kind=self.loss, every=self.every, budget=self.budget)
-        keeper = Keeper(adapted.model, samples, joined, options, self.batch_size, task.seed)
+        options = KeepOptions(kind=Kind(self.loss), weight=self.weight, batch_size=self.batch_size, every=self.every, budget=self.budget)
+        keeper = Keeper(adapted.model, samples, joined, options, batch_size=self.batch_size, num_steps=len(task.batches), seed=task.seed)
         steps = count()
 
         def penalty() -> Tensor | None:

@@ -57,6 +57,25 @@ def wanted(config: StudyConfig) -> list[tuple[str, float, int]]:
     return [(item.arm, item.spec.rate, item.spec.seed) for item in missing(config, "sums")]
 
 
+def test_rates_that_do_not_climb_run_with_all_seeds_one_seed_after_the_other(tmp_path: Path) -> None:
+    config = study(tmp_path, climb=False, seeds=2)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    one = [("lora", 1e-4), ("lora", 3e-4), ("lora", 1e-3), ("strict", 1e-3), ("strict", 3e-3)]
+    assert wanted(config) == [(arm, rate, seed) for seed in range(2) for arm, rate in one]
+    write(config, planned(config, "sums", "strict", 3e-3, 0), 1.0, 0.1)
+    assert ("strict", 1e-2, 0) not in wanted(config)
+    assert len(wanted(config)) == 9
+
+
+def test_a_setting_may_have_interpolations_of_its_own(tmp_path: Path) -> None:
+    config = study(tmp_path, alphas=(0.5,))
+    other = dataclasses.replace(config, settings={"sums": {**config.settings["sums"], "alphas": (0.25, 0.75)}})
+    assert [planned(each, "sums", "lora", 1e-3, 0).spec.alphas for each in (config, other)] == [[0.5], [0.25, 0.75]]
+    assert planned(other, "sums", "lora", 1e-3, 0).spec.setting == config.settings["sums"]
+    with pytest.raises(ValueError, match="The alphas of the setting sums are 0.5; expected a list of numbers"):
+        check(dataclasses.replace(config, settings={"sums": {**config.settings["sums"], "alphas": 0.5}}))
+
+
 def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(tmp_path: Path) -> None:
     config = study(tmp_path)
     assert wanted(config) == [(BASE, 0.0, 0)]

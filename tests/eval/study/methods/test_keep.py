@@ -1,0 +1,133 @@
+"""Keeping a context beside an adapter, on a small random Llama."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch import nn
+
+from corda_core import select_linears
+from corda_eval.study.change import kl_from_base, linear_copies
+from corda_eval.study.methods.keep import Keep, joined, samples_of
+from corda_eval.study.task import TARGET, Batch, Score, Task
+from corda_eval.study.train import train
+from corda_vlm.training.divergence import context_kl
+
+LORA = {"method": "lora", "rank": 4}
+
+
+def text_task(cache: Path, steps: int = 12) -> Task:
+    """Learn one text by heart; others are to be kept."""
+    model = tiny_llama().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    size = model.config.vocab_size
+
+    def texts(count: int, length: int) -> Batch:
+        return {"input_ids": torch.randint(size, (count, length), generator=generator)}
+
+    def loss(adapted: nn.Module, batch: Batch) -> torch.Tensor:
+        return adapted(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+    learned = texts(2, 10)
+    return Task(
+        model=model,
+        layers=select_linears(model),
+        loss=loss,
+        batches=[learned] * steps,
+        contexts={"first": [texts(8, 8), texts(4, 8)], "second": [texts(8, 6)], TARGET: [learned]},
+        validate=lambda adapted: float(loss(adapted, learned).detach()),
+        measure=lambda _: {TARGET: Score(None)},
+        cache=cache,
+        seed=0,
+        held_out={"first": [texts(4, 8)]},
+    )
+
+
+def trained(task: Task, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    adapted = Keep(LORA, **options).adapt(task)
+    return adapted.model, train(adapted, task, 3e-2)
+
+
+def test_samples_come_apart_and_together_again() -> None:
+    batch = {"input_ids": torch.arange(6).view(2, 3), "pixel_values": torch.rand(2, 3, 4, 4)}
+    samples = samples_of(batch)
+    assert [len(sample["input_ids"]) for sample in samples] == [1, 1]
+    assert all(torch.equal(value, batch[name]) for name, value in joined(samples).items())
+    with pytest.raises(ValueError, match=r"differ in how many samples they have: \[1, 2\]"):
+        samples_of({"input_ids": torch.zeros(2, 3), "pixel_values": torch.zeros(1, 3)})
+
+
+def test_samples_of_several_lengths_are_padded_on_the_left() -> None:
+    model = tiny_llama()
+    short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10, 11, 12]])
+    together = joined([{"input_ids": short}, {"input_ids": long, "pixel_values": torch.ones(1, 3)}])
+    assert together["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1] * 5]
+    assert len(together.pop("pixel_values")) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(model(**together).logits[0, 2:], model(input_ids=short).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_moves_less(tmp_path: Path) -> None:
+    moved = {}
+    for weight in (1e-6, 3.0):
+        task = text_task(tmp_path)
+        model, run = trained(task, weight=weight)
+        assert run.validation_losses[-1][1] < run.validation_losses[0][1]
+        moved[weight] = run.finish["kl"]
+        assert run.finish["alpha"] == 1
+        measured = context_kl(model, [{"input_ids": torch.cat([batch["input_ids"] for batch in task.contexts["first"]])}])
+        assert 0 < measured < 3 * moved[weight]
+    assert moved[3.0] < 0.7 * moved[1e-6]
+
+
+def test_nothing_at_the_start_and_every_third_step_three_times(tmp_path: Path) -> None:
+    task = text_task(tmp_path)
+    adapted = Keep(LORA, every=3).adapt(task)
+    assert adapted.penalty is not None
+    first = adapted.penalty()
+    assert first is not None
+    assert abs(first.item()) < 1e-6
+    assert [adapted.penalty() is None for _ in range(5)] == [True, True, False, True, True]
+
+
+def test_no_more_than_the_budget(tmp_path: Path) -> None:
+    task = text_task(tmp_path, steps=20)
+    model, run = trained(task, budget=0.01)
+    assert run.finish["kl"] <= 0.01
+    assert run.finish["are_held_out"] == 1
+    model, run = trained(text_task(tmp_path), budget=0.0)
+    assert run.finish["kl"] == run.finish["alpha"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"adapter": {"method": "full"}}, "'full' is unknown; expected method: one of corda, lora"),
+        ({"adapter": LORA, "context": ["third"]}, "third is not one of this setting's: first, second, target"),
+        ({"adapter": LORA, "context": ["self"]}, "self is not one of this setting's"),
+        ({"adapter": LORA, "loss": "replay", "budget": 0.1}, "leave one of the two out"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        Keep(**options).adapt(text_task(tmp_path))
+
+
+def test_the_divergence_from_copies_of_the_base_is_that_from_the_base(tmp_path: Path) -> None:
+    task = text_task(tmp_path)
+    originals = linear_copies(task.model, task.layers)
+    model, _ = trained(task)
+    batches = task.held_out["first"]
+    assert kl_from_base(model, originals, batches) == pytest.approx(context_kl(model, batches), rel=1e-4)
+    ids = batches[0]["input_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, -3:] = ids[:, -3:]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits.double().log_softmax(-1)[:, -4:-1]]
+        with model.disable_adapter():  # type: ignore[operator]
+            logits.insert(0, model(input_ids=ids).logits.double().log_softmax(-1)[:, -4:-1])
+    expected = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+    assert kl_from_base(model, originals, [{"input_ids": ids, "labels": labels}]) == pytest.approx(expected, rel=1e-4)
