@@ -9,9 +9,10 @@ from corda_core.attach import attach, attachment_of
 from corda_core.collect import TokenWeights, collect
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Split, decompose, factors
+from corda_core.drift import context_drift, weight_change
 from corda_core.export import Exported, export, merge
 from corda_core.linears import select_linears
-from corda_core.lora import change_factors, context_drift, lora_layers, weight_change
+from corda_core.lora import change_factors, lora_layers
 from corda_core.plan import AdapterInit, AdapterPlan, plan
 from corda_core.store import data_digest, load, load_covariances, save, save_covariances
 

@@ -12,10 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from corda_core.bases import base_digest, check_same, check_unchanged, check_untouched, other_tensors
 from corda_core.decompose import Mode
-from corda_core.linears import base_of, check_present, is_shared, unwrapped
+from corda_core.linears import FourBit, base_of, check_present, check_quantizable, is_quantized, is_shared, quantize_linears_, unwrapped
 from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, fill, lora_config, lora_layers, whole_modules
 from corda_core.plan import AdapterInit, AdapterPlan
-from corda_core.quantize import FourBit, check_quantizable, is_quantized, quantize_linears_
 
 
 class Residual(StrEnum):

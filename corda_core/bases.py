@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from corda_core.files import weight_digest
 from corda_core.layers import in_threads, threads_for
-from corda_core.linears import check_in_memory, gathered_whole, weight_matrix
-from corda_core.quantize import is_quantized, quantized_values
+from corda_core.linears import check_in_memory, gathered_whole, is_quantized, quantized_values, weight_matrix
 
 UNREAD = "packed"
 """Stands for the values of a tensor that is packed in a way that is not known: it is not compared."""

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from corda_core.attach import attachment_of, check_base_kept
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, write_tensors
 from corda_core.layers import process_rank
-from corda_core.linears import base_of, gathered_whole, unwrapped, weight_matrix, write_weight_
+from corda_core.linears import base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
 from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, whole_modules
-from corda_core.quantize import is_quantized, plain_linear
 from corda_core.store import ATTACHMENT, WEIGHTS
 
 

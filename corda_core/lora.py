@@ -1,7 +1,7 @@
-"""LoRA layers of PEFT that hold what CorDA starts from, the change that they make, and how far that moves the context's outputs."""
+"""LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
-from corda_core.covariance import Covariance
 from corda_core.decompose import shortened
-from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared, weight_matrix
+from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared
 from corda_core.plan import AdapterInit
 
 
@@ -239,40 +238,3 @@ def _stored_change(layer: LoraLayer, adapter_name: str) -> Tensor:
     """Return ``ΔW`` laid out as the base layer stores its weight."""
     A, B = change_factors(layer, adapter_name)
     return (B @ A).T if getattr(layer, "fan_in_fan_out", False) else B @ A
-
-
-def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
-    """Return ``‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` per layer: the root mean square of ``ΔW x`` over that of ``W x`` on the context.
-
-    Computed from the factors, ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``. W is the weight the base layer holds now.
-
-    Args:
-        model: A model with a LoRA adapter, ours or PEFT's.
-        covariances: Undamped C of the context, by full layer name.
-        adapter_name: Which adapter.
-
-    Raises:
-        KeyError: If an adapted layer has no covariance.
-    """
-    drift = {}
-    for name, layer in lora_layers(model, adapter_name).items():
-        A, B = change_factors(layer, adapter_name)
-        C, transposed = covariances[name].packed, weight_matrix(base_of(model), name).float().T.contiguous()
-        changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
-        drift[name] = float(changed.clamp(min=0).sqrt() / (C.times(transposed) * transposed).sum().sqrt())
-    return drift
-
-
-def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """Return ``‖ΔW‖_F / ‖W‖_F`` per layer: the size of the change where there is no context; W as in ``context_drift``."""
-    sizes = {}
-    for name, layer in lora_layers(model, adapter_name).items():
-        A, B = change_factors(layer, adapter_name)
-        changed = _trace(B.T @ B, A @ A.T)
-        sizes[name] = float(changed.clamp(min=0).sqrt() / weight_matrix(base_of(model), name).float().norm())
-    return sizes
-
-
-def _trace(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``tr(left · right)`` of symmetric matrices."""
-    return (left * right).sum()

@@ -11,9 +11,8 @@ from pydantic import Field
 from corda_core import Mode, Split
 from corda_core.allocate import budget_of_rank, check_budget
 from corda_core.attach import Residual, check_options
-from corda_core.linears import check_pattern
+from corda_core.linears import FourBit, check_pattern
 from corda_core.lora import Protect
-from corda_core.quantize import FourBit
 from corda_vlm.options import Count, Options, Seed, one_of
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from corda_core.linears import weight_shape
-from corda_core.quantize import is_quantized
+from corda_core.linears import is_quantized, weight_shape
 from corda_vlm.towers import family_of
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corda_core.quantize import FourBit
+from corda_core.linears import FourBit
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of

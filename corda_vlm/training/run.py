@@ -23,9 +23,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.files import write_whole
 from corda_core.layers import from_first_process, num_processes, process_rank
-from corda_core.linears import base_of
+from corda_core.linears import base_of, check_quantizable
 from corda_core.lora import whole_modules
-from corda_core.quantize import check_quantizable
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 from corda_vlm.adapted import attached_as
 from corda_vlm.context import Sources, draw_contexts

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from corda_core import AdapterPlan, attach, collect, plan
-from corda_core.quantize import quantize_linears_
+from corda_core.linears import quantize_linears_
 from corda_eval.bench.quantization import quantization_errors
 from corda_eval.lab.smollm2 import smollm2_model
 from corda_eval.metrics.curves import steps_to

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from corda_core.covariance import Covariance
 from corda_core.layers import Progress, no_progress, over_layers
+from corda_core.linears import bitsandbytes
 from corda_core.plan import AdapterPlan
-from corda_core.quantize import bitsandbytes
 
 
 @dataclass(frozen=True)

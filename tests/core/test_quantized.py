@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from corda_core import attach, change_factors, collect, export, load, lora_layers, merge, plan, save, select_linears
 from corda_core.bases import base_digest
-from corda_core.linears import weight_matrix, weight_shape
-from corda_core.quantize import is_quantized
+from corda_core.linears import is_quantized, weight_matrix, weight_shape
 from corda_eval.bench.quantization import quantization_errors
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -6,7 +6,7 @@ The function at the start is that of the quantised weights, not the base's.
 from dataclasses import dataclass
 from typing import Any
 
-from corda_core.quantize import quantize_linears_
+from corda_core.linears import quantize_linears_
 from corda_eval.study.peft_lora import attach_variant, config_for
 from corda_eval.study.task import Adapted, Task
 from corda_vlm.options import Count
