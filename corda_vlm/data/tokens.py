@@ -145,15 +145,20 @@ def _tokens_alone(text: str, tokenizer: Any) -> list[int]:
 
 def _with_special_tokens(ids: list[int], is_response: list[int], sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens with those that the tokenizer puts around a whole text, unless they are there; a question has no end yet."""
-    text, whole = list(tokenizer("a", add_special_tokens=False)["input_ids"]), list(tokenizer("a")["input_ids"])
-    start = next((place for place in range(len(whole)) if whole[place : place + len(text)] == text), 0)
-    before, after = whole[:start], whole[start + len(text) :]
+    before, after = special_tokens(tokenizer)
     if _starts_itself(sample, tokenizer):
         before = []
     if sample.asks or ids[len(ids) - len(after) :] == after:
         after = []
     ends = int(sample.segments[-1].is_response)
     return before + ids + after, [0] * len(before) + is_response + [ends] * len(after)
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before and behind a whole text."""
+    text, whole = list(tokenizer("a", add_special_tokens=False)["input_ids"]), list(tokenizer("a")["input_ids"])
+    start = next((place for place in range(len(whole)) if whole[place : place + len(text)] == text), 0)
+    return whole[:start], whole[start + len(text) :]
 
 
 def _starts_itself(sample: Sample, tokenizer: Any) -> bool:
