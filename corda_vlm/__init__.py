@@ -7,6 +7,7 @@ from corda_vlm.classifier import ZeroShotClassifier, zero_shot_head
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
+from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import select_layers
 from corda_vlm.training.divergence import context_kl, keep_loss
 from corda_vlm.training.keep import Keep, KeepCallback
@@ -33,6 +34,7 @@ __all__ = [
     "prepare",
     "save",
     "select_layers",
+    "self_context",
     "split_attention",
     "zero_shot_head",
 ]

@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from corda_core.layers import from_first_process, process_rank
+from corda_core.store import ATTACHMENT
 from corda_vlm.context import Sources, image_reader, is_keep_file
 from corda_vlm.data.items import Items, load_items
 from corda_vlm.data.sources import DataConfig
+from corda_vlm.selfwritten import SelfWritten, read_self_context, self_context
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.recipe import SELF, Recipe
+
+SELF_WRITTEN = "context.jsonl"
+"""The file of a run's output with what the base made for its context."""
 
 
 class Joined(Sequence[Any]):
@@ -81,10 +87,18 @@ def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any)
     return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
 
 
-def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> Sequence[Any]:
-    """Return what the base makes itself, from the output where it has been made.
+def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> SelfWritten:
+    """Return what the base makes itself, as many samples as are drawn of a context; from the output where that run has begun.
 
     Raises:
-        ValueError: As the base cannot do this yet.
+        FileNotFoundError: If the run has begun, and what it began with is gone.
+        ValueError: If what it began with is damaged, or the base cannot make samples.
     """
-    raise ValueError(f"context is {SELF}, which this version does not make yet; name files or options of samples.")
+    path = output / SELF_WRITTEN
+    if from_first_process((output / ATTACHMENT).exists()):
+        return read_self_context(path, data)
+    corda = recipe.corda
+    written = self_context(model, processor, data, count=corda.num_samples * corda.num_candidates, seed=corda.seed)
+    if process_rank() == 0:
+        written.save(path)
+    return written
