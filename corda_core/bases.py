@@ -2,18 +2,24 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from corda_core.files import weight_digest
 from corda_core.layers import in_threads, threads_for
-from corda_core.linears import check_in_memory, gathered_whole, is_quantized, quantized_values, weight_matrix
+from corda_core.linears import check_in_memory, gathered_whole, is_quantized, quantized_values, unwrapped, weight_matrix
 
 UNREAD = "packed"
 """Stands for the values of a tensor that is packed in a way that is not known: it is not compared."""
+ANCESTRY = "corda_ancestry"
+"""Where a merged model records what it was merged from: an entry of its ``config.json``."""
+Step = dict[str, tuple[str, float]]
+"""What one merge changed: of each layer the digest of the weight that it had, and ``‖ΔW‖_F / ‖W‖_F``."""
 
 
 def check_untouched(base: nn.Module) -> None:
@@ -146,6 +152,59 @@ def _change(before: str | None, now: str | None) -> str:
 
 def base_digest(model: nn.Module, names: Iterable[str]) -> str:
     """Return the digest of the weights of the named layers, gathered one by one where they are sharded."""
-    weights = ({name: weight_matrix(model, name)} for name in sorted(names))
-    digests = in_threads(weight_digest, weights, threads_for(model))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digest_of(weight_digests(model, names))
+
+
+def weight_digests(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return the digest of each named layer's weight."""
+    names = sorted(names)
+    return dict(
+        zip(names, in_threads(weight_digest, ({name: weight_matrix(model, name)} for name in names), threads_for(model)), strict=True)
+    )
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Return the digest of several layers' weights from that of each."""
+    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
+
+
+def ancestry_of(model: nn.Module) -> list[Step]:
+    """Return the merges that led from its first ancestor to this model, in their order.
+
+    Raises:
+        ValueError: If what is recorded is of another form.
+    """
+    recorded = getattr(_holder(model), ANCESTRY, [])
+    try:
+        return [{name: (str(digest), float(change)) for name, (digest, change) in step.items()} for step in recorded]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"The model's {ANCESTRY} is not as merge wrote it ({error!r}); remove it from its config.json.") from error
+
+
+def set_ancestry_(model: nn.Module, steps: Sequence[Step]) -> None:
+    """Give a model the merges that led to it, as JSON values."""
+    setattr(_holder(model), ANCESTRY, [{name: list(moved) for name, moved in step.items()} for step in steps])
+
+
+def moved_since(model: nn.Module, digest: str, names: Iterable[str]) -> dict[str, float] | None:
+    """Return by how much layers have moved since their weights had this digest; None if the model and its ancestors never had it.
+
+    ``‖ΔW‖_F / ‖W‖_F`` by layer, at most: what several merges did is added up. Empty if the model has these very weights.
+    """
+    digests, moved = weight_digests(model, names), dict[str, float]()
+    if digest_of(digests) == digest:
+        return moved
+    for step in reversed(ancestry_of(model)):
+        for name in digests.keys() & step.keys():
+            digests[name], change = step[name]
+            moved[name] = moved.get(name, 0.0) + change
+        if digest_of(digests) == digest:
+            return moved
+    return None
+
+
+def _holder(model: nn.Module) -> Any:
+    """Return what a model's ancestry is written to: its config, which transformers saves; without one the model itself."""
+    model = unwrapped(model)
+    config = getattr(model, "config", None)
+    return config if isinstance(config, PretrainedConfig) else model

@@ -97,10 +97,11 @@ def collect(
     return _means_(moments, names)
 
 
-def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int | None) -> list[list[str]]:
+def split_layers(model: nn.Module, batches: Batches | None, names: Sequence[str], max_memory: int | None) -> list[list[str]]:
     """Return the names in parts whose sums fit ``max_memory`` bytes, in execution order; one batch is run to see who shares inputs.
 
-    Collect, decompose and drop one part before the next. A single layer that is larger than the budget gets a part of its own.
+    Collect, decompose and drop one part before the next. A single layer that is larger than the budget gets a part of its own. Without
+    batches each layer counts by itself, and the order is that of the names.
 
     Raises:
         ValueError: If several passes may be needed, but the batches can be iterated only once.
@@ -108,18 +109,7 @@ def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_m
     sizes = {name: Symmetric.num_bytes(weight_shape(model, name)[1], PRECISION) for name in names}
     if max_memory is None or sum(sizes.values()) <= max_memory:
         return [list(names)]
-    if iter(batches) is batches:
-        raise ValueError(
-            f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be iterated only once; "
-            "give a list or a DataLoader."
-        )
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError(NO_BATCHES)
-    groups: list[tuple[str, ...]] = []
-    bare = unwrapped(model)
-    with evaluating(bare):
-        _run(bare, first, names, lambda name, x: None, lambda readers, _: groups.append(readers))
+    groups = [] if batches is None else _readers(model, batches, names, max_memory)
     parts: list[list[str]] = []
     room, placed = 0, set[str]()
     for group in [*groups, *((name,) for name in names)]:  # those that this batch does not reach come last
@@ -132,6 +122,27 @@ def split_layers(model: nn.Module, batches: Batches, names: Sequence[str], max_m
             placed.update(new)
             room -= sizes[new[0]]
     return from_first_process(parts)
+
+
+def _readers(model: nn.Module, batches: Batches, names: Sequence[str], max_memory: int) -> list[tuple[str, ...]]:
+    """Return which layers the first batch feeds with the same inputs, in execution order.
+
+    Raises:
+        ValueError: If the batches can be iterated only once, or there are none.
+    """
+    if iter(batches) is batches:
+        raise ValueError(
+            f"max_memory is {max_memory} bytes, which may take several passes over the batches, but these can be iterated only once; "
+            "give a list or a DataLoader."
+        )
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError(NO_BATCHES)
+    groups: list[tuple[str, ...]] = []
+    bare = unwrapped(model)
+    with evaluating(bare):
+        _run(bare, first, names, lambda name, x: None, lambda readers, _: groups.append(readers))
+    return groups
 
 
 def moment_of(x: Tensor, weights: Tensor | None = None) -> SecondMoment:

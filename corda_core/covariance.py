@@ -3,8 +3,9 @@
 "Covariance" is the papers' word for the *uncentred* second moment ``C = E[x xᵀ]``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -71,6 +72,10 @@ class Symmetric:
         """Return the sum with another S of the same size."""
         return Symmetric(tuple(left + right for left, right in zip(self.panels, other.panels, strict=True)))
 
+    def mixed(self, own: float, other: "Symmetric", others: float) -> "Symmetric":
+        """Return ``own · S + others · T`` with another T of the same size."""
+        return Symmetric(tuple(own * left + others * right for left, right in zip(self.panels, other.panels, strict=True)))
+
     def divide_(self, divisor: float) -> None:
         """Divide in place."""
         for panel in self.panels:
@@ -125,10 +130,25 @@ class Covariance:
     num_tokens: int
     """Over how many tokens the mean was taken."""
 
+    weight: float | None = None
+    """``Σ w`` over them, by which C counts when it is added to others; None: each token counts once."""
+
     @staticmethod
     def of(matrix: Tensor, num_tokens: int) -> "Covariance":
         """Return the covariance with this C (n, n)."""
         return Covariance(Symmetric.of(matrix), num_tokens)
+
+    def plus(self, other: "Covariance") -> "Covariance":
+        """Return the covariance over the tokens of both, ``(w₁ C₁ + w₂ C₂) / (w₁ + w₂)``."""
+        own, others = (float(part.num_tokens if part.weight is None else part.weight) for part in (self, other))
+        packed = self.packed.mixed(own / (own + others), other.packed, others / (own + others))
+        return Covariance(packed, self.num_tokens + other.num_tokens, own + others)
+
+    def to(self, device: torch.device | str) -> "Covariance":
+        """Return the covariance on another device and in float32, or itself."""
+        if all(panel.device == torch.device(device) and panel.dtype == torch.float32 for panel in self.packed.panels):
+            return self
+        return replace(self, packed=Symmetric(tuple(panel.to(device, torch.float32) for panel in self.packed.panels)))
 
     @property
     def matrix(self) -> Tensor:
@@ -205,7 +225,31 @@ def mean_of_(moments: list[SecondMoment]) -> Covariance:
     for moment in moments[1:]:
         total = total.plus(moment.total)
     total.divide_(weight)
-    return Covariance(total, num_tokens)
+    return Covariance(total, num_tokens, weight)
+
+
+def part_of(covariances: Mapping[str, Covariance], names: Iterable[str], device: torch.device | str) -> dict[str, Covariance]:
+    """Return the covariances of those of the named layers that have one, on a device and in float32; what layers share they still do."""
+    chosen = {name: covariances[name] for name in names if name in covariances}
+    distinct = {id(covariance): covariance for covariance in chosen.values()}
+    moved = {key: covariance.to(device) for key, covariance in distinct.items()}
+    return {name: moved[id(covariance)] for name, covariance in chosen.items()}
+
+
+def together(collections: Sequence[Mapping[str, Covariance]]) -> dict[str, Covariance]:
+    """Return the covariances over the inputs of all collections, by layer; one that a collection lacks saw nothing of its inputs.
+
+    Layers that share a covariance in each collection share the sum.
+    """
+    sums: dict[tuple[int, ...], Covariance] = {}
+    result = {}
+    for name in dict.fromkeys(name for collection in collections for name in collection):
+        members = [collection[name] for collection in collections if name in collection]
+        key = tuple(map(id, members))
+        if key not in sums:
+            sums[key] = reduce(Covariance.plus, members)
+        result[name] = sums[key]
+    return result
 
 
 def in_float64(tensor: Tensor) -> Tensor:

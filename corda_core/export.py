@@ -12,9 +12,11 @@ from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from corda_core.attach import attachment_of, check_base_kept
-from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, write_tensors
+from corda_core.bases import Step, ancestry_of, set_ancestry_, weight_digests
+from corda_core.drift import weight_change
+from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, weight_digest, write_tensors
 from corda_core.layers import process_rank
-from corda_core.linears import base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
+from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
 from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, whole_modules
 from corda_core.store import ATTACHMENT, WEIGHTS
 
@@ -123,7 +125,8 @@ def _config_digest(path: Path) -> str:
 def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default") -> nn.Module:
     """Return the base model with the change added to its weights, without PEFT; its ``state_dict`` has the keys it always had.
 
-    Layers that bitsandbytes quantised become plain ones, dequantised: 4 bits would round most of the change away.
+    Layers that bitsandbytes quantised become plain ones, dequantised: 4 bits would round most of the change away. The model records what
+    it was merged from, in its config if it is one of transformers: files of covariances of its ancestors are then taken.
 
     Args:
         model: With the adapter, its weights whole; its base is changed in place and returned.
@@ -139,7 +142,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]} has its change in its weight already (merge_adapter); call unmerge_adapter first.")
-    starts = _starts(model, adapter_name)
+    starts, step = _starts(model, adapter_name), _step(model, alpha, adapter_name)
     for name, (A, B) in changes.items():
         weight = weight_matrix(base, name).float() + B @ A
         if name in starts:  # "subtract": the base lacks what the change starts from
@@ -156,6 +159,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     plain: nn.Module = model.unload()
     _dequantize_rest_(plain)
     _untie_configs(plain)
+    set_ancestry_(plain, [*ancestry_of(plain), step])
     return plain
 
 
@@ -201,6 +205,24 @@ def _changes(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tup
             raise ValueError(f"{name}: the trained weights are not finite; take an earlier checkpoint.")
         changes[name] = A, alpha * B
     return changes
+
+
+def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
+    """Return what merging is about to change."""
+    layers, base = lora_layers(model, adapter_name), base_of(model)
+    try:  # the base's own weights, whatever ``attach`` has made of them since
+        digests = attachment_of(model, adapter_name).plan.provenance["weights"]
+    except (KeyError, ValueError):  # of an earlier version, or a plain LoRA
+        digests = weight_digests(base, layers)
+    step = {name: (digests[name], alpha * change) for name, change in weight_change(model, adapter_name).items()}
+    for prefix, wrapper in whole_modules(model, adapter_name).items():
+        before, trained = wrapper.original_module, wrapper.modules_to_save[adapter_name]
+        for key, module in before.named_modules():
+            if isinstance(module, LINEAR_TYPES):
+                name, W = f"{prefix}.{key}".rstrip("."), weight_matrix(before, key).float()
+                change = alpha * float((weight_matrix(trained, key).float() - W).norm() / W.norm())
+                step[name] = (weight_digest({name: weight_matrix(before, key)}), change)
+    return step
 
 
 def _starts(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

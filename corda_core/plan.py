@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from corda_core.allocate import Choice
-from corda_core.bases import base_digest
+from corda_core.bases import digest_of, weight_digests
 from corda_core.covariance import Covariance
 from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
 from corda_core.layers import Progress, no_progress, over_layers
@@ -131,8 +131,10 @@ def plan(
         del part  # else it would stay while the next is collected
     if ranks is None:
         _warn_of_clipping(layers, rank)
+    weights = weight_digests(model, layers)
     provenance = {
-        "base_digest": base_digest(model, layers),
+        "base_digest": digest_of(weights),
+        "weights": weights,
         "damping": damping,
         "split": str(split),
         "fallbacks": fallbacks,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from corda_core.allocate import Candidate, Choice
 from corda_core.attach import Attachment, attach_again, attachment_of, check_base_kept
-from corda_core.bases import base_digest
+from corda_core.bases import base_digest, digest_of, moved_since, weight_digests
 from corda_core.covariance import Covariance, Symmetric
 from corda_core.decompose import Mode, Whitening
 from corda_core.files import DIGEST, check_finite, file_digest, read_tensors, replacing_in, tensors_digest, weight_digest, write_tensors
@@ -56,7 +56,14 @@ def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
 
 
 def save_covariances(
-    covariances: Mapping[str, Covariance], path: str | os.PathLike[str], *, model: nn.Module, data: str, options: Mapping[str, Any]
+    covariances: Mapping[str, Covariance],
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    data: str,
+    options: Mapping[str, Any],
+    unreached: Iterable[str] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write covariances; layers that share one share it in the file.
 
@@ -64,58 +71,129 @@ def save_covariances(
         covariances: As from ``collect``.
         path: The file.
         model: The base they were collected on.
-        data: ``data_digest`` of the batches.
-        options: All that changes the result (normalize, token weights, ...), as JSON values.
+        data: Digest of what they were collected over, such as ``data_digest`` of the batches.
+        options: All that changes the result and is not as by default (normalize, token weights, ...), as JSON values.
+        unreached: Layers that the data did not reach: they are as if their inputs had been 0 tokens.
+        about: What else a reader of the file may want to know, as JSON values.
     """
+    weights = weight_digests(model, {*covariances, *unreached})
+    write_covariances(
+        Collected(dict(covariances), digest_of({name: weights[name] for name in covariances}), weights, data, options, about or {}), path
+    )
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a file of covariances holds."""
+
+    covariances: dict[str, Covariance]
+    base_digest: str
+    """Of the weights of these layers."""
+    weights: Mapping[str, str]
+    """Digest of each layer's weight, also of the layers that the data did not reach; empty in files of earlier versions."""
+    data_digest: str
+    options: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+    @property
+    def unreached(self) -> frozenset[str]:
+        """The layers that the data did not reach."""
+        return frozenset(self.weights.keys() - self.covariances.keys())
+
+
+def write_covariances(collected: Collected, path: str | os.PathLike[str]) -> None:
+    """Write a file of covariances."""
+    covariances = collected.covariances
     distinct = list({id(covariance): covariance for covariance in covariances.values()}.values())
     places = {id(covariance): number for number, covariance in enumerate(distinct)}
     tensors = {f"{i}.{j}": panel for i, covariance in enumerate(distinct) for j, panel in enumerate(covariance.packed.panels)}
     header = {
         "kind": "covariances",
-        "base_digest": base_digest(model, covariances),
-        "data_digest": data,
-        "options": dict(options),
+        **{key: value for key, value in vars(collected).items() if key != "covariances"},
         "layers": {name: places[id(covariance)] for name, covariance in covariances.items()},
         "num_tokens": [covariance.num_tokens for covariance in distinct],
+        "total_weights": [covariance.weight for covariance in distinct],
     }
     _write(tensors, header, Path(path))
+
+
+def read_covariances(path: str | os.PathLike[str]) -> Collected:
+    """Return what a file of covariances holds, whatever model it is for; values are read from the disk when they are used.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or holds something else.
+    """
+    tensors, header = _read(Path(path), "covariances")
+    with _sound_header(path):
+        num_tokens = [int(count) for count in header["num_tokens"]]
+        covariances = _covariances(tensors, header["layers"], num_tokens, header.get("total_weights", [None] * len(num_tokens)))
+        weights, about = (dict(header.get(key, {})) for key in ("weights", "about"))
+        return Collected(covariances, str(header["base_digest"]), weights, str(header["data_digest"]), dict(header["options"]), about)
 
 
 def load_covariances(
     path: str | os.PathLike[str], *, model: nn.Module, options: Mapping[str, Any], data: str | None = None
 ) -> dict[str, Covariance]:
-    """Return the covariances in a file.
+    """Return the covariances in a file; those of an ancestor of a merged model are taken, with a warning of how far its layers have moved.
 
     Args:
         path: The file.
         model: The base they are to be used with.
         options: The options they must have been collected with.
-        data: The ``data_digest`` that they must have been collected over; None takes any.
+        data: The digest of the data that they must have been collected over; None takes any.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, holds something else, or was made from another base, with other options or over other data.
     """
-    tensors, header = _read(Path(path), "covariances")
-    with _sound_header(path):
-        covariances = _covariances(tensors, header["layers"], header["num_tokens"])
-        recorded = {"options": header["options"], "data": header["data_digest"], "base weights": header["base_digest"]}
+    collected = read_covariances(path)
+    check_collected(collected, path, model=model, options=options, data=data)
+    return collected.covariances
+
+
+def check_collected(
+    collected: Collected, path: str | os.PathLike[str], *, model: nn.Module, options: Mapping[str, Any], data: str | None = None
+) -> None:
+    """Refuse a file's covariances for another model, options or data than they were collected with (``load_covariances``).
+
+    Raises:
+        ValueError: If they were made from another base, with other options or over other data.
+    """
+    covariances = collected.covariances
     check_present(model, covariances, str(path))
-    wanted = {"options": dict(options), "data": data or recorded["data"], "base weights": base_digest(model, covariances)}
-    for what, value in wanted.items():
-        if recorded[what] != value:
-            raise ValueError(f"{path} was made with other {what}: {recorded[what]}, but here is {value}; collect again.")
+    for what, recorded, wanted in (("options", collected.options, dict(options)), ("data", collected.data_digest, data)):
+        if wanted is not None and recorded != wanted:
+            raise ValueError(f"{path} was made with other {what}: {recorded}, but here is {wanted}; collect again.")
     for name, covariance in covariances.items():
         if covariance.packed.n != weight_shape(model, name)[1]:
             raise ValueError(f"{path} has a covariance of {covariance.packed.n} inputs for {name}, which has others; collect again.")
-    return covariances
+    moved = moved_since(model, collected.base_digest, covariances)
+    if moved is None:
+        raise ValueError(
+            f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {base_digest(model, covariances)[:12]}… "
+            f"({next(model.parameters()).dtype}), nor was this model merged from such; use the base that it was made from, in the same "
+            "dtype, or collect again."
+        )
+    if moved:
+        warnings.warn(
+            f"{path} was made from an ancestor of this model: {len(moved)} of its {len(covariances)} layers have moved since, by at most "
+            f"{max(moved.values()):.2%} of their weights' norm ({sum(moved.values()) / len(covariances):.2%} on average over all); the "
+            "less, the better it keeps what it was made of.",
+            stacklevel=3,
+        )
 
 
-def _covariances(tensors: Mapping[str, Tensor], places: Mapping[str, int], num_tokens: list[int]) -> dict[str, Covariance]:
+def _covariances(
+    tensors: Mapping[str, Tensor], places: Mapping[str, int], num_tokens: list[int], weights: list[float | None]
+) -> dict[str, Covariance]:
     panels: dict[int, list[Tensor]] = {}
     for key in sorted(tensors, key=lambda key: [int(part) for part in key.split(".")]):
         panels.setdefault(int(key.split(".")[0]), []).append(tensors[key])
-    distinct = [Covariance(Symmetric.joined(panels[place]), int(tokens)) for place, tokens in enumerate(num_tokens)]
+    distinct = [
+        Covariance(Symmetric.joined(panels[place]), tokens, None if weight is None else float(weight))
+        for place, (tokens, weight) in enumerate(zip(num_tokens, weights, strict=True))
+    ]
     return {name: distinct[place] for name, place in places.items()}
 
 

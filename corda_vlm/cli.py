@@ -102,6 +102,31 @@ def prepare(config: CONFIG, overrides: OVERRIDES = None) -> None:
         typer.echo(f"{len(plan.layers)} layers, {plan.num_parameters:,} parameters of A and B: {Path(recipe.output) / 'corda.safetensors'}")
 
 
+@command("collect", "nothing is half written; run it again")
+def collect(
+    output: Annotated[Path, typer.Option(help="Keep file to write; its name ends in .safetensors.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Options of the recipe to change, such as corda.num_samples=512; with --add keep files.", metavar="[ARGUMENT]..."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe, whose context is collected on its base.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base, as model.path.")] = None,
+    data: Annotated[str | None, typer.Option(help="What is to be kept, as context.source: samples.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add keep files up, as if their samples had been collected at once.")] = False,
+) -> None:
+    """Write what a base is to keep as a keep file, which stands for a context's samples wherever one is named and holds none of them."""
+    from corda_vlm.training.collect import add_files, collect_file, collection_recipe
+
+    if add:
+        sentence = add_files([Path(name).expanduser() for name in arguments or []], output)
+    else:
+        sentence = collect_file(collection_recipe(config, model, data, arguments or [], output), output)
+    if process_rank() == 0:
+        typer.echo(sentence)
+
+
 @command("export", "nothing is half written; run it again")
 def export(
     adapter: Annotated[Path, typer.Option(help="Folder that `train` wrote, or one of its checkpoints.")],

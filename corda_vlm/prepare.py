@@ -1,9 +1,12 @@
 """The one call: model and samples in, model with a CorDA adapter out, outputs unchanged."""
 
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -11,15 +14,17 @@ from torch import nn
 
 from corda_core import AdapterPlan, Choice, Covariance, allocate, attach, choose, collect, plan
 from corda_core.collect import split_layers
+from corda_core.covariance import part_of, together
 from corda_core.linears import unwrapped, weight_shape
 from corda_core.lora import Protect
+from corda_core.store import Collected, check_collected, read_covariances
 from corda_vlm.attention import split_attention
 from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, Sources, context_batches, draw_contexts, progress_bar, sources_of
 from corda_vlm.coverage import coverage, tell
 from corda_vlm.options import first_unknown
-from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, select_layers, token_weights
+from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, reach_of, select_layers, token_weights
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +39,11 @@ GONE = {
 
 def prepare(
     model: nn.Module,
-    images_texts: Iterable[Any],
+    images_texts: Iterable[Any] | os.PathLike[str],
     mode: str = "kpm",
     *,
     processor: Any = None,
-    further_contexts: Sequence[Iterable[Any]] = (),
+    further_contexts: Sequence[Iterable[Any] | os.PathLike[str]] = (),
     config: CordaConfig | None = None,
     **options: Any,
 ) -> PeftModel:
@@ -56,7 +61,8 @@ def prepare(
             ``text``, ``question``/``answer``, LLaVA ``conversations`` or ``messages`` of ``role`` and ``content``, and perhaps ``image``; a
             ``datasets.Dataset`` of such rows; or ready batches of model inputs. For models with two towers, pairs of image and caption.
             Ready batches are all used, or ``num_samples`` of them for each candidate; under ``torch.distributed`` each process brings its
-            own.
+            own. A keep file of ``corda-vlm collect`` (its path, ending in .safetensors), or several in a list, stand for the samples that
+            they were made of, also beside samples: ``[Path("general.safetensors"), *samples]``.
         mode: "kpm" or "ipm".
         processor: Reads the samples: a processor, a tokenizer for a language model, ``OpenClipPairs(preprocess, tokenizer)`` for open_clip.
             None looks beside the model's own files on this disk.
@@ -96,7 +102,7 @@ def attach_plan(model: nn.Module, adapter_plan: AdapterPlan, config: CordaConfig
     )
 
 
-def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: CordaConfig, processor: Any = None) -> AdapterPlan:
+def plan_contexts(model: nn.Module, contexts: Sequence[Any], config: CordaConfig, processor: Any = None) -> AdapterPlan:
     """Return the adapter plan for one context, or for the best of several in each layer; with a budget its ranks are allocated.
 
     Args:
@@ -114,9 +120,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     names, ready = _layers_and_contexts(model, sources, config, processor)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     collect_of = partial(_collect, model, ready, config)
-    # The best so far and the next one share the memory limit.
-    limit = None if config.max_bytes is None else config.max_bytes // min(2, len(ready))
-    parts = split_layers(model, ready[0].batches, names, limit)
+    parts = _parts(model, ready, names, config)
     if len(ready) == 1 and budget is None:
         return plan_adapters(model, (collect_of(0, part) for part in parts), config)
     if len(parts) > 1 and any(iter(context) is context for context in (source.samples for source in sources) if context is not None):
@@ -141,15 +145,27 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Iterable[Any]], config: C
     return replace(adapter_plan, provenance={**adapter_plan.provenance, **({} if budget is None else {"budget": budget})})
 
 
-def collect_context(model: nn.Module, images_texts: Iterable[Any], config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:
-    """Return the covariances of the context for the layers that the config names, whatever memory they take.
+def collect_context(model: nn.Module, images_texts: Any, config: CordaConfig, processor: Any = None) -> dict[str, Covariance]:
+    """Return the covariances of the context for the layers that the config names; with ``max_memory`` part by part, on the CPU.
 
     Raises:
         ValueError: If an option, a sample or a layer pattern is not right.
     """
     model = checked_base(model)
     names, ready = _layers_and_contexts(model, [sources_of(images_texts)], config, processor)
-    return _collect(model, ready, config, 0, names)
+    parts = _parts(model, ready, names, config)
+    if len(parts) == 1:
+        return _collect(model, ready, config, 0, names)
+    collected: dict[str, Covariance] = {}
+    for part in parts:
+        collected |= part_of(_collect(model, ready, config, 0, part), part, "cpu")
+    return {name: collected[name] for name in names}
+
+
+def collection_options(config: CordaConfig) -> dict[str, Any]:
+    """Return what of the options changes a covariance, as it is written to a keep file: nothing where all tokens count."""
+    weights = {kind: float(weight) for kind, weight in sorted(config.token_weights.items())}
+    return {} if set(weights.values()) == {1.0} else {"tokens": weights}
 
 
 def plan_adapters(
@@ -194,13 +210,29 @@ def _config(mode: str, config: CordaConfig | None, options: Mapping[str, Any]) -
     return CordaConfig(mode=mode, **options)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """One context, ready to be collected."""
+
+    samples: Context | None
+    files: Mapping[Path, Collected]
+    reached: frozenset[str] | None
+    """The layers that the samples reach; None where nobody asked: all that are adapted."""
+
+    def covers(self, name: str) -> bool:
+        """Return whether the covariance of this layer is known, and that over all that the context is."""
+        held = [name in file.covariances for file in self.files.values()]
+        known = all(name in file.covariances or name in file.unreached for file in self.files.values())
+        return known and (any(held) or (self.reached is not None and name in self.reached))
+
+
 def _layers_and_contexts(
     model: nn.Module, sources: Sequence[Sources], config: CordaConfig, processor: Any
-) -> tuple[tuple[str, ...], list[Context]]:
+) -> tuple[tuple[str, ...], list[_Ready]]:
     """Return the layers to adapt, those that can learn from any of the contexts, and the contexts as inputs of the model.
 
     Raises:
-        ValueError: If the processor is of another model, or a sample or a layer pattern is not right.
+        ValueError: If the processor is of another model, a sample or a layer pattern is not right, or a keep file does not fit.
     """
     if is_open_clip(model):
         split_attention(model)
@@ -208,23 +240,73 @@ def _layers_and_contexts(
     if processor is not None:
         check_image_token(model, processor)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
-    filed = next((file for source in sources for file in source.files), None)
-    if filed is not None:
-        raise ValueError(f"{filed} is a keep file, which this version does not read yet; give samples.")
-    ready = [context_batches(model, source.samples, names, config, processor) for source in sources if source.samples is not None]
-    learnable = learnable_layers(model, names, [context.example for context in ready])
+    has_files = any(source.files for source in sources)
+    ready = []
+    for source in sources:
+        files = {path: _read_keep_file(model, path, config) for path in source.files}
+        samples = None if source.samples is None else context_batches(model, source.samples, names, config, processor)
+        reached = None if samples is None or not has_files else frozenset(reach_of(model, names, [samples.example]).learnable)
+        ready.append(_Ready(samples, files, reached))
+    if has_files:
+        learnable = _covered(names, ready)
+    else:
+        learnable = learnable_layers(model, names, [context.samples.example for context in ready if context.samples is not None])
     tell(coverage(model, learnable, config.parts))
     return learnable, ready
 
 
-def _collect(model: nn.Module, contexts: Sequence[Context], config: CordaConfig, place: int, names: Sequence[str]) -> dict[str, Covariance]:
+def _read_keep_file(model: nn.Module, path: Path, config: CordaConfig) -> Collected:
+    collected = read_covariances(path)
+    check_collected(collected, path, model=model, options=collection_options(config))
+    return collected
+
+
+def _covered(names: Sequence[str], contexts: Sequence[_Ready]) -> tuple[str, ...]:
+    """Return the layers that all contexts cover, and warn of those left out.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    covered = tuple(name for name in names if all(context.covers(name) for context in contexts))
+    missing = [name for name in names if name not in covered]
+    files = " and ".join(str(path) for context in contexts for path in context.files)
+    if not covered:
+        raise ValueError(
+            f"{files} hold(s) nothing of the {len(names)} layers that are to be adapted, such as {names[0]}; collect anew with the parts "
+            "and targets that are adapted, or adapt those that are there."
+        )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {len(names)} layers get no adapter, such as {missing[0]}: {files} hold(s) nothing of them.",
+            stacklevel=3,
+        )
+    return covered
+
+
+def _parts(model: nn.Module, contexts: Sequence[_Ready], names: Sequence[str], config: CordaConfig) -> list[list[str]]:
+    """Return the layers in parts whose covariances fit ``max_memory``."""
+    batches = next((context.samples.batches for context in contexts if context.samples is not None), None)
+    # The best so far and the next one share the memory limit, and so do those that are added up.
+    at_once = min(2, len(contexts)) * max(len(context.files) + (context.samples is not None) for context in contexts)
+    return split_layers(model, batches, names, None if config.max_bytes is None else config.max_bytes // at_once)
+
+
+def _collect(model: nn.Module, contexts: Sequence[_Ready], config: CordaConfig, place: int, names: Sequence[str]) -> dict[str, Covariance]:
     """Return the covariances of one of the contexts."""
+    context, collections = contexts[place], []
+    reached = [name for name in names if context.reached is None or name in context.reached]
     try:
-        return collect(model, contexts[place].batches, names, token_weights=token_weights(model, config.token_weights))
+        if context.samples is not None and reached:
+            weights = token_weights(model, config.token_weights)
+            collections.append(collect(model, context.samples.batches, reached, token_weights=weights))
     except ValueError as error:
         if len(contexts) == 1:
             raise
         raise ValueError(f"Context {place + 1} of several, each of which must reach all layers: {error}") from error
+    device = next(model.parameters()).device
+    collections += [part_of(file.covariances, names, device) for file in context.files.values()]
+    total = together(collections)
+    return {name: total[name] for name in names}
 
 
 def _chosen(

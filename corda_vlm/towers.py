@@ -178,6 +178,18 @@ def select_layers(
     return inside
 
 
+def reach_of(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> Reach:
+    """Return what became of each layer in these batches, where it got furthest; under ``torch.distributed`` in any process's."""
+    reaches = [reach for process in gathered([probe(model, batch, names) for batch in batches]) for reach in process]
+    learnable = {name for reach in reaches for name in reach.learnable}
+    ran = learnable | {name for reach in reaches for name in reach.unused}
+    return Reach(
+        learnable=tuple(name for name in names if name in learnable),
+        unused=tuple(name for name in names if name in ran - learnable),
+        not_run=tuple(name for name in names if name not in ran),
+    )
+
+
 def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the layers that can learn from one of these batches (``corda_vlm.probe.probe``), and warn of those left out.
 
@@ -186,14 +198,7 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
     Raises:
         ValueError: If none can.
     """
-    reaches = [reach for process in gathered([probe(model, batch, names) for batch in batches]) for reach in process]
-    learnable = {name for reach in reaches for name in reach.learnable}
-    ran = learnable | {name for reach in reaches for name in reach.unused}
-    reach = Reach(
-        learnable=tuple(name for name in names if name in learnable),
-        unused=tuple(name for name in names if name in ran - learnable),
-        not_run=tuple(name for name in names if name not in ran),
-    )
+    reach = reach_of(model, names, batches)
     if not reach.learnable:
         raise ValueError(
             f"None of the {len(names)} layers can learn from the first samples: {len(reach.not_run)} never ran (such as "

@@ -45,14 +45,19 @@ class Joined(Sequence[Any]):
         return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()  # type: ignore[attr-defined]
 
 
-def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> Sources:
+def reads_data(recipe: Recipe) -> bool:
+    """Return whether what a context holds may depend on the samples that are trained on."""
+    return recipe.context is None or (not isinstance(recipe.context, DataConfig) and SELF in entries(recipe.context))
+
+
+def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path) -> Sources:
     """Return what the recipe's context holds: ``files`` need no sample, and ``samples`` (None with files only) may be kept by a loss too.
 
     Args:
         recipe: The recipe.
         model: The untouched base, which writes what ``context: self`` stands for.
         processor: The model's.
-        data: The samples that are trained on: what a recipe without a context takes.
+        data: The samples that are trained on: what a recipe without a context takes; None where it does not matter (``reads_data``).
         output: The run's folder, where a context that the base made is kept.
 
     Raises:
@@ -87,7 +92,7 @@ def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any)
     return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
 
 
-def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items, output: Path) -> SelfWritten:
+def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path) -> SelfWritten:
     """Return what the base makes itself, as many samples as are drawn of a context; from the output where that run has begun.
 
     Raises:
@@ -96,7 +101,7 @@ def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items, 
     """
     path = output / SELF_WRITTEN
     if from_first_process((output / ATTACHMENT).exists()):
-        return read_self_context(path, data)
+        return read_self_context(path, () if data is None else data)
     corda = recipe.corda
     written = self_context(model, processor, data, count=corda.num_samples * corda.num_candidates, seed=corda.seed)
     if process_rank() == 0:

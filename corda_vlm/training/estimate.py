@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from corda_core.allocate import budget_of_rank
-from corda_core.linears import weight_shape
+from corda_core.linears import check_present, weight_shape
+from corda_core.store import read_covariances
 from corda_vlm.context import is_keep_file
 from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data.items import load_items
@@ -77,8 +78,9 @@ def estimate(recipe: Recipe) -> Estimate:
     ``LOOKED_AT`` of them, or ``TOKENS`` where data or processor are not on this disk.
 
     Raises:
+        FileNotFoundError: If a keep file is not there.
         ModuleNotFoundError: If an extra is needed that is not installed.
-        ValueError: If the model is not here, or an option does not fit it.
+        ValueError: If the model is not here, an option does not fit it, or a keep file is damaged.
     """
     model = describe_base(recipe.model)
     corda, training = recipe.corda, recipe.training
@@ -163,10 +165,18 @@ def _part(shapes: Sequence[tuple[int, int]], recipe: Recipe) -> Part:
 
 
 def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
-    """Return how many tokens a sample of context has on average; 0 where none is run, as keep files hold covariances."""
+    """Return how many tokens a sample of context has on average; 0 where none is run, as keep files hold covariances.
+
+    Raises:
+        FileNotFoundError: If a keep file is not there.
+        ValueError: If one is damaged, or for another model.
+    """
     if recipe.context is None or isinstance(recipe.context, DataConfig):
         return length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
     named = [name for name in entries(recipe.context) if not is_keep_file(name)]
+    for name in entries(recipe.context):
+        if is_keep_file(name):
+            check_present(model, read_covariances(name).covariances, name)
     looked_at = [(None, TOKENS) if name == SELF else _look_at(DataConfig(name), recipe, model) for name in named]
     counts = [count or 1 for count, _ in looked_at]
     return round(sum(count * own for count, (_, own) in zip(counts, looked_at, strict=True)) / sum(counts)) if named else 0
