@@ -12,6 +12,7 @@ from corda_vlm.towers import select_layers
 from corda_vlm.training.divergence import context_kl, keep_loss
 from corda_vlm.training.keep import Keep, KeepCallback
 from corda_vlm.training.train import attach_lora, fine_tune
+from corda_vlm.training.within import alpha_within
 
 __all__ = [
     "CordaConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "KeepCallback",
     "OpenClipPairs",
     "ZeroShotClassifier",
+    "alpha_within",
     "attach",
     "attach_lora",
     "collect_context",

@@ -135,21 +135,33 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Precision of the base: that which the adapter was made in; by default the recipe's.")
     ] = None,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT).")] = 1.0,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How much of the change: 0 is the base, 1 the tuned model (WiSE-FT); by default 1.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="As much of the change as forgets no more than this: KL to the base in nats a token, on --on.")
+    ] = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(help="For --max-kl: held-out samples of what is to be kept, such as kept.json; self: a language model's own."),
+    ] = None,
     compress: Annotated[int | None, typer.Option(min=1, help="Rank of the best approximation of the change, instead of all of it.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Write a plain model with the change in its weights.")] = False,
     download: DOWNLOAD = False,
     trust_remote_code: TRUST = False,
 ) -> None:
     """Write a trained adapter as an ordinary LoRA for the untouched base, or as a plain model."""
-    from corda_vlm.training.deploy import deploy
+    from corda_vlm.training.deploy import Budget, deploy
 
+    if (max_kl is None) != (on is None):
+        raise ValueError("--max-kl and --on belong together: how much may be forgotten, and samples of what; give both, or neither.")
     sentence = deploy(
         adapter,
         output,
         base=base,
         dtype=dtype,
         alpha=alpha,
+        budget=None if max_kl is None or on is None else Budget(max_kl, str(on)),
         compress=compress,
         merge=merge,
         download=download,

@@ -15,6 +15,8 @@ PACKAGES = {"corda_core": "corda_core", "corda_vlm": "corda_vlm", "corda_eval": 
 """Package -> folder, from the lowest to the highest: each may use those before it."""
 FUNCTION_TYPES = (ast.FunctionDef, ast.AsyncFunctionDef)
 MOST_LINES, MOST_ARGUMENTS = 40, 10
+MOST_OPTIONS = 12
+"""Of a command: what its help shows on one screen."""
 
 
 def sources(package: str) -> list[Path]:
@@ -51,13 +53,18 @@ def code_lines(path: Path) -> int:
 
 
 def functions(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield the place of each function, the lines of its body behind the docstring, and how many arguments it has but for self."""
+    """Yield the place of each function, the lines of its body behind the docstring, and by how much it has too many arguments.
+
+    Not counted is self; of a command its arguments are the options of the command line.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, FUNCTION_TYPES):
             body = node.body[1:] if is_docstring(node.body[0]) else node.body
             lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
             names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", lines, len([name for name in names if name not in ("self", "cls")])
+            is_command = any("command(" in ast.unparse(decorator) for decorator in node.decorator_list)
+            count = len([name for name in names if name not in ("self", "cls")])
+            yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", lines, count - (MOST_OPTIONS if is_command else MOST_ARGUMENTS)
 
 
 def in_circles(uses: Mapping[str, Set[str]]) -> list[str]:
@@ -97,7 +104,7 @@ def test_no_two_rooms_of_eval_need_each_other() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_functions_are_short(package: str) -> None:
     measured = [function for path in sources(package) for function in functions(path)]
-    assert [place for place, lines, count in measured if lines > MOST_LINES or count > MOST_ARGUMENTS] == []
+    assert [place for place, lines, surplus in measured if lines > MOST_LINES or surplus > 0] == []
 
 
 def test_no_two_files_of_tests_have_one_name() -> None:

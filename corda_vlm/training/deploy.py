@@ -1,20 +1,47 @@
 """From a trained folder to what is deployed: an ordinary LoRA or a plain model."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
+from torch import nn
 
 import corda_core
 from corda_core.files import replacing_in
 from corda_vlm.adapted import load
 from corda_vlm.adapted import merge as merged
+from corda_vlm.context import image_reader
+from corda_vlm.data.items import load_items
+from corda_vlm.data.sources import DataConfig
 from corda_vlm.outputs import LOCK, locked
-from corda_vlm.towers import is_open_clip
+from corda_vlm.selfwritten import self_context
+from corda_vlm.towers import has_two_towers, is_open_clip
+from corda_vlm.training.budget import check_budget
 from corda_vlm.training.models import load_base
-from corda_vlm.training.recipe import RECIPE, ModelConfig, read_model
+from corda_vlm.training.recipe import RECIPE, SELF, ModelConfig, read_model
+from corda_vlm.training.within import alpha_within
+
+NUM_WRITTEN = 64
+"""Samples of its own that a base is measured on."""
+HELD_OUT_SEED = 1_000_003
+"""Of those samples: not a seed that a context is made with."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be forgotten, and what it is measured on."""
+
+    max_kl: float
+    """KL(base ‖ adapted) in nats a token; of two towers a pair."""
+    on: str
+    """A file, folder or id of samples that were not trained on; "self" for what a language model writes itself."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no budget."""
+        check_budget(self.max_kl, "--max-kl")
 
 
 def deploy(
@@ -23,7 +50,8 @@ def deploy(
     *,
     base: str | None = None,
     dtype: str | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
+    budget: Budget | None = None,
     compress: int | None = None,
     merge: bool = False,
     download: bool = False,
@@ -36,7 +64,8 @@ def deploy(
         output: Folder to write: a LoRA in PEFT's form; with ``merge`` a model and its processor (open_clip: its weights).
         base: Where the base is; None takes the model of the recipe beside the adapter.
         dtype: Precision to load it in: that which the adapter was made in; None takes the recipe's, or float32.
-        alpha: How much of the change.
+        alpha: How much of the change; None takes all of it, or what is within the budget.
+        budget: What may be forgotten.
         compress: Rank of the best approximation of the change.
         merge: Whether to write a plain model.
         download: Whether the base may be fetched; what the recipe beside the adapter says of this is ignored.
@@ -51,12 +80,30 @@ def deploy(
         raise ValueError("--compress and --merge were both given; a merged model has no rank: leave one of them out.")
     if merge and (output / "config.json").exists():
         raise ValueError(f"{output} holds a model already, perhaps the base; name another folder.")
+    if budget is not None and (alpha is not None or compress is not None):
+        given = "--compress" if alpha is None else "--alpha"
+        raise ValueError(
+            f"--max-kl and {given} were both given, but the first says how much of the change, all of its ranks: leave one out."
+        )
     model, processor = load_base(_base_of(adapter, base, dtype, download=download, trust_remote_code=trust_remote_code))
+    samples = None if budget is None else _samples(budget, model, processor, download)
     adapted = load(model, adapter)
+    alpha, held = 1.0 if alpha is None else alpha, ""
+    if budget is not None and samples is not None:
+        alpha, kl = alpha_within(adapted, samples, budget.max_kl, processor=processor)
+        unit = "pair" if has_two_towers(model) else "token"
+        held = f" It holds {alpha:.4g} of the change (alpha): KL to the base {kl:.4g} nats a {unit}, on {len(samples)} samples."
     with locked(output):
         sentence = _write_model(adapted, processor, output, alpha) if merge else _write_lora(adapted, output, alpha, compress)
         (output / LOCK).unlink(missing_ok=True)  # not for those who are given the folder
-    return sentence
+    return sentence + held
+
+
+def _samples(budget: Budget, model: nn.Module, processor: Any, download: bool) -> Sequence[Any]:
+    """Return what a budget is measured on."""
+    if budget.on == SELF:
+        return self_context(model, processor, count=NUM_WRITTEN, seed=HELD_OUT_SEED)
+    return load_items(DataConfig(budget.on), download=download, needs_images=has_two_towers(model), accepts=image_reader(processor))
 
 
 def _write_lora(adapted: PeftModel, output: Path, alpha: float, compress: int | None) -> str:
