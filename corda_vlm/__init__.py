@@ -10,7 +10,7 @@ from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, pre
 from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import select_layers
 from corda_vlm.training.divergence import context_kl, keep_loss
-from corda_vlm.training.keep import Keep, KeepCallback
+from corda_vlm.training.keep import Keep, KeepCallback, Keeper, KeepOptions
 from corda_vlm.training.train import attach_lora, fine_tune
 from corda_vlm.training.within import alpha_within
 
@@ -18,6 +18,8 @@ __all__ = [
     "CordaConfig",
     "Keep",
     "KeepCallback",
+    "KeepOptions",
+    "Keeper",
     "OpenClipPairs",
     "ZeroShotClassifier",
     "alpha_within",

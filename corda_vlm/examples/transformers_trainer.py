@@ -25,7 +25,9 @@ processor = AutoProcessor.from_pretrained(model_path)
 model = AutoModelForImageTextToText.from_pretrained(model_path).to(arguments.device)
 kept, training = Dataset.from_json(kept_path), Dataset.from_json(training_path)
 model = corda_vlm.prepare(model, kept, mode="kpm", rank=8, processor=processor)
-trainer = Trainer(model, arguments, train_dataset=training, data_collator=Collator(processor, with_labels=True))
+keep = corda_vlm.KeepCallback(corda_vlm.Keep(kept, every=4), processor)  # every fourth step holds to the base; leave out to save time
+collate = Collator(processor, with_labels=True)
+trainer = Trainer(model, arguments, train_dataset=training, data_collator=collate, callbacks=[keep])
 trainer.train()
 if trainer.is_world_process_zero():
     corda_vlm.export(model, output)

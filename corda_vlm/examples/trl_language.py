@@ -18,7 +18,8 @@ config = SFTConfig(
 )
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 model = AutoModelForCausalLM.from_pretrained(model_path).to(config.device)
-model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", rank=8, processor=tokenizer)
+kept = Dataset.from_json(kept_path)
+model = corda_vlm.prepare(model, kept, mode="kpm", rank=8, processor=tokenizer)
 training = Dataset.from_json(training_path).map(
     lambda row: {
         "prompt": [{"role": "user", "content": row["question"]}],
@@ -26,7 +27,8 @@ training = Dataset.from_json(training_path).map(
     },
     remove_columns=["question", "answer"],
 )
-trainer = SFTTrainer(model, config, train_dataset=training, processing_class=tokenizer)
+keep = corda_vlm.KeepCallback(corda_vlm.Keep(kept, every=4), tokenizer)  # every fourth step holds to the base; leave out to save time
+trainer = SFTTrainer(model, config, train_dataset=training, processing_class=tokenizer, callbacks=[keep])
 trainer.train()
 if trainer.is_world_process_zero():
     corda_vlm.export(model, output)

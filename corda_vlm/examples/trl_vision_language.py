@@ -16,14 +16,17 @@ model_path, kept_path, training_path, output = sys.argv[1:]
 config = SFTConfig(output, max_steps=50, per_device_train_batch_size=4, learning_rate=1e-3, save_strategy="no", bf16=False, max_length=None)
 processor = AutoProcessor.from_pretrained(model_path)
 model = AutoModelForImageTextToText.from_pretrained(model_path).to(config.device)
-model = corda_vlm.prepare(model, Dataset.from_json(kept_path), mode="kpm", rank=8, processor=processor)
+kept = Dataset.from_json(kept_path)
+model = corda_vlm.prepare(model, kept, mode="kpm", rank=8, processor=processor)
 training = Dataset.from_json(training_path).map(
     lambda row: {
         "prompt": [{"role": "user", "content": row["question"]}],
         "completion": [{"role": "assistant", "content": row["answer"]}],
     }
 )
-trainer = SFTTrainer(model, config, train_dataset=training.cast_column("image", Image()), processing_class=processor)
+keep = corda_vlm.KeepCallback(corda_vlm.Keep(kept, every=4), processor)  # every fourth step holds to the base; leave out to save time
+training = training.cast_column("image", Image())
+trainer = SFTTrainer(model, config, train_dataset=training, processing_class=processor, callbacks=[keep])
 trainer.train()
 if trainer.is_world_process_zero():
     corda_vlm.export(model, output)

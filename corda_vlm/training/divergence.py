@@ -25,8 +25,9 @@ from corda_vlm.data.samples import IGNORED_LABEL
 from corda_vlm.towers import has_two_towers, image_tokens
 from corda_vlm.training.contrastive import Features, contrastive_loss, features_of, over_processes
 
-CHUNK = 1 << 23
-"""How many logits are converted to float32 at a time: a vocabulary of 256,000 and long samples else take gigabytes."""
+CHUNK = 1 << 21
+"""How many logits are converted to float32 at a time: a vocabulary of 256,000 and long samples else take gigabytes. So many fit
+a processor's cache."""
 WRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How names of PEFT's ways to start begin that change the base's own weights."""
 

@@ -60,3 +60,19 @@ def test_two_processes_do_what_one_does(processor: Any, tmp_path: Path) -> None:
     shutil.rmtree(output / "checkpoint-8")  # as if it had died before that
     again = finished(path, output, FSDP2, "--resume")
     assert [loss for _, loss in again["losses"]] == pytest.approx([loss for _, loss in two["losses"]], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_as_one_does(processor: Any, tmp_path: Path) -> None:
+    """DDP and FSDP2: the weight that follows a budget, the losses, and what is taken off in the end; pictures are kept, text is learned."""
+    rows = [{"question": "what is one two ?", "answer": "three"}, {"question": "what is in the shape ?", "answer": "a circle"}] * 8
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    path = write_recipe(tmp_path, processor, keep={"budget": 0.003, "every": 2, "batch_size": 4}, training={"learning_rate": 2e-2})
+    options = (f"data.source={tmp_path / 'text.json'}", "corda.train_fully=[]", "corda.parts=[vision,projector,language]")
+    alone = finished(path, tmp_path / "one", None, *options)
+    assert alone["kept"]["kl"] <= 0.003
+    for name, environment in (("ddp", {}), ("fsdp2", FSDP2)):
+        two = finished(path, tmp_path / name, environment, *options)
+        assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in alone["losses"]], abs=2e-4), name
+        for key in ("kl", "alpha", "weight"):
+            assert two["kept"][key] == pytest.approx(alone["kept"][key], rel=0.02), (name, key)
