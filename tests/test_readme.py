@@ -1,12 +1,13 @@
-"""The README's commands and code are real, the READMEs' links lead somewhere, and the table of options is what the options are.
+"""The README's commands and code are real, the READMEs' links lead somewhere, and the tables of options are what the options are.
 
     python tests/test_readme.py
 
-writes that table anew.
+writes these tables anew.
 """
 
 import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,8 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-import corda_vlm.config
-from corda_vlm import CordaConfig
+from corda_vlm import CordaConfig, KeepOptions
 from corda_vlm.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,8 @@ README = PAGE.read_text()
 READMES = sorted(path for folder in ("corda_core", "corda_vlm", "configs", "eval", "tests") for path in (ROOT / folder).rglob("README.md"))
 SET_UP = "python3 -m venv"
 """How the two lines begin that set up and run all, to be copied whole."""
-OPTIONS = re.compile(r"(?<=-->\n)\| option .*?(?=<!-- end of options -->)", re.S)
+OPTIONS = {CordaConfig: "options", KeepOptions: "options of keep"}
+"""Dataclasses whose fields are documented for users in a table, and what marks it in its page."""
 
 
 def test_two_set_up_commands_of_one_line_each() -> None:
@@ -175,9 +176,10 @@ def test_the_files_of_the_core_stand_in_the_order_in_which_they_are_read() -> No
         assert {module or first for module, first in used} <= set(table[:place]), name
 
 
-def test_the_table_of_options_is_made_from_their_fields() -> None:
-    written = OPTIONS.search((ROOT / "corda_vlm/README.md").read_text())
-    expected = options_table()
+@pytest.mark.parametrize("schema", OPTIONS, ids=lambda schema: schema.__name__)
+def test_the_tables_of_options_are_made_from_their_fields(schema: type) -> None:
+    written = place_of(schema).search((ROOT / "corda_vlm/README.md").read_text())
+    expected = options_table(schema)
     assert written is not None
     assert written[0] == expected, f"python tests/test_readme.py writes it:\n{expected}"
 
@@ -231,16 +233,22 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def options_table() -> str:
-    """Return the options of ``prepare`` for users: what is written at each field of ``CordaConfig``."""
-    tree = ast.parse(Path(corda_vlm.config.__file__).read_text())
-    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "CordaConfig")
+def place_of(schema: type) -> re.Pattern[str]:
+    """Return what finds a table of options in its page."""
+    name = re.escape(OPTIONS[schema])
+    return re.compile(rf"(?<=<!-- {name}: written by `python tests/test_readme.py` -->\n).*?(?=<!-- end of {name} -->)", re.S)
+
+
+def options_table(schema: type) -> str:
+    """Return options for users: what is written at each field of a dataclass."""
+    tree = ast.parse(Path(inspect.getfile(schema)).read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
     meanings = {
         field.target.id: ast.literal_eval(below.value)
         for field, below in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr)
     }
-    rows = [f"| `{field.name}` | `{shown(field)}` | {in_markdown(meanings[field.name])} |" for field in dataclasses.fields(CordaConfig)]
+    rows = [f"| `{field.name}` | `{shown(field)}` | {in_markdown(meanings[field.name])} |" for field in dataclasses.fields(schema)]
     return "\n".join(["| option | default | what it does |", "|---|---|---|", *rows, ""])
 
 
@@ -256,9 +264,10 @@ def in_markdown(docstring: str) -> str:
 
 
 def write_options() -> None:
-    """Put the table of options into its page."""
+    """Put the tables of options into their page."""
     page = ROOT / "corda_vlm/README.md"
-    page.write_text(re.sub(r"(?<=-->\n).*(?=<!-- end of options -->)", lambda _: options_table(), page.read_text(), flags=re.S))
+    for schema in OPTIONS:
+        page.write_text(place_of(schema).sub(lambda _, schema=schema: options_table(schema), page.read_text()))
 
 
 if __name__ == "__main__":
