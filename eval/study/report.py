@@ -26,6 +26,7 @@ from corda_eval.study.frontier import (
     with_interpolations,
 )
 from corda_eval.study.headline import TITLE, headline, ratio_text, spread_text
+from corda_eval.study.rates import RATES_TITLE, rate_table
 from corda_vlm.pages import address_of, page, require_extra
 
 COLUMNS = (
@@ -68,6 +69,9 @@ class SettingReport:
     steps: dict[str, dict[float, float]]
     """As ``steps_at_equal_rates``."""
 
+    rates: Table
+    """As ``rate_table``."""
+
     figure: bytes
 
     def as_values(self) -> dict[str, Any]:
@@ -83,7 +87,9 @@ def report_of(setting: str, runs: Sequence[Run]) -> SettingReport:
     tuned, matched = summaries(with_interpolations(runs), base)
     never = unmatched(runs, base)
     tables = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
-    return SettingReport(tables, never, shortfalls(runs, never), steps_at_equal_rates(runs), draw(setting, runs, base))
+    return SettingReport(
+        tables, never, shortfalls(runs, never), steps_at_equal_rates(runs), rate_table(runs, base), draw(setting, runs, base)
+    )
 
 
 def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], output: Path) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def _options(options: Mapping[str, Any]) -> str:
 
 
 def markdown(heading: Table, reports: Mapping[str, SettingReport]) -> str:
-    """Return the headline, and of each setting its figure, a table a choice of rates, and one of the steps at equal rates."""
+    """Return the headline, and of each setting its figure and tables: one a choice of rates, of the steps at equal rates, of all rates."""
     lines = [f"### {TITLE}", "", *table(*heading)]
     for setting, result in reports.items():
         lines += [f"![Gain against forgetting in the setting {escaped(setting)}]({quote(setting)}.png)", ""]
@@ -173,6 +179,8 @@ def markdown(heading: Table, reports: Mapping[str, SettingReport]) -> str:
         head, rows = step_table(result.steps)
         if rows:
             lines += [f"### {escaped(setting)}: {STEPS_TITLE}", "", *table(head, rows)]
+        if result.rates[1]:
+            lines += [f"### {escaped(setting)}: {RATES_TITLE}", "", *table(*result.rates)]
     return "\n".join(lines)
 
 
@@ -184,10 +192,11 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
             "tables": {TITLES[kind]: [_row(arm) for arm in arms] for kind, arms in result.tables.items()},
             "shortfalls": result.shortfalls,
             "steps": step_table(result.steps),
+            "rates": result.rates,
         }
         for setting, result in reports.items()
     }
-    texts = {"headline_title": TITLE, "columns": COLUMNS, "steps_title": STEPS_TITLE}
+    texts = {"headline_title": TITLE, "columns": COLUMNS, "steps_title": STEPS_TITLE, "rates_title": RATES_TITLE}
     return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts}, lists)
 
 

@@ -7,12 +7,10 @@ reference manual (``docs``, nats a token) on topics that the context lacks; the 
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +22,17 @@ from corda_eval.study.settings.shared import (
     Whole,
     answer_loss,
     answer_score,
+    batched,
     casting,
     drawn,
     kept_scores,
+    self_written,
     spread,
     text_context,
     text_loss,
+    unpadded,
 )
-from corda_eval.study.task import TARGET, Batch, Score, Task
+from corda_eval.study.task import TARGET, Score, Task
 from corda_eval.text.perplexity import held_out_text, text_windows
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.vqa.easy_vqa import load_easy_vqa
@@ -41,7 +42,6 @@ from corda_vlm.options import Count
 from corda_vlm.towers import learnable_layers, select_layers
 
 PARTS = ("vision", "projector", "language")
-Collate = Callable[[Sequence[Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class LabLlavaDigits:
     """Of easy-VQA."""
     context_windows: Count = 64
     """Of 128 tokens of text."""
+    self_samples: Count = 192
+    """That the base writes, where it is asked to."""
     test_digits: Count = 100
     validation_digits: Count = 24
     """Measured eleven times in a training."""
@@ -96,6 +98,7 @@ class LabLlavaDigits:
             cache=cache,
             seed=seed,
             guessing=math.log(10) / 2,  # a digit, and the turn's end
+            written=partial(self_written, model, processor, training, count=self.self_samples, seed=seed, cache=cache),
             held_out={"easy_vqa": asked["easy_vqa"][:2], "docs": [{"input_ids": torch.stack(windows["docs"][:COMPARED])}]},
             casting=casting,
             kept_loss=partial(text_loss, image_token=model.config.image_token_id),
@@ -113,20 +116,3 @@ class LabLlavaDigits:
 def some_of(examples: Sequence[VqaExample], count: int) -> list[dict[str, object]]:
     """Return at most ``count`` of a split's questions with their answers, evenly spread."""
     return [examples[place].as_item() for place in spread(count, len(examples))]
-
-
-def batched(items: Sequence[Any], collate: Collate, size: int) -> list[Batch]:
-    """Return the samples in batches, in order."""
-    return [collate(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def unpadded(items: Sequence[Any], collate: Collate) -> list[Batch]:
-    """Return batches of samples of equal length, so that all tokens count and no mask is needed.
-
-    The mask would be that of the language model's tokens, which the layers of the vision tower do not have.
-    """
-    by_length = defaultdict(list)
-    for item in items:
-        by_length[collate([item])["input_ids"].shape[1]].append(item)
-    batches = [batch for of_length in by_length.values() for batch in batched(of_length, collate, 8)]
-    return [{key: value for key, value in batch.items() if key != "attention_mask"} for batch in batches]

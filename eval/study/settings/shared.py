@@ -1,8 +1,10 @@
 """What several settings do alike."""
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -10,16 +12,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from corda_core import select_linears
+from corda_core.bases import base_digest
 from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
 from corda_eval.text.facts import facts_task
 from corda_eval.text.perplexity import mean_loss, text_windows
+from corda_vlm.data.rows import Item
+from corda_vlm.data.samples import Collator
 from corda_vlm.options import LARGEST
+from corda_vlm.selfwritten import read_self_context, self_context
 
 WINDOW = 128
 """Tokens of a window of text."""
 COMPARED = 4
 """Windows of each kept domain whose predictions are compared with the base's."""
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
@@ -93,3 +101,29 @@ def kept_scores(
             hits = facts_task(model, tokenizer, batch_size=32, limit=facts).scores
             scores["facts"] = Score(None, 100 * sum(hits) / len(hits))
     return scores
+
+
+def batched(items: Sequence[Any], collate: Collate, size: int) -> list[Batch]:
+    """Return the samples in batches, in order."""
+    return [collate(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def self_written(model: nn.Module, processor: Any, items: Sequence[Item], *, count: int, seed: int, cache: Path) -> list[Batch]:
+    """Return what the base writes itself, on the items' pictures if it sees, as a context; from the cache where it is there."""
+    path = cache / f"self-{type(model).__name__}-{base_digest(model, select_linears(model))[:12]}-{len(items)}-{count}-{seed}.jsonl"
+    if not path.exists():
+        with casting():
+            self_context(model, processor, items, count=count, seed=seed, max_tokens=WINDOW).save(path)
+    return unpadded(list(read_self_context(path, items)), Collator(processor))
+
+
+def unpadded(items: Sequence[Any], collate: Collate) -> list[Batch]:
+    """Return batches of samples of equal length, so that all tokens count and no mask is needed.
+
+    The mask would be that of the language model's tokens, which the layers of the vision tower do not have.
+    """
+    by_length = defaultdict(list)
+    for item in items:
+        by_length[collate([item])["input_ids"].shape[1]].append(item)
+    batches = [batch for of_length in by_length.values() for batch in batched(of_length, collate, 8)]
+    return [{key: value for key, value in batch.items() if key != "attention_mask"} for batch in batches]

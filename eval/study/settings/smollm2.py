@@ -9,6 +9,7 @@ its data sets (``descriptions``), nats a token on windows that no context has; a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from corda_eval.study.settings.shared import (
     answer_score,
     casting,
     kept_scores,
+    self_written,
     text_context,
     text_loss,
 )
@@ -48,6 +50,8 @@ class SmolLm2Lines:
     """Windows of 64 tokens of each kind, about five lines each, a step."""
     context_windows: Count = 48
     """Of 128 tokens, of each domain to be kept; the descriptions have no more than 57."""
+    self_samples: Count = 48
+    """That the base writes, where it is asked to."""
     kept_windows: Count = 16
     """Of 128 tokens, measured of each domain."""
     test_windows: Count = 24
@@ -94,6 +98,7 @@ class SmolLm2Lines:
             seed=seed,
             learned=tuple(parts),
             guessing=mean(guessing(kind) for kind in self.lines),
+            written=partial(self_written, model, tokenizer, (), count=self.self_samples, seed=seed, cache=cache),
             held_out={name: [{"input_ids": torch.stack(windows[:COMPARED])}] for name, windows in kept.items()},
             casting=casting,
             kept_loss=text_loss,
