@@ -112,8 +112,7 @@ def self_written(model: nn.Module, processor: Any, items: Sequence[Item], *, cou
     """Return what the base writes itself, on the items' pictures if it sees, as a context; from the cache where it is there."""
     path = cache / f"self-{type(model).__name__}-{base_digest(model, select_linears(model))[:12]}-{len(items)}-{count}-{seed}.jsonl"
     if not path.exists():
-        with casting():
-            self_context(model, processor, items, count=count, seed=seed, max_tokens=WINDOW).save(path)
+        self_context(model, processor, items, count=count, seed=seed, max_tokens=WINDOW).save(path)
     return unpadded(list(read_self_context(path, items)), Collator(processor))
 
 

@@ -1,16 +1,18 @@
 """Keeping a context beside an adapter, on a small random Llama."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_llava
 from torch import nn
 
 from corda_core import select_linears
 from corda_eval.study.change import kl_from_base, linear_copies
 from corda_eval.study.methods.keep import Keep, joined, samples_of
+from corda_eval.study.settings.shared import self_written
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.study.train import train
 from corda_vlm.training.divergence import context_kl
@@ -100,6 +102,32 @@ def test_no_more_than_the_budget(tmp_path: Path) -> None:
     assert run.finish["are_held_out"] == 1
     model, run = trained(text_task(tmp_path), budget=0.0)
     assert run.finish["kl"] == run.finish["alpha"] == 0
+
+
+def test_what_the_base_wrote_is_kept_and_written_once(tmp_path: Path, processor: Any, samples: list[dict[str, object]]) -> None:
+    task = text_task(tmp_path)
+    calls = []
+
+    def written() -> Any:
+        calls.append(self_written(tiny_llava(), processor, samples, count=8, seed=3, cache=tmp_path))
+        return calls[-1]
+
+    first = written()
+    assert sum(len(batch["input_ids"]) for batch in first) == 8
+    assert all("attention_mask" not in batch for batch in first)
+    assert any(len(batch.get("pixel_values", [])) == len(batch["input_ids"]) for batch in first)
+    (file,) = tmp_path.glob("self-*-3.jsonl")
+    before = file.stat().st_mtime_ns
+    texts = [{"input_ids": batch["input_ids"] % task.model.config.vocab_size} for batch in first]
+    again = written()
+    assert file.stat().st_mtime_ns == before
+    assert all(torch.equal(new["input_ids"], old["input_ids"]) for new, old in zip(again, first, strict=True))
+    task = replace(task, written=lambda: texts)
+    assert task.covariances("self").keys() == set(task.layers)
+    _, run = trained(task, context=["self"])
+    assert run.finish["num_samples"] == 2
+    assert TARGET not in task.default_context("kpm")
+    assert "self" not in task.default_context("kpm")
 
 
 @pytest.mark.parametrize(
