@@ -1,5 +1,6 @@
 """From a trained folder to what is deployed: an ordinary LoRA or a plain model."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import corda_core
+from corda_core.bases import ANCESTRY, ancestry_of
 from corda_core.files import replacing_in
 from corda_vlm.adapted import load
 from corda_vlm.adapted import merge as merged
@@ -20,7 +22,7 @@ from corda_vlm.outputs import LOCK, locked
 from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import has_two_towers, is_open_clip
 from corda_vlm.training.budget import check_budget
-from corda_vlm.training.models import load_base
+from corda_vlm.training.models import OPEN_CLIP_WEIGHTS, load_base
 from corda_vlm.training.recipe import RECIPE, SELF, ModelConfig, read_model
 from corda_vlm.training.within import alpha_within
 
@@ -116,7 +118,8 @@ def _write_model(adapted: PeftModel, processor: Any, output: Path, alpha: float)
     plain: Any = merged(adapted, alpha=alpha)
     with replacing_in(output) as fresh:
         if is_open_clip(plain):
-            save_file({key: value.contiguous() for key, value in plain.state_dict().items()}, fresh / "open_clip_model.safetensors")
+            state = {key: value.contiguous() for key, value in plain.state_dict().items()}
+            save_file(state, fresh / OPEN_CLIP_WEIGHTS, {ANCESTRY: json.dumps(ancestry_of(plain))})
         else:
             plain.save_pretrained(fresh)
             processor.save_pretrained(fresh)

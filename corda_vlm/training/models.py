@@ -1,5 +1,6 @@
 """From a model option to a base model and its processor."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,12 +23,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from corda_core.bases import ANCESTRY, set_ancestry_
 from corda_vlm.checks import check_processor
 from corda_vlm.context import with_sizes_of
 from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.failures import one_line
 from corda_vlm.towers import image_dtype, is_text_only
 from corda_vlm.training.recipe import ModelConfig
+
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+"""What open_clip calls the weights in a model's folder."""
+LOCAL = "local-dir:"
+"""How open_clip names such a folder."""
 
 
 def load_base(config: ModelConfig) -> tuple[nn.Module, Any]:
@@ -143,7 +151,18 @@ def _load_open_clip(config: ModelConfig) -> tuple[nn.Module, Any]:
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(_not_loaded(config, error)) from error
+    set_ancestry_(model, _recorded_ancestry(config))
     return model.eval(), OpenClipPairs(preprocess, tokenizer, image_dtype(model))
+
+
+def _recorded_ancestry(config: ModelConfig) -> Any:
+    """Return what `export --merge` wrote of a model's ancestors into its weights; open_clip's own loader leaves it there."""
+    is_folder = config.path.startswith(LOCAL)  # then open_clip reads its weights from there
+    file = Path(config.path.removeprefix(LOCAL)) / OPEN_CLIP_WEIGHTS if is_folder else Path(config.weights or "")
+    if file.suffix != ".safetensors" or not file.exists():
+        return []
+    with safe_open(file, "pt") as weights:
+        return json.loads((weights.metadata() or {}).get(ANCESTRY, "[]"))
 
 
 def _open_clip() -> Any:
