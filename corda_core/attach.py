@@ -111,7 +111,7 @@ def check_base_kept(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         ValueError: If a tensor of the base has changed.
     """
-    attachment = _attached(model, adapter_name)
+    attachment = find_attachment(model, adapter_name)
     if attachment is not None and attachment.rest is not None:
         check_unchanged(attachment.rest, _rest(model, attachment))
 
@@ -155,13 +155,13 @@ def attachment_of(model: nn.Module, adapter_name: str = "default") -> Attachment
     Raises:
         ValueError: If the model carries no CorDA adapter of this name.
     """
-    attachment = _attached(model, adapter_name)
+    attachment = find_attachment(model, adapter_name)
     if attachment is None:
         raise ValueError(f"The model carries no CorDA adapter named {adapter_name!r}; expected one from prepare, attach or load.")
     return attachment
 
 
-def _attached(model: nn.Module, adapter_name: str) -> Attachment | None:
+def find_attachment(model: nn.Module, adapter_name: str) -> Attachment | None:
     """Return what an adapter was attached with; None for one that is not ours."""
     attachment: Attachment | None = getattr(getattr(unwrapped(model), "peft_config", {}).get(adapter_name), "corda", None)
     return attachment

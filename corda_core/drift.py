@@ -1,12 +1,20 @@
-"""How far an adapter moves its layers' outputs on the context."""
+"""How far an adapter moves its layers' outputs on the context, and a bound that holds it there while it trains."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from corda_core.covariance import Covariance
-from corda_core.linears import base_of, weight_matrix
-from corda_core.lora import change_factors, lora_layers
+from corda_core.attach import find_attachment
+from corda_core.covariance import Covariance, Symmetric
+from corda_core.linears import base_of, gathered_whole, weight_matrix
+from corda_core.lora import Protect, change_factors, lora_layers, shrink_layer_
+from corda_core.plan import AdapterInit
 
 
 def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str = "default") -> dict[str, float]:
@@ -42,5 +50,179 @@ def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 
 def _trace(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``tr(left · right)`` of symmetric matrices."""
+    """Return ``tr(leftᵀ right)``."""
     return (left * right).sum()
+
+
+class DriftBound:
+    """Holds the drift of each layer, ``d = ‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` on the context, at or below ε while an adapter trains.
+
+    Call ``hold_`` after each optimiser step: a layer above ε is taken back towards its start by ε / d. That depends on the weights alone:
+    there is nothing to save, and nothing to restore when a training resumes.
+
+    ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``, and ``A C Aᵀ`` (r, r) costs next to nothing where the adapter's plan knows it:
+
+    - ``protect="strict"``: A is frozen, and the plan holds ``A0 C A0ᵀ``.
+    - ``protect="whitened"``: ``μ₀ Ã Ãᵀ`` for the damped C, so that d is a little more than it is.
+    - ``protect="start"`` and plain LoRA: n² r products a layer and step, with the covariances given.
+
+    Note:
+        What trains whole beside the adapter is not held. Under DDP and FSDP2 all processes call, and do the same.
+    """
+
+    def __init__(
+        self, model: nn.Module, max_drift: float, covariances: Mapping[str, Covariance] | None = None, adapter_name: str = "default"
+    ) -> None:
+        """Take what is to be held.
+
+        Args:
+            model: A model with a LoRA adapter, ours or PEFT's.
+            max_drift: ε: how much of the root mean square of ``W x`` on the context that of ``ΔW x`` may be.
+            covariances: Undamped C of the context, by full layer name; None takes what the adapter's plan knows of it.
+            adapter_name: Which adapter.
+
+        Raises:
+            ValueError: If ε is not positive, a layer has no covariance, or there are none and the plan does not do.
+        """
+        if not 0 < max_drift < math.inf:
+            raise ValueError(f"max_drift is {max_drift}; expected a finite number above 0, such as 0.02.")
+        self.max_drift, self.adapter_name = max_drift, adapter_name
+        self.layers = lora_layers(model, adapter_name)
+        self._gauges = _planned(model, adapter_name) if covariances is None else _collected(model, covariances, adapter_name)
+
+    @torch.no_grad()
+    def drift(self) -> dict[str, float]:
+        """Return d of each layer, before anything is taken back."""
+        drift: dict[str, float] = {}
+        for place, names in self._by_place().items():
+            squares = [self._gauges[name].square() for name in names]
+            total = torch.stack([square.to(squares[0].device) for square in squares])
+            if place is not None:  # each process has summed over its rows of B
+                mesh, placements = place
+                parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+                total = DTensor.from_local(total, mesh, parts).full_tensor()
+            drift |= {name: self._gauges[name].drift(square) for name, square in zip(names, total.tolist(), strict=True)}
+        return drift
+
+    @torch.no_grad()
+    def hold_(self) -> dict[str, float]:
+        """Take back what is above ε, and return d of each layer as it then is."""
+        drift = self.drift()
+        for name, value in drift.items():
+            if value > self.max_drift:
+                alpha = self.max_drift / value
+                gauge = self._gauges[name]
+                shrink_layer_(gauge.layer, alpha if gauge.bend is None else _root(gauge.bend(), alpha), self.adapter_name)
+                drift[name] = self.max_drift
+        return drift
+
+    def _by_place(self) -> dict[Any, list[str]]:
+        """Return together the layers whose B the same processes share (FSDP2), by mesh and placements; under None those held whole."""
+        places: dict[Any, list[str]] = {}
+        for name, gauge in self._gauges.items():
+            B = gauge.layer.lora_B[self.adapter_name].weight
+            place = (B.device_mesh, B.placements) if isinstance(B, DTensor) and gauge.sums_own_rows else None
+            places.setdefault(place, []).append(name)
+        return places
+
+
+@dataclass(frozen=True)
+class _Gauge:
+    """What measures the drift of one layer."""
+
+    layer: LoraLayer
+    square: Callable[[], Tensor]
+    """Gives ``‖ΔW C^(1/2)‖²``."""
+    weight: float
+    """``‖W C^(1/2)‖²``."""
+    sums_own_rows: bool
+    """Whether ``square`` takes only the rows of B that this process holds."""
+    bend: Callable[[], Tensor] | None = None
+    """Gives ``‖P‖², ⟨P, Q⟩, ‖Q‖²`` in C's norm where A is taken back with B (``protect="start"``): the change is then ``α P + α² Q``."""
+
+    def drift(self, square: float) -> float:
+        """Return d; a layer that gives nothing on the context may not change what it gives."""
+        return math.sqrt(max(square, 0.0) / max(self.weight, torch.finfo(torch.float32).tiny))
+
+
+def _planned(model: nn.Module, adapter_name: str) -> dict[str, _Gauge]:
+    """Return what measures each layer, from what the adapter's plan knows of the context.
+
+    Raises:
+        ValueError: If it knows too little.
+    """
+    cure = 'give it the context\'s covariances, DriftBound(model, max_drift, covariances), or prepare with protect="strict"'
+    attachment = find_attachment(model, adapter_name)
+    if attachment is None:
+        raise ValueError(f"max_drift needs to know the context, which the plain LoRA {adapter_name!r} does not; {cure}.")
+    if attachment.protect is Protect.START:
+        raise ValueError(f'max_drift needs to know the whole context where A moves as in protect="start"; {cure}.')
+    unknown = next((name for name, init in attachment.plan.layers.items() if init.energy is None), None)
+    if unknown is not None:
+        raise ValueError(f"max_drift needs a plan that knows what the context gives each layer, but that of {unknown} is older; {cure}.")
+    return {
+        name: _planned_gauge(layer, attachment.plan.layers[name], adapter_name) for name, layer in lora_layers(model, adapter_name).items()
+    }
+
+
+def _planned_gauge(layer: LoraLayer, init: AdapterInit, adapter_name: str) -> _Gauge:
+    assert init.energy is not None, "checked before"
+    rows, white = init.energy.rows.to(layer.get_base_layer().weight.device), init.whitening
+    is_white = adapter_name in getattr(layer, "lora_Q", {})
+
+    def square() -> Tensor:
+        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        inner = rows
+        if is_white and white is not None:
+            A = gathered_whole(A).float()
+            inner = white.unit**2 * A @ A.T
+        own = (B.to_local() if isinstance(B, DTensor) else B).float() * layer.scaling[adapter_name]
+        return _trace(own.T @ own, inner)
+
+    return _Gauge(layer, square, init.energy.weight, sums_own_rows=True)
+
+
+def _collected(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str) -> dict[str, _Gauge]:
+    """Return what measures each layer, from covariances; layers that share one share it also where they are.
+
+    Raises:
+        ValueError: If a layer has none.
+    """
+    layers, places = lora_layers(model, adapter_name), dict[tuple[int, torch.device], Symmetric]()
+    lacking = next((name for name in layers if name not in covariances), None)
+    if lacking is not None:
+        raise ValueError(f"max_drift has no covariance for {lacking}; give those of all adapted layers.")
+    gauges = {}
+    for name, layer in layers.items():
+        C, device = covariances[name].packed, layer.get_base_layer().weight.device
+        C = places.setdefault((id(C), device), C.to(device))
+        gauges[name] = _collected_gauge(C, weight_matrix(base_of(model), name), layer, adapter_name)
+    return gauges
+
+
+def _collected_gauge(C: Symmetric, weight: Tensor, layer: LoraLayer, adapter_name: str) -> _Gauge:
+    columns = weight.float().T.contiguous()
+
+    def grams() -> tuple[Tensor, Tensor]:
+        A, B = change_factors(layer, adapter_name)
+        return B.T @ B, A @ C.times(A.T.contiguous())
+
+    def bend() -> Tensor:
+        outer, inner = grams()
+        r = len(inner) // 2  # of [A; δA] and [δB, B0]: Q = δB δA takes the first half of the one and the second of the other
+        whole, both, last = _trace(outer, inner), _trace(outer[:, :r], inner[:, r:]), _trace(outer[:r, :r], inner[r:, r:])
+        return torch.stack([whole - 2 * both + last, both - last, last])
+
+    moves = adapter_name in getattr(layer, "lora_A0", {})
+    square = float((C.times(columns) * columns).sum())
+    return _Gauge(layer, lambda: _trace(*grams()), square, sums_own_rows=False, bend=bend if moves else None)
+
+
+def _root(bend: Tensor, alpha: float) -> float:
+    """Return the x in 0 … 1 for which ``‖x P + x² Q‖ = alpha ‖P + Q‖``."""
+    p, pq, q = bend.tolist()
+    goal, low, high = alpha**2 * (p + 2 * pq + q), 0.0, 1.0
+    for _ in range(60):
+        x = (low + high) / 2
+        low, high = (low, x) if x**2 * (p + 2 * x * pq + x**2 * q) > goal else (x, high)
+    return low

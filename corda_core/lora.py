@@ -134,10 +134,20 @@ def shrink_(model: nn.Module, alpha: float, adapter_name: str = "default") -> No
     ``protect="start"``, where A moves too: ``s (alpha (δB A0 + B0 δA) + alpha² δB δA)``.
     """
     for trained, start in trained_tensors(model, adapter_name):
-        if start is None:
-            trained.mul_(alpha)
-        else:
-            trained.copy_(torch.lerp(_placed_as(trained, start), trained, alpha))
+        _shrink_(trained, start, alpha)
+
+
+def shrink_layer_(layer: LoraLayer, alpha: float, adapter_name: str = "default") -> None:
+    """Take what was trained in one layer back towards its start, as ``shrink_`` does."""
+    for trained, start in _trained_factors(layer, adapter_name):
+        _shrink_(trained, start, alpha)
+
+
+def _shrink_(trained: Tensor, start: Tensor | None, alpha: float) -> None:
+    if start is None:
+        trained.mul_(alpha)
+    else:
+        trained.copy_(torch.lerp(_placed_as(trained, start), trained, alpha))
 
 
 def trained_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -147,14 +157,18 @@ def trained_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator
     left out: what it is makes no difference to where B is zero.
     """
     for layer in lora_layers(model, adapter_name).values():
-        for factor, key in ((layer.lora_A, "lora_A0"), (layer.lora_B, "lora_B0")):
-            start = dict(getattr(layer, key, {})).get(adapter_name)
-            if start is not None or factor is layer.lora_B:
-                yield factor[adapter_name].weight, start
+        yield from _trained_factors(layer, adapter_name)
     for wrapper in whole_modules(model, adapter_name).values():
         starts = wrapper.original_module.state_dict()
         trained = wrapper.modules_to_save[adapter_name].state_dict(keep_vars=True)
         yield from ((value, starts[key]) for key, value in trained.items() if value.is_floating_point())
+
+
+def _trained_factors(layer: LoraLayer, adapter_name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for factor, key in ((layer.lora_A, "lora_A0"), (layer.lora_B, "lora_B0")):
+        start = dict(getattr(layer, key, {})).get(adapter_name)
+        if start is not None or factor is layer.lora_B:
+            yield factor[adapter_name].weight, start
 
 
 def _placed_as(tensor: Tensor, other: Tensor) -> Tensor:

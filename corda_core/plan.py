@@ -10,9 +10,20 @@ from torch import Tensor, nn
 
 from corda_core.allocate import Choice
 from corda_core.bases import digest_of, weight_digests
-from corda_core.covariance import Covariance
+from corda_core.covariance import Covariance, in_float64, off_mps
 from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
 from corda_core.layers import Progress, no_progress, over_layers
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What of the context's C (not damped) a bound on the drift needs, once C itself is gone (``corda_core.drift``)."""
+
+    rows: Tensor
+    """``A0 C A0ᵀ`` (r, r) float32."""
+
+    weight: float
+    """``‖W C^(1/2)‖²_F``: the mean square of the layer's outputs, summed over them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class AdapterInit:
 
     choice: Choice | None = None
     """The candidates that the layer chose from (CorDA++); None if there was neither a choice nor a budget."""
+
+    energy: Energy | None = None
+    """What the context gives the layer; None in files that version 0.1.0 wrote."""
 
     @property
     def rank(self) -> int:
@@ -112,7 +126,8 @@ def plan(
         A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
         choice = None if choices is None else choices[name]
-        init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white, choice)
+        energy = energy_of(weight, A0, covariance)
+        init = AdapterInit(A0, B0, decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white, choice, energy)
         return init, decomposition.fell_back
 
     layers: dict[str, AdapterInit] = {}
@@ -140,6 +155,17 @@ def plan(
         "fallbacks": fallbacks,
     }
     return AdapterPlan(layers, mode, rank, provenance)
+
+
+def energy_of(weight: Tensor, A: Tensor, covariance: Covariance) -> Energy:
+    """Return what a context of this C gives W (m, n) and the rows A (r, n).
+
+    Note:
+        The rows' in float64: those that hardly meet the context have energies below the rounding errors of float32.
+    """
+    C = covariance.packed.to(off_mps(weight).device)
+    rows, columns = in_float64(A).to(C.device), weight.to(C.device).float().T.contiguous()
+    return Energy((rows @ C.times(rows.T.contiguous())).float().cpu(), float((C.times(columns) * columns).sum()))
 
 
 def _warn_of_clipping(layers: Mapping[str, AdapterInit], rank: int) -> None:

@@ -36,7 +36,7 @@ from corda_core.files import DIGEST, check_finite, file_digest, read_tensors, re
 from corda_core.layers import process_rank
 from corda_core.linears import check_present, gathered_whole, unwrapped, weight_shape
 from corda_core.lora import FROZEN
-from corda_core.plan import AdapterInit, AdapterPlan
+from corda_core.plan import AdapterInit, AdapterPlan, Energy
 
 ATTACHMENT = "corda.safetensors"
 MADE_ANEW = tuple(f".{name}" for name in FROZEN)
@@ -227,6 +227,9 @@ def save_plan(
         if init.whitening is not None:
             tensors |= {f"{name}.Q": init.whitening.vectors, f"{name}.lengths": init.whitening.lengths}
             layers[name]["whitening"] = {"unit": init.whitening.unit, "error": init.whitening.error}
+        if init.energy is not None:
+            tensors |= {f"{name}.energy": init.energy.rows}
+            layers[name]["energy"] = init.energy.weight
     provenance = dict(plan.provenance)
     header = {"kind": "plan", "mode": str(plan.mode), "rank": plan.rank, "provenance": provenance, "layers": layers}
     _write(tensors, {**header, "attached": attached, "beside": beside}, Path(path))
@@ -267,6 +270,7 @@ def _init(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         num_tokens=int(about["num_tokens"]),
         whitening=Whitening(tensors[f"{name}.Q"], tensors[f"{name}.lengths"], **white) if white else None,
         choice=Choice(candidates, int(about["chosen"])) if candidates else None,
+        energy=Energy(tensors[f"{name}.energy"], float(about["energy"])) if "energy" in about else None,
     )
     rank = init.components.stop - init.components.start
     if not (init.A0.shape[:-1] == init.B0.shape[1:] == init.sigma.shape == (rank,)):
