@@ -66,7 +66,7 @@ class Writer:
     turn: tuple[str, str] | None
     """What the chat template puts before a user's turn and between that and the answer; None without a template."""
     never: Sequence[int]
-    """Tokens that are not written: those of images, padding and what the tokenizer has no text for."""
+    """Tokens that are not written: padding, what has no text, and where there are images, whatever may belong to one."""
     ends: Sequence[int]
     """Tokens that end a text or a turn."""
 
@@ -85,9 +85,9 @@ class Writer:
         tokenizer, limits = tokenizer_of(processor), limits_of(model)
         listed = model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-        images = {*limits.image_tokens, getattr(processor, "image_token_id", None), tokenizer.pad_token_id} - {None}
+        images = {*limits.image_tokens, *tokenizer.all_special_ids} if reads_images(processor) else set()
         textless = range(len(tokenizer), model.config.get_text_config().vocab_size)
-        never = sorted((images - ends) | set(textless))
+        never = sorted(({tokenizer.pad_token_id, *images, *textless} - {None}) - ends)
         return cls(model, processor, items, places, max_tokens, limits, _turn_of(processor), never, sorted(ends))
 
     def rows(self, count: int, seed: int, batch_size: int) -> list[Written]:

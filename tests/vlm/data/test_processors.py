@@ -164,6 +164,18 @@ def test_samples_become_batches_and_adapters(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
+def test_each_family_writes_a_context_that_it_reads(family: str) -> None:
+    processor = PROCESSORS[family]()
+    model = sized(build(family)[0], processor).eval()
+    written = corda_vlm.self_context(model, processor, items(), count=16, max_tokens=12)
+    batch = Collator(processor)([*written])
+    assert len(batch["input_ids"]) == 16
+    assert int(((batch["input_ids"] == IMAGE).sum(1) > 0).sum()) == sum("image" in item for item in written) >= 12
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
 def test_labels_are_the_responses(family: str) -> None:
     processor = PROCESSORS[family]()
     batch = Collator(processor, with_labels=True)(items()[:2])
