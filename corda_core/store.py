@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,6 +42,8 @@ ATTACHMENT = "corda.safetensors"
 MADE_ANEW = tuple(f".{name}" for name in FROZEN)
 """How names end of what ``attach`` makes from the plan."""
 HEADER = "corda"
+LENGTHS = "lengths"
+"""Name of the tensor that goes with a covariance in 16 bits."""
 FORMAT = 3
 UNSEALED = 2
 """The format of corda-vlm 0.1.0, without a digest; else the same."""
@@ -55,6 +57,49 @@ def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class StoredCovariance:
+    """One covariance as it lies in a file; its values are read from the disk when they are used."""
+
+    packed: Symmetric
+    lengths: Tensor | None
+    """(n,); None where the values are whole, not in 16 bits (``Covariance.halved``)."""
+    num_tokens: int
+    weight: float | None
+
+    def on(self, device: torch.device | str) -> Covariance:
+        """Return it on a device, in float32."""
+        packed = self.packed.to(device) if self.lengths is None else self.packed.to(device).scaled(self.lengths.to(device))
+        return Covariance(packed, self.num_tokens, self.weight)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a file of covariances holds."""
+
+    stored: Sequence[StoredCovariance]
+    places: Mapping[str, int]
+    """Which of them each layer has."""
+    base_digest: str
+    """Of the weights of these layers."""
+    weights: Mapping[str, str]
+    """Digest of each layer's weight, also of the layers that the data did not reach; empty in files of earlier versions."""
+    data_digest: str
+    options: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+    @property
+    def known(self) -> Set[str]:
+        """The layers of which the file says what was seen, be it nothing."""
+        return self.places.keys() | self.weights.keys()
+
+    def covariances(self, names: Iterable[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Covariance]:
+        """Return the covariances of those of the named layers that have one, or of all; what layers share is one object."""
+        places = {name: self.places[name] for name in (self.places if names is None else names) if name in self.places}
+        distinct = {place: self.stored[place].on(device) for place in set(places.values())}
+        return {name: distinct[place] for name, place in places.items()}
+
+
 def save_covariances(
     covariances: Mapping[str, Covariance],
     path: str | os.PathLike[str],
@@ -64,6 +109,7 @@ def save_covariances(
     options: Mapping[str, Any],
     unreached: Iterable[str] = (),
     about: Mapping[str, Any] | None = None,
+    half: bool = False,
 ) -> None:
     """Write covariances; layers that share one share it in the file.
 
@@ -75,41 +121,37 @@ def save_covariances(
         options: All that changes the result and is not as by default (normalize, token weights, ...), as JSON values.
         unreached: Layers that the data did not reach: they are as if their inputs had been 0 tokens.
         about: What else a reader of the file may want to know, as JSON values.
+        half: Whether to write 16 bits a value instead of 32; of the directions that are chosen the context energy stays within 1.001.
     """
     weights = weight_digests(model, {*covariances, *unreached})
-    write_covariances(
-        Collected(dict(covariances), digest_of({name: weights[name] for name in covariances}), weights, data, options, about or {}), path
-    )
+    write_covariances(covariances, path, weights=weights, data=data, options=options, about=about or {}, half=half)
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What a file of covariances holds."""
-
-    covariances: dict[str, Covariance]
-    base_digest: str
-    """Of the weights of these layers."""
-    weights: Mapping[str, str]
-    """Digest of each layer's weight, also of the layers that the data did not reach; empty in files of earlier versions."""
-    data_digest: str
-    options: Mapping[str, Any]
-    about: Mapping[str, Any]
-
-    @property
-    def unreached(self) -> frozenset[str]:
-        """The layers that the data did not reach."""
-        return frozenset(self.weights.keys() - self.covariances.keys())
-
-
-def write_covariances(collected: Collected, path: str | os.PathLike[str]) -> None:
-    """Write a file of covariances."""
-    covariances = collected.covariances
+def write_covariances(
+    covariances: Mapping[str, Covariance],
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, str],
+    data: str,
+    options: Mapping[str, Any],
+    about: Mapping[str, Any],
+    half: bool = False,
+) -> None:
+    """Write covariances of a base that is not at hand: ``save_covariances`` with the digests of its weights instead."""
     distinct = list({id(covariance): covariance for covariance in covariances.values()}.values())
     places = {id(covariance): number for number, covariance in enumerate(distinct)}
-    tensors = {f"{i}.{j}": panel for i, covariance in enumerate(distinct) for j, panel in enumerate(covariance.packed.panels)}
+    tensors: dict[str, Tensor] = {}
+    for i, covariance in enumerate(distinct):
+        packed, lengths = covariance.halved() if half else (covariance.packed, None)
+        tensors |= {f"{i}.{j}": panel for j, panel in enumerate(packed.panels)}
+        tensors |= {} if lengths is None else {f"{i}.{LENGTHS}": lengths}
     header = {
         "kind": "covariances",
-        **{key: value for key, value in vars(collected).items() if key != "covariances"},
+        "base_digest": digest_of({name: weights[name] for name in covariances}),
+        "weights": dict(weights),
+        "data_digest": data,
+        "options": dict(options),
+        "about": dict(about),
         "layers": {name: places[id(covariance)] for name, covariance in covariances.items()},
         "num_tokens": [covariance.num_tokens for covariance in distinct],
         "total_weights": [covariance.weight for covariance in distinct],
@@ -118,7 +160,7 @@ def write_covariances(collected: Collected, path: str | os.PathLike[str]) -> Non
 
 
 def read_covariances(path: str | os.PathLike[str]) -> Collected:
-    """Return what a file of covariances holds, whatever model it is for; values are read from the disk when they are used.
+    """Return what a file of covariances holds, whatever model it is for.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -127,9 +169,10 @@ def read_covariances(path: str | os.PathLike[str]) -> Collected:
     tensors, header = _read(Path(path), "covariances")
     with _sound_header(path):
         num_tokens = [int(count) for count in header["num_tokens"]]
-        covariances = _covariances(tensors, header["layers"], num_tokens, header.get("total_weights", [None] * len(num_tokens)))
+        stored = _stored(tensors, num_tokens, header.get("total_weights", [None] * len(num_tokens)))
+        places = {str(name): range(len(stored))[place] for name, place in header["layers"].items()}
         weights, about = (dict(header.get(key, {})) for key in ("weights", "about"))
-        return Collected(covariances, str(header["base_digest"]), weights, str(header["data_digest"]), dict(header["options"]), about)
+        return Collected(stored, places, str(header["base_digest"]), weights, str(header["data_digest"]), dict(header["options"]), about)
 
 
 def load_covariances(
@@ -149,7 +192,7 @@ def load_covariances(
     """
     collected = read_covariances(path)
     check_collected(collected, path, model=model, options=options, data=data)
-    return collected.covariances
+    return collected.covariances()
 
 
 def check_collected(
@@ -160,41 +203,41 @@ def check_collected(
     Raises:
         ValueError: If they were made from another base, with other options or over other data.
     """
-    covariances = collected.covariances
-    check_present(model, covariances, str(path))
+    check_present(model, collected.places, str(path))
     for what, recorded, wanted in (("options", collected.options, dict(options)), ("data", collected.data_digest, data)):
         if wanted is not None and recorded != wanted:
             raise ValueError(f"{path} was made with other {what}: {recorded}, but here is {wanted}; collect again.")
-    for name, covariance in covariances.items():
-        if covariance.packed.n != weight_shape(model, name)[1]:
-            raise ValueError(f"{path} has a covariance of {covariance.packed.n} inputs for {name}, which has others; collect again.")
-    moved = moved_since(model, collected.base_digest, covariances)
+    for name, place in collected.places.items():
+        n = collected.stored[place].packed.n
+        if n != weight_shape(model, name)[1]:
+            raise ValueError(f"{path} has a covariance of {n} inputs for {name}, which has others; collect again.")
+    moved = moved_since(model, collected.base_digest, collected.places)
     if moved is None:
+        present = base_digest(model, collected.places)
         raise ValueError(
-            f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {base_digest(model, covariances)[:12]}… "
+            f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {present[:12]}… "
             f"({next(model.parameters()).dtype}), nor was this model merged from such; use the base that it was made from, in the same "
             "dtype, or collect again."
         )
     if moved:
+        most, mean = max(moved.values()), sum(moved.values()) / len(collected.places)
         warnings.warn(
-            f"{path} was made from an ancestor of this model: {len(moved)} of its {len(covariances)} layers have moved since, by at most "
-            f"{max(moved.values()):.2%} of their weights' norm ({sum(moved.values()) / len(covariances):.2%} on average over all); the "
-            "less, the better it keeps what it was made of.",
+            f"{path} was made from an ancestor of this model: {len(moved)} of its {len(collected.places)} layers have moved since, by at "
+            f"most {most:.2%} of their weights' norm ({mean:.2%} on average over all); the less, the better it keeps what it was made of.",
             stacklevel=3,
         )
 
 
-def _covariances(
-    tensors: Mapping[str, Tensor], places: Mapping[str, int], num_tokens: list[int], weights: list[float | None]
-) -> dict[str, Covariance]:
+def _stored(tensors: Mapping[str, Tensor], num_tokens: list[int], weights: list[float | None]) -> list[StoredCovariance]:
     panels: dict[int, list[Tensor]] = {}
-    for key in sorted(tensors, key=lambda key: [int(part) for part in key.split(".")]):
-        panels.setdefault(int(key.split(".")[0]), []).append(tensors[key])
-    distinct = [
-        Covariance(Symmetric.joined(panels[place]), tokens, None if weight is None else float(weight))
+    for key in sorted((key.split(".") for key in tensors if not key.endswith(LENGTHS)), key=lambda key: [int(part) for part in key]):
+        panels.setdefault(int(key[0]), []).append(tensors[".".join(key)])
+    return [
+        StoredCovariance(
+            Symmetric.joined(panels[place]), tensors.get(f"{place}.{LENGTHS}"), tokens, None if weight is None else float(weight)
+        )
         for place, (tokens, weight) in enumerate(zip(num_tokens, weights, strict=True))
     ]
-    return {name: distinct[place] for name, place in places.items()}
 
 
 def save_plan(

@@ -115,14 +115,15 @@ def collect(
     model: Annotated[str | None, typer.Option(help="The base, as model.path.")] = None,
     data: Annotated[str | None, typer.Option(help="What is to be kept, as context.source: samples.")] = None,
     add: Annotated[bool, typer.Option("--add", help="Add keep files up, as if their samples had been collected at once.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write 16 bits a value instead of 32, which changes next to nothing.")] = False,
 ) -> None:
     """Write what a base is to keep as a keep file, which stands for a context's samples wherever one is named and holds none of them."""
     from corda_vlm.training.collect import add_files, collect_file, collection_recipe
 
     if add:
-        sentence = add_files([Path(name).expanduser() for name in arguments or []], output)
+        sentence = add_files([Path(name).expanduser() for name in arguments or []], output, half=half)
     else:
-        sentence = collect_file(collection_recipe(config, model, data, arguments or [], output), output)
+        sentence = collect_file(collection_recipe(config, model, data, arguments or [], output), output, half=half)
     if process_rank() == 0:
         typer.echo(sentence)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from corda_core import AdapterPlan, Choice, Covariance, allocate, attach, choose, collect, plan
 from corda_core.collect import split_layers
-from corda_core.covariance import part_of, together
+from corda_core.covariance import on_cpu, together
 from corda_core.linears import unwrapped, weight_shape
 from corda_core.lora import Protect
 from corda_core.store import Collected, check_collected, read_covariances
@@ -158,7 +158,7 @@ def collect_context(model: nn.Module, images_texts: Any, config: CordaConfig, pr
         return _collect(model, ready, config, 0, names)
     collected: dict[str, Covariance] = {}
     for part in parts:
-        collected |= part_of(_collect(model, ready, config, 0, part), part, "cpu")
+        collected |= on_cpu(_collect(model, ready, config, 0, part))
     return {name: collected[name] for name in names}
 
 
@@ -221,9 +221,9 @@ class _Ready:
 
     def covers(self, name: str) -> bool:
         """Return whether the covariance of this layer is known, and that over all that the context is."""
-        held = [name in file.covariances for file in self.files.values()]
-        known = all(name in file.covariances or name in file.unreached for file in self.files.values())
-        return known and (any(held) or (self.reached is not None and name in self.reached))
+        is_known = all(name in file.known for file in self.files.values())
+        has_any = any(name in file.places for file in self.files.values()) or (self.reached is not None and name in self.reached)
+        return is_known and has_any
 
 
 def _layers_and_contexts(
@@ -304,7 +304,7 @@ def _collect(model: nn.Module, contexts: Sequence[_Ready], config: CordaConfig, 
             raise
         raise ValueError(f"Context {place + 1} of several, each of which must reach all layers: {error}") from error
     device = next(model.parameters()).device
-    collections += [part_of(file.covariances, names, device) for file in context.files.values()]
+    collections += [file.covariances(names, device) for file in context.files.values()]
     total = together(collections)
     return {name: total[name] for name in names}
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_core import save_covariances
-from corda_core.bases import digest_of
-from corda_core.covariance import part_of, together
+from corda_core.covariance import together
 from corda_core.layers import process_rank
 from corda_core.store import Collected, read_covariances, write_covariances
 from corda_vlm.context import KEEP_FILE, Sources
@@ -52,7 +51,7 @@ def collection_recipe(config: Path | None, model: str | None, data: str | None, 
     return from_mapping({"data": {"source": NO_DATA}, "output": str(output.parent), **values}, Recipe, source)
 
 
-def collect_file(recipe: Recipe, path: Path) -> str:
+def collect_file(recipe: Recipe, path: Path, *, half: bool = False) -> str:
     """Write the covariances of a recipe's context as a keep file, and return a sentence that says what it holds.
 
     Under ``accelerate launch`` the samples are shared out.
@@ -60,6 +59,7 @@ def collect_file(recipe: Recipe, path: Path) -> str:
     Args:
         recipe: Which base, context, layers and tokens; its other options do not matter.
         path: The file.
+        half: Whether to write 16 bits a value instead of 32.
 
     Raises:
         FileNotFoundError: If there is no such base or data.
@@ -86,11 +86,12 @@ def collect_file(recipe: Recipe, path: Path) -> str:
             options=collection_options(corda),
             unreached=[name for name in selected if name not in covariances],
             about={"model": Path(recipe.model.path).name, "context": _names(recipe), "num_samples": corda.num_samples, "seed": corda.seed},
+            half=half,
         )
     return _sentence(covariances, path)
 
 
-def add_files(paths: Sequence[Path], output: Path) -> str:
+def add_files(paths: Sequence[Path], output: Path, *, half: bool = False) -> str:
     """Write the keep file of what several were made of, taken together, and return a sentence that says what it holds.
 
     A layer is taken if it is in all of them; where the samples of one did not reach it, that is as good as none.
@@ -106,25 +107,22 @@ def add_files(paths: Sequence[Path], output: Path) -> str:
     first = files[paths[0]]
     for path, file in files.items():
         _check_same(paths[0], first, path, file)
-    known = set.intersection(*(set(file.weights) for file in files.values()))
-    names = [name for name in first.weights if name in known and any(name in file.covariances for file in files.values())]
+    known = set.intersection(*(set(file.known) for file in files.values()))
+    names = [name for name in first.weights if name in known and any(name in file.places for file in files.values())]
     if not names:
         raise ValueError(f"{' and '.join(map(str, paths))} have no layer in common; collect them anew with the same parts and targets.")
-    covariances = together([part_of(file.covariances, names, "cpu") for file in files.values()])
-    weights = {name: first.weights[name] for name in sorted(known)}
-    parts = [{"file": path.name, "data_digest": file.data_digest, "about": file.about} for path, file in files.items()]
-    data = hashlib.sha256("".join(file.data_digest for file in files.values()).encode()).hexdigest()
-    total = Collected(
-        {name: covariances[name] for name in names},
-        digest_of({name: weights[name] for name in names}),
-        weights,
-        data,
-        first.options,
-        {"sum_of": parts},
+    total = together([file.covariances(names) for file in files.values()])
+    write_covariances(
+        {name: total[name] for name in names},
+        output,
+        weights={name: first.weights[name] for name in sorted(known)},
+        data=hashlib.sha256("".join(file.data_digest for file in files.values()).encode()).hexdigest(),
+        options=first.options,
+        about={"sum_of": [{"file": path.name, "data_digest": file.data_digest, "about": file.about} for path, file in files.items()]},
+        half=half,
     )
-    write_covariances(total, output)
-    left_out = len({name for file in files.values() for name in file.weights} - known)
-    return _sentence(total.covariances, output) + (f" {left_out} layers that are not in all of them are left out." if left_out else "")
+    left_out = len(set.union(*(set(file.known) for file in files.values())) - known)
+    return _sentence(total, output) + (f" {left_out} layers that are not in all of them are left out." if left_out else "")
 
 
 def _check_same(first_path: Path, first: Collected, path: Path, file: Collected) -> None:

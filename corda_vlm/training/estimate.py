@@ -176,7 +176,7 @@ def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
     named = [name for name in entries(recipe.context) if not is_keep_file(name)]
     for name in entries(recipe.context):
         if is_keep_file(name):
-            check_present(model, read_covariances(name).covariances, name)
+            check_present(model, read_covariances(name).places, name)
     looked_at = [(None, TOKENS) if name == SELF else _look_at(DataConfig(name), recipe, model) for name in named]
     counts = [count or 1 for count, _ in looked_at]
     return round(sum(count * own for count, (_, own) in zip(counts, looked_at, strict=True)) / sum(counts)) if named else 0

@@ -18,8 +18,9 @@ from conftest import tiny_llama
 from safetensors.torch import save_file
 from torch import nn
 
-from corda_core import Choice, Covariance, choose, collect, plan, select_linears
+from corda_core import Choice, Covariance, choose, collect, decompose, plan, select_linears
 from corda_core.files import read_tensors, write_tensors
+from corda_core.linears import weight_matrix
 from corda_core.store import data_digest, load_covariances, read_plan, save_covariances, save_plan
 
 OPTIONS = {"normalize": None, "dtype": "float32"}
@@ -69,6 +70,34 @@ def test_covariances_come_back(model: nn.Module, covariances: dict[str, Covarian
     layer = "model.layers.0.self_attn."
     assert found[f"{layer}q_proj"] is found[f"{layer}k_proj"]
     assert path.stat().st_size < 0.8 * sum(4 * one.packed.n**2 for one in covariances.values())
+
+
+def test_half_the_bits_choose_the_same_directions(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], covariances: dict[str, Covariance], path: Path
+) -> None:
+    whole, half = covariances, path.with_name("half.safetensors")
+    save_covariances(whole, half, model=model, data="", options={}, half=True)
+    found = load_covariances(half, model=model, options={})
+    tensors = {key: value for key, value in read_tensors(half)[0].items() if not key.endswith("lengths")}
+    assert {value.dtype for value in tensors.values()} == {torch.int16}
+    for name, covariance in found.items():
+        C, expected = covariance.matrix, whole[name].matrix
+        lengths = expected.diagonal().sqrt()
+        assert ((C - expected).abs() <= 1.6e-5 * lengths[:, None] * lengths).all()
+        torch.testing.assert_close(C.diagonal(), expected.diagonal())
+        W, damped = weight_matrix(model, name), whole[name].damped(0.01)
+        energies = [damped.times(decompose(W, one, 4, "kpm").rows.T).norm() for one in (covariance, whole[name])]
+        assert energies[0] <= 1.001 * energies[1]
+    layer = "model.layers.0.self_attn."
+    assert found[f"{layer}q_proj"] is found[f"{layer}k_proj"]
+
+
+def test_an_input_that_is_always_zero_stays_so_in_half_the_bits() -> None:
+    rows = torch.randn(30, 5)
+    rows[:, 2] = 0
+    packed, lengths = Covariance.of(rows.T @ rows, 30).halved()
+    torch.testing.assert_close(packed.scaled(lengths).dense(), rows.T @ rows, rtol=1e-4, atol=1e-3)
+    assert (packed.scaled(lengths).dense()[2] == 0).all()
 
 
 def test_plan_comes_back(model: nn.Module, covariances: dict[str, Covariance], tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_token_weights_count_in_the_sum(processor: Any, samples: list[Any], tmp_
         assert covariance.weight == pytest.approx(whole[name].weight)
         assert covariance.weight < covariance.num_tokens
     save_covariances(whole, tmp_path / "weighted.safetensors", model=model, data="", options={"tokens": {"image": 0.25, "text": 1.0}})
-    assert read_covariances(tmp_path / "weighted.safetensors").covariances[name].weight == whole[name].weight
+    assert read_covariances(tmp_path / "weighted.safetensors").covariances([name])[name].weight == whole[name].weight
     plan_contexts(model, [tmp_path / "weighted.safetensors"], config)
     with pytest.raises(ValueError, match=r"weighted\.safetensors was made with other options: {'tokens'.*but here is {}"):
         plan_contexts(model, [tmp_path / "weighted.safetensors"], CordaConfig(rank=4))
