@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,24 @@ UNREAD = "packed"
 """Stands for the values of a tensor that is packed in a way that is not known: it is not compared."""
 ANCESTRY = "corda_ancestry"
 """Where a merged model records what it was merged from: an entry of its ``config.json``."""
-Step = dict[str, tuple[str, float]]
-"""What one merge changed: of each layer the digest of the weight that it had, and ``‖ΔW‖_F / ‖W‖_F``."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far a layer has moved."""
+
+    change: float = 0.0
+    """``‖ΔW‖_F / ‖W‖_F``."""
+    drift: float | None = 0.0
+    """``‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` on the context that its adapter was made with; None where that is not known."""
+
+    def plus(self, other: "Moved") -> "Moved":
+        """Return a bound of how far one move after the other leads."""
+        return Moved(self.change + other.change, None if self.drift is None or other.drift is None else self.drift + other.drift)
+
+
+Step = dict[str, tuple[str, Moved]]
+"""What one merge changed: of each layer the digest of the weight that it had, and how far it moved."""
 
 
 def check_untouched(base: nn.Module) -> None:
@@ -176,28 +193,36 @@ def ancestry_of(model: nn.Module) -> list[Step]:
     """
     recorded = getattr(_holder(model), ANCESTRY, [])
     try:
-        return [{name: (str(digest), float(change)) for name, (digest, change) in step.items()} for step in recorded]
+        return [
+            {name: (str(digest), Moved(float(change), drift and float(drift))) for name, (digest, change, drift) in step.items()}
+            for step in recorded
+        ]
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"The model's {ANCESTRY} is not as merge wrote it ({error!r}); remove it from its config.json.") from error
 
 
-def set_ancestry_(model: nn.Module, steps: Sequence[Step]) -> None:
-    """Give a model the merges that led to it, as JSON values."""
-    setattr(_holder(model), ANCESTRY, [{name: list(moved) for name, moved in step.items()} for step in steps])
+def set_ancestry_(model: nn.Module, recorded: Sequence[Mapping[str, Any]]) -> None:
+    """Give a model the merges that led to it, as ``ancestry_as_json`` tells them."""
+    setattr(_holder(model), ANCESTRY, list(recorded))
 
 
-def moved_since(model: nn.Module, digest: str, names: Iterable[str]) -> dict[str, float] | None:
-    """Return by how much layers have moved since their weights had this digest; None if the model and its ancestors never had it.
+def ancestry_as_json(steps: Sequence[Step]) -> list[dict[str, list[Any]]]:
+    """Return merges as JSON values, of each layer ``[digest, change, drift]``."""
+    return [{name: [digest, moved.change, moved.drift] for name, (digest, moved) in step.items()} for step in steps]
 
-    ``‖ΔW‖_F / ‖W‖_F`` by layer, at most: what several merges did is added up. Empty if the model has these very weights.
+
+def moved_since(model: nn.Module, digest: str, names: Iterable[str]) -> dict[str, Moved] | None:
+    """Return how far layers have moved at most since their weights had this digest; None if the model and its ancestors never had it.
+
+    What several merges did is added up. Empty if the model has these very weights.
     """
-    digests, moved = weight_digests(model, names), dict[str, float]()
+    digests, moved = weight_digests(model, names), dict[str, Moved]()
     if digest_of(digests) == digest:
         return moved
     for step in reversed(ancestry_of(model)):
         for name in digests.keys() & step.keys():
-            digests[name], change = step[name]
-            moved[name] = moved.get(name, 0.0) + change
+            digests[name], last = step[name]
+            moved[name] = moved.get(name, Moved()).plus(last)
         if digest_of(digests) == digest:
             return moved
     return None

@@ -12,8 +12,8 @@ from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from corda_core.attach import attachment_of, check_base_kept
-from corda_core.bases import Step, ancestry_of, set_ancestry_, weight_digests
-from corda_core.drift import weight_change
+from corda_core.bases import Moved, Step, ancestry_as_json, ancestry_of, set_ancestry_, weight_digests
+from corda_core.drift import DriftBound, weight_change
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, weight_digest, write_tensors
 from corda_core.layers import process_rank
 from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
@@ -159,7 +159,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     plain: nn.Module = model.unload()
     _dequantize_rest_(plain)
     _untie_configs(plain)
-    set_ancestry_(plain, [*ancestry_of(plain), step])
+    set_ancestry_(plain, ancestry_as_json([*ancestry_of(plain), step]))
     return plain
 
 
@@ -214,14 +214,21 @@ def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
         digests = attachment_of(model, adapter_name).plan.provenance["weights"]
     except (KeyError, ValueError):  # of an earlier version, or a plain LoRA
         digests = weight_digests(base, layers)
-    step = {name: (digests[name], alpha * change) for name, change in weight_change(model, adapter_name).items()}
+    try:
+        drift = DriftBound(model, 1.0, adapter_name=adapter_name).drift()
+    except ValueError:  # the plan does not know
+        drift = {}
+    step = {
+        name: (digests[name], Moved(alpha * change, alpha * drift[name] if name in drift else None))
+        for name, change in weight_change(model, adapter_name).items()
+    }
     for prefix, wrapper in whole_modules(model, adapter_name).items():
         before, trained = wrapper.original_module, wrapper.modules_to_save[adapter_name]
         for key, module in before.named_modules():
             if isinstance(module, LINEAR_TYPES):
                 name, W = f"{prefix}.{key}".rstrip("."), weight_matrix(before, key).float()
                 change = alpha * float((weight_matrix(trained, key).float() - W).norm() / W.norm())
-                step[name] = (weight_digest({name: weight_matrix(before, key)}), change)
+                step[name] = (weight_digest({name: weight_matrix(before, key)}), Moved(change, None))
     return step
 
 

@@ -147,13 +147,7 @@ def plan(
     if ranks is None:
         _warn_of_clipping(layers, rank)
     weights = weight_digests(model, layers)
-    provenance = {
-        "base_digest": digest_of(weights),
-        "weights": weights,
-        "damping": damping,
-        "split": str(split),
-        "fallbacks": fallbacks,
-    }
+    provenance = {"base_digest": digest_of(weights), "weights": weights, "damping": damping, "split": str(split), "fallbacks": fallbacks}
     return AdapterPlan(layers, mode, rank, provenance)
 
 

@@ -220,12 +220,20 @@ def check_collected(
             "dtype, or collect again."
         )
     if moved:
-        most, mean = max(moved.values()), sum(moved.values()) / len(collected.places)
+        count = len(collected.places)
+        drifts = [move.drift for move in moved.values() if move.drift is not None]
+        outputs = f", {_span(drifts, count)} of their outputs on what they were to keep" if len(drifts) == len(moved) else ""
         warnings.warn(
-            f"{path} was made from an ancestor of this model: {len(moved)} of its {len(collected.places)} layers have moved since, by at "
-            f"most {most:.2%} of their weights' norm ({mean:.2%} on average over all); the less, the better it keeps what it was made of.",
+            f"{path} was made from an ancestor of this model: {len(moved)} of its {count} layers have moved since, by "
+            f"{_span([move.change for move in moved.values()], count)} of their weights' norm{outputs}; the less, the better it keeps what "
+            "it was made of.",
             stacklevel=3,
         )
+
+
+def _span(values: Sequence[float], count: int) -> str:
+    """Return the largest value and the mean over so many layers in words."""
+    return f"at most {max(values):.2%} (mean {sum(values) / count:.2%})"
 
 
 def _stored(tensors: Mapping[str, Tensor], num_tokens: list[int], weights: list[float | None]) -> list[StoredCovariance]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import corda_core
-from corda_core.bases import ANCESTRY, ancestry_of
+from corda_core.bases import ANCESTRY, ancestry_as_json, ancestry_of
 from corda_core.files import replacing_in
 from corda_vlm.adapted import load
 from corda_vlm.adapted import merge as merged
@@ -119,7 +119,7 @@ def _write_model(adapted: PeftModel, processor: Any, output: Path, alpha: float)
     with replacing_in(output) as fresh:
         if is_open_clip(plain):
             state = {key: value.contiguous() for key, value in plain.state_dict().items()}
-            save_file(state, fresh / OPEN_CLIP_WEIGHTS, {ANCESTRY: json.dumps(ancestry_of(plain))})
+            save_file(state, fresh / OPEN_CLIP_WEIGHTS, {ANCESTRY: json.dumps(ancestry_as_json(ancestry_of(plain)))})
         else:
             plain.save_pretrained(fresh)
             processor.save_pretrained(fresh)

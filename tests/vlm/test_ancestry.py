@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import corda_vlm
-from corda_core import load_covariances, weight_change
+from corda_core import context_drift, load_covariances, weight_change
 from corda_core.bases import ANCESTRY, ancestry_of
 from corda_vlm import collect_context
 from corda_vlm.training.models import load_base
@@ -65,13 +65,15 @@ def test_a_model_is_prepared_with_the_files_of_all_its_past(processor: Any, samp
     adapted = corda_vlm.prepare(base, general, rank=4)
     change_(adapted)
     moved = weight_change(adapted)
+    drift = context_drift(adapted, collect_context(tiny_llava(), TEXTS, EVERYWHERE, processor))
     corda_vlm.merge(adapted).save_pretrained(tmp_path / "one")
     one = AutoModelForImageTextToText.from_pretrained(tmp_path / "one").eval()
     with pytest.warns(UserWarning, match="ancestor") as told:
         found = collect_context(one, [general, first], EVERYWHERE)
     text = str(next(warning.message for warning in told if "ancestor" in str(warning.message)))
     assert text.startswith(f"{general} was made from an ancestor of this model: 14 of its 14 layers have moved since, by at most ")
-    assert f"{max(moved.values()):.2%} of their weights' norm ({sum(moved.values()) / 14:.2%} on average" in text
+    assert f"{max(moved.values()):.2%} (mean {sum(moved.values()) / 14:.2%}) of their weights' norm" in text
+    assert f"{max(drift.values()):.2%} (mean {sum(drift.values()) / 14:.2%}) of their outputs on what they were to keep" in text
     assert found.keys() == joint.keys()
     for name, covariance in found.items():
         torch.testing.assert_close(covariance.matrix, joint[name].matrix, rtol=1e-5, atol=1e-6)
@@ -98,7 +100,7 @@ def test_what_trains_whole_has_moved_too(processor: Any, samples: list[Any], tmp
                 parameter *= 1.5
     merged = corda_vlm.merge(adapted, alpha=0.5)
     (step,) = ancestry_of(merged)
-    assert step["model.multi_modal_projector.linear_1"][1] == pytest.approx(0.25, rel=1e-3)
+    assert step["model.multi_modal_projector.linear_1"][1].change == pytest.approx(0.25, rel=1e-3)
     with pytest.warns(UserWarning, match=r"16 of its 28 layers have moved since, by at most 25\."):
         load_covariances(path, model=merged, options={})
 
