@@ -9,6 +9,7 @@ from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.prepare import collect_context, plan_adapters, plan_contexts, prepare
 from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import select_layers
+from corda_vlm.training.bound import DriftCallback
 from corda_vlm.training.divergence import context_kl, keep_loss
 from corda_vlm.training.keep import Keep, KeepCallback, Keeper, KeepOptions
 from corda_vlm.training.train import attach_lora, fine_tune
@@ -16,6 +17,7 @@ from corda_vlm.training.within import alpha_within
 
 __all__ = [
     "CordaConfig",
+    "DriftCallback",
     "Keep",
     "KeepCallback",
     "KeepOptions",

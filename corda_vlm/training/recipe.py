@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from corda_core.linears import FourBit
+from corda_core.lora import Protect
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
@@ -96,6 +97,10 @@ class TrainingConfig(Options):
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
 
+    max_drift: Positive | None = None
+    """After each step a layer that changes its outputs on the context by more than this part of them is taken back to it, such as 0.02: a
+    rate that is too high then ruins nothing, at no cost. For ``protect: strict`` and ``whitened``; None lets layers drift."""
+
     bf16: bool = False
     """Compute in bfloat16 (autocast), whatever precision the weights have."""
 
@@ -168,7 +173,7 @@ class Recipe(Options):
     """Of the order of the data, and all else that is random; the draw of the context has ``corda.seed``."""
 
     def __post_init__(self) -> None:
-        """Refuse KPM without a context of what is to be kept, keeping without samples or a base, and evaluations without data."""
+        """Refuse KPM without a context of what is to be kept, keeping without samples or a base, and what else cannot be done."""
         super().__post_init__()
         if self.context is None and self.corda.mode == "kpm":
             raise ValueError(
@@ -184,6 +189,11 @@ class Recipe(Options):
             raise ValueError(
                 "keep compares with the base, but corda.residual: subtract writes the start into its weights, so it cannot be run without "
                 "the adapter; leave residual out, or set keep.kind to replay."
+            )
+        if self.training.max_drift is not None and self.corda.protection is Protect.START:
+            raise ValueError(
+                f"training.max_drift is {self.training.max_drift}, but corda.protect: start moves A, so that the plan does not tell how "
+                "far outputs drift; set corda.protect to strict or whitened, or leave max_drift out."
             )
         if self.evaluation is None and self.training.evaluate_every is not None:
             raise ValueError(

@@ -34,6 +34,7 @@ from corda_vlm.outputs import alone_in
 from corda_vlm.prepare import attach_plan, plan_contexts
 from corda_vlm.towers import has_two_towers, is_open_clip, modules_of, select_layers
 from corda_vlm.training.arguments import training_arguments
+from corda_vlm.training.bound import DriftCallback
 from corda_vlm.training.contexts import items_of, read_context
 from corda_vlm.training.contrastive import check_pairs
 from corda_vlm.training.keep import Keep, KeepCallback, KeepOptions, Kept
@@ -63,6 +64,9 @@ class RunSummary:
     seconds: float
     kept: Kept | None
     """What was kept, where the recipe has ``keep``."""
+
+    drift: float | None
+    """The largest layer's at the end, where the recipe has ``training.max_drift``."""
 
     num_broken: int
     """How many samples were skipped, as their images could not be read."""
@@ -100,6 +104,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
             [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry],
             round(time.time() - start, 1),
             None if keep is None else keep.kept,
+            next((entry["drift"] for entry in reversed(trainer.state.log_history) if "drift" in entry), None),
             samples["data"].num_broken,
         )
         if process_rank() == 0:
@@ -154,6 +159,7 @@ def _trainer(
     if not has_two_towers(base_of(adapted)):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
     rates = {"projector": options.projector_learning_rate, "vision": options.vision_learning_rate}
+    holding = [*([] if keep is None else [keep]), *([] if options.max_drift is None else [DriftCallback(options.max_drift)])]
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
     return trainer_for(
         adapted,
@@ -162,7 +168,7 @@ def _trainer(
         arguments,
         evaluation=samples.get("evaluation"),
         rates={part: rate for part, rate in rates.items() if rate is not None},
-        callbacks=[*([] if keep is None else [keep]), WholeCheckpoints(adapted)],
+        callbacks=[*holding, WholeCheckpoints(adapted)],
     )
 
 

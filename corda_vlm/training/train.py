@@ -21,6 +21,7 @@ from corda_vlm.data.pairs import PairCollator
 from corda_vlm.data.rows import Item, Numbered
 from corda_vlm.data.samples import Collator
 from corda_vlm.towers import family_of
+from corda_vlm.training.bound import DriftCallback
 from corda_vlm.training.contrastive import ContrastiveTrainer, check_pairs
 from corda_vlm.training.keep import Keep, KeepCallback
 
@@ -35,6 +36,7 @@ def fine_tune(
     learning_rate: float,
     seed: int,
     keep: Keep | None = None,
+    max_drift: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[tuple[int, float]]:
     """Train what is trainable on the items, and return the loss of each step.
@@ -55,6 +57,7 @@ def fine_tune(
         learning_rate: Peak rate.
         seed: Of the order of the items.
         keep: Samples that the model is held to its base on; what was kept is logged (``KeepCallback`` among ``callbacks`` tells it too).
+        max_drift: Hold each layer's drift on the context at or below this, such as 0.02 (``DriftCallback``).
         callbacks: The Trainer's.
 
     Raises:
@@ -79,8 +82,8 @@ def fine_tune(
             seed=seed,
             data_seed=seed,
         )
-        keeping = [] if keep is None else [KeepCallback(keep, processor)]
-        trainer = trainer_for(model, items, processor, arguments, callbacks=[*keeping, *callbacks])
+        holding = [*([] if keep is None else [KeepCallback(keep, processor)]), *([] if max_drift is None else [DriftCallback(max_drift)])]
+        trainer = trainer_for(model, items, processor, arguments, callbacks=[*holding, *callbacks])
         trainer.train()
     model.eval()
     return losses_of(trainer)
@@ -135,7 +138,7 @@ def trainer_for(
     for callback in (FiniteLosses(), *callbacks, _LossBar()):
         trainer.add_callback(callback)
     # What adds to a log comes before what writes it.
-    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, KeepCallback))
+    trainer.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, KeepCallback | DriftCallback))
     return trainer
 
 
@@ -225,7 +228,7 @@ class _LossBar(ProgressCallback):
     ) -> None:
         """Show what was last measured."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix({name: logs[name] for name in ("loss", "keep_kl", "keep_loss") if name in logs})
+            self.training_bar.set_postfix({name: logs[name] for name in ("loss", "keep_kl", "keep_loss", "drift") if name in logs})
 
 
 def attach_lora(model: nn.Module, names: Sequence[str], rank: int) -> PeftModel:

@@ -1,6 +1,9 @@
 """The bound on the drift: against dense float64 matrices, held at rates far too high, refusals, shards, files."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,37 @@ RANK = 6
 IDS = torch.arange(2, 20).reshape(2, 9)
 ADAPTERS = ("strict", "whitened", "start", "plain")
 
+WORKER = """
+import sys
+sys.path[:0] = {paths!r}
+import torch, torch.distributed as dist
+from safetensors.torch import save_file
+from test_drift import adapted, moved_
+from corda_core import change_factors, lora_layers
+from corda_core.drift import DriftBound
+dist.init_process_group("gloo")
+result = {{}}
+for how in ("ddp", "fsdp"):
+    for protect in ("strict", "whitened", "start"):
+        model, covariances = adapted(protect)
+        moved_(model)
+        wrapped = model
+        if how == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            from torch.distributed.fsdp import fully_shard
+            for block in model.get_base_model().model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        drift = DriftBound(wrapped, 0.02, covariances if protect == "start" else None).hold_()
+        assert max(drift.values()) == 0.02
+        for name, layer in lora_layers(wrapped).items():
+            A, B = change_factors(layer)
+            result[f"{{how}} {{protect}} {{name}}"] = B @ A
+save_file(result, f"{{sys.argv[1]}}/{{dist.get_rank()}}.safetensors")
+dist.destroy_process_group()
+"""
+
 
 def context(model: nn.Module) -> dict[str, Covariance]:
     return collect(
@@ -33,6 +67,16 @@ def adapted(protect: str, alpha: int = 2 * RANK) -> tuple[PeftModel, dict[str, C
         return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(covariances))), covariances
     made = plan(model, covariances, mode="kpm", rank=RANK, whiten=protect == "whitened")
     return attach(model, made, protect=protect, alpha=alpha), covariances
+
+
+def moved_(model: nn.Module) -> None:
+    """Train without training: some layers move far, some hardly."""
+    generator = torch.Generator().manual_seed(2)
+    for number, layer in enumerate(lora_layers(model).values()):
+        for factor in (layer.lora_A, layer.lora_B):
+            weight = factor["default"].weight
+            if weight.requires_grad:
+                weight.data += 10.0 ** (2 * (number % 3) - 5) * torch.randn(weight.shape, generator=generator)
 
 
 def step_(model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -168,3 +212,21 @@ def test_plans_keep_what_the_bound_needs_and_older_ones_load_without(tmp_path: P
 def tiny_base() -> nn.Module:
     torch.manual_seed(0)
     return tiny_llama()
+
+
+def test_two_processes_hold_as_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for protect in ("strict", "whitened", "start"):
+        model, covariances = adapted(protect)
+        moved_(model)
+        drift = DriftBound(model, 0.02, covariances if protect == "start" else None).hold_()
+        assert min(drift.values()) < 0.02 == max(drift.values())
+        for name, layer in lora_layers(model).items():
+            A, B = change_factors(layer)
+            for found in (result[f"{how} {protect} {name}"] for result in results for how in ("ddp", "fsdp")):
+                torch.testing.assert_close(found, B @ A, rtol=1e-4, atol=1e-6)
