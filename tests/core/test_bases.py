@@ -12,8 +12,8 @@ from test_attach import logits, planned, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from corda_core import attach, attachment_of, collect, export, load, plan, save, select_linears
-from corda_core.bases import checksum, other_tensors
+from corda_core import attach, attachment_of, collect, export, load, merge, plan, save, select_linears, weight_change
+from corda_core.bases import ancestry_of, base_digest, checksum, moved_since, other_tensors
 from corda_core.linears import weight_matrix
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 
@@ -194,3 +194,29 @@ def test_another_projector_counts(tmp_path: Path) -> None:
     other.model.multi_modal_projector.linear_1.bias.data += 1
     with pytest.raises(ValueError, match=r"depend on model\.multi_modal_projector\.linear_1\.bias"):
         load(other, folder)
+
+
+def test_what_merges_moved_is_added_up() -> None:
+    """Of the layers asked for; a layer that no merge touched is where it was."""
+    model, before = tiny_llama(), tiny_llama()
+    names = select_linears(model)
+    moves, digests = [], [base_digest(model, names)]
+    for targets in ("model.layers.0.*", "model.*proj"):
+        chosen = select_linears(model, targets)
+        adapter_plan = plan(model, collect(model, [{"input_ids": torch.randint(5, 20, (8, 16))}], chosen), mode="kpm", rank=4)
+        changed = trained(attach(model, adapter_plan, protect="strict"))
+        moves.append(weight_change(changed))
+        model = merge(changed)
+        digests.append(base_digest(model, names))
+    assert [list(step) for step in ancestry_of(model)] == [list(move) for move in moves]
+    first, second, last = (moved_since(model, digest, names) for digest in digests)
+    assert first is not None
+    assert second is not None
+    assert last == {}
+    for name in names:
+        W, now = weight_matrix(before, name), weight_matrix(model, name)
+        assert first[name].change == pytest.approx(moves[0].get(name, 0) + moves[1][name])
+        assert second[name].change == pytest.approx(moves[1][name])
+        assert float((now - W).norm() / W.norm()) <= 1.05 * first[name].change
+    assert moved_since(before, digests[1], names) is None
+    assert moved_since(model, digests[0], names[:3]) is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corda_core.covariance import Symmetric
+from corda_core.covariance import Covariance, Symmetric, together
 
 SIZES = [1, 5, 96, 97, 200, 1100]
 
@@ -41,3 +41,23 @@ def test_takes_little_more_than_half_the_memory(n: int) -> None:
     size = Symmetric.num_bytes(n, torch.float32)
     assert size == sum(panel.nbytes for panel in Symmetric.zeros(n, torch.float32, torch.device("cpu")).panels)
     assert size < 0.6 * 4 * n * n
+
+
+def test_a_covariance_over_both_is_the_mean_by_weight() -> None:
+    X, Y, w = (torch.randn(40, 6).double(), torch.randn(25, 6).double(), torch.rand(25).double())
+    left = Covariance.of((X.T @ X / 40).float(), 40)
+    right = Covariance(Symmetric.of((Y.T @ (w[:, None] * Y) / w.sum()).float()), 25, float(w.sum()))
+    total = left.plus(right)
+    expected = (X.T @ X + Y.T @ (w[:, None] * Y)) / (40 + w.sum())
+    torch.testing.assert_close(total.matrix, expected.float(), rtol=1e-5, atol=1e-6)
+    assert total.num_tokens == 65
+    assert total.weight == pytest.approx(40 + float(w.sum()))
+
+
+def test_layers_that_share_share_the_sum_and_what_saw_nothing_adds_nothing() -> None:
+    first, second, third = (Covariance.of(torch.eye(3) * size, 10) for size in (1.0, 3.0, 5.0))
+    total = together([{"q": first, "k": first, "up": first}, {"q": second, "k": second, "vision": third}])
+    assert total["q"] is total["k"]
+    torch.testing.assert_close(total["q"].matrix, 2 * torch.eye(3))
+    assert total["up"] is first
+    assert total["vision"] is third

@@ -21,7 +21,7 @@ from torch import nn
 from corda_core import Choice, Covariance, choose, collect, decompose, plan, select_linears
 from corda_core.files import read_tensors, write_tensors
 from corda_core.linears import weight_matrix
-from corda_core.store import data_digest, load_covariances, read_plan, save_covariances, save_plan
+from corda_core.store import data_digest, load_covariances, read_covariances, read_plan, save_covariances, save_plan
 
 OPTIONS = {"normalize": None, "dtype": "float32"}
 
@@ -175,6 +175,18 @@ def test_files_of_the_first_version_load_with_a_warning(model: nn.Module, covari
     save_file(tensors, path, {"corda": metadata["corda"].replace('"format": 2', '"format": 3')})
     with pytest.raises(ValueError, match="of format 3 without a digest"):  # else damage to its name would take the digest away
         load_covariances(path, model=model, options=OPTIONS)
+
+
+def test_files_from_before_there_were_keep_files_load(model: nn.Module, covariances: dict[str, Covariance], path: Path) -> None:
+    tensors, metadata = read_tensors(path)
+    header = json.loads(metadata["corda"])
+    for key in ("weights", "total_weights", "about"):
+        del header[key]
+    write_tensors(tensors, path, {"corda": json.dumps(header)})
+    found = load_covariances(path, model=model, options=OPTIONS)
+    assert all(torch.equal(covariance.matrix, found[name].matrix) for name, covariance in covariances.items())
+    assert {covariance.weight for covariance in found.values()} == {None}
+    assert read_covariances(path).known == found.keys()
 
 
 @pytest.mark.parametrize(

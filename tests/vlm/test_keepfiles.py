@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_llama, tiny_llava
 from torch import nn
 
-from corda_core import Covariance, attachment_of, save_covariances
+from corda_core import attachment_of, save_covariances
 from corda_core.covariance import together
 from corda_core.store import read_covariances
 from corda_vlm import CordaConfig, collect_context, plan_contexts, prepare, select_layers
@@ -124,14 +124,3 @@ def test_what_a_file_cannot_be_is_said(processor: Any, samples: list[Any], tmp_p
     language.write_bytes(whole[:-9])
     with pytest.raises(ValueError, match=re.escape(f"{language} is damaged")):
         prepare(tiny_llava(), language, rank=4)
-
-
-def test_a_covariance_is_the_mean_over_both() -> None:
-    X, Y, w = torch.randn(40, 6, dtype=torch.float64), torch.randn(25, 6, dtype=torch.float64), torch.rand(25, dtype=torch.float64)
-    left = Covariance.of((X.T @ X / 40).float(), 40)
-    right = Covariance(Covariance.of((Y.T @ (w[:, None] * Y) / w.sum()).float(), 25).packed, 25, float(w.sum()))
-    total = left.plus(right)
-    expected = (X.T @ X + Y.T @ (w[:, None] * Y)) / (40 + w.sum())
-    torch.testing.assert_close(total.matrix, expected.float(), rtol=1e-5, atol=1e-6)
-    assert total.num_tokens == 65
-    assert total.weight == pytest.approx(40 + float(w.sum()))
