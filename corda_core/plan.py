@@ -126,15 +126,8 @@ def plan(
         A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
         choice = None if choices is None else choices[name]
-        about = (
-            decomposition.sigma.cpu(),
-            decomposition.components,
-            covariance.num_tokens,
-            white,
-            choice,
-            energy_of(weight, A0, covariance),
-        )
-        return AdapterInit(A0, B0, *about), decomposition.fell_back
+        about = (decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white, choice)
+        return AdapterInit(A0, B0, *about, energy_of(weight, A0, covariance)), decomposition.fell_back
 
     layers: dict[str, AdapterInit] = {}
     fallbacks: list[str] = []
