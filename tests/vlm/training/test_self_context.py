@@ -1,12 +1,18 @@
 """Recipes whose base makes the context itself: kept beside the run, and read again when that is resumed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recipes import write_recipe
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from corda_vlm.cli import app
 from corda_vlm.selfwritten import read_self_context, self_context
 from corda_vlm.training import contexts
 from corda_vlm.training.recipe import read_recipe
@@ -73,3 +79,43 @@ def test_candidates_are_drawn_from_as_many_samples_as_they_take(processor: Any, 
     monkeypatch.setattr(contexts, "self_context", counted)
     prepare_recipe(recipe)
     assert counts == [24]
+
+
+def test_a_clip_keeps_its_pictures_with_captions_of_its_own_choice(processor: Any, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"size": 16}}))
+    torch.manual_seed(0)
+    base = open_clip.model.CLIP(**shape)
+    save_file({key: value.contiguous() for key, value in base.state_dict().items()}, folder / "open_clip_model.safetensors")
+    rows = [{"image": f"{number}.png", "text": f"a picture of {['red', 'green', 'blue'][number % 3]}"} for number in range(24)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    path = recipe_of(tmp_path, processor, keep={"batch_size": 4}, corda={"num_samples": 16, "parts": None, "train_fully": []})
+    overrides = [f"data.source={tmp_path / 'pairs.json'}", f"model.path=local-dir:{folder}", "model.library=open_clip"]
+    summary = run_recipe(read_recipe(path, overrides))
+    captions = [json.loads(line)["text"] for line in (summary.output / "context.jsonl").read_text().splitlines()[1:]]
+    assert len(set(captions)) == 16
+    assert all(caption.startswith("a photo of ") for caption in captions)
+    command = ["export", "--adapter", summary.output, "--output", tmp_path / "plain", "--merge", "--max-kl", "1e-6"]
+    done = CliRunner().invoke(app, [str(argument) for argument in (*command, "--on", tmp_path / "pairs.json")])
+    assert done.exit_code == 0, done.output
+    assert "nats a pair, on 24 samples" in done.output
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_context_of_one(processor: Any, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, processor, keep={"batch_size": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "corda_vlm.cli"]
+    command += ["train", "--config", str(path), f"output={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = run_recipe(read_recipe(path))
+    assert (tmp_path / "two" / "context.jsonl").read_bytes() == (alone.output / "context.jsonl").read_bytes()
+    losses = json.loads((tmp_path / "two" / "training.json").read_text())["losses"]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in alone.losses], abs=2e-5)
