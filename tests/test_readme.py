@@ -76,7 +76,7 @@ def test_the_example_runs(processor: Any, samples: list[Any], tmp_path: Path, mo
 def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from conftest import tiny_llama
 
-    alone, several = python_blocks(ROOT / "corda_core/README.md")
+    alone, several, kept = python_blocks(ROOT / "corda_core/README.md")
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
@@ -87,6 +87,9 @@ def test_the_example_for_text_models_runs(tokenizer: Any, tmp_path: Path, monkey
     few = several.replace("rank=32", "rank=4").replace("names], 32)", "names], 4)")
     exec(compile(few, "corda_core/README.md", "exec"), names)
     assert 0.9 * names["budget"] < names["adapter"].num_parameters <= names["budget"]
+    names["covariances_of_today"] = names["covariances"]
+    exec(compile(kept, "corda_core/README.md", "exec"), names)
+    assert names["covariances"].keys() == names["covariances_of_today"].keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
