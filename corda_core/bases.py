@@ -211,12 +211,17 @@ def ancestry_as_json(steps: Sequence[Step]) -> list[dict[str, list[Any]]]:
     return [{name: [digest, moved.change, moved.drift] for name, (digest, moved) in step.items()} for step in steps]
 
 
-def moved_since(model: nn.Module, digest: str, names: Iterable[str]) -> dict[str, Moved] | None:
+def moved_since(model: nn.Module, digest: str, weights: Mapping[str, str]) -> dict[str, Moved] | None:
     """Return how far layers have moved at most since their weights had this digest; None if the model and its ancestors never had it.
 
     What several merges did is added up. Empty if the model has these very weights.
+
+    Args:
+        model: The model.
+        digest: As ``base_digest`` of these layers was.
+        weights: As ``weight_digests`` of these layers is.
     """
-    digests, moved = weight_digests(model, names), dict[str, Moved]()
+    digests, moved = dict(weights), dict[str, Moved]()
     if digest_of(digests) == digest:
         return moved
     for step in reversed(ancestry_of(model)):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from corda_core.allocate import Candidate, Choice
 from corda_core.attach import Attachment, attach_again, attachment_of, check_base_kept
-from corda_core.bases import base_digest, digest_of, moved_since, weight_digests
+from corda_core.bases import digest_of, moved_since, weight_digests
 from corda_core.covariance import Covariance, Symmetric
 from corda_core.decompose import Mode, Whitening
 from corda_core.files import DIGEST, check_finite, file_digest, read_tensors, replacing_in, tensors_digest, weight_digest, write_tensors
@@ -191,18 +191,24 @@ def load_covariances(
         ValueError: If the file is damaged, holds something else, or was made from another base, with other options or over other data.
     """
     collected = read_covariances(path)
-    check_collected(collected, path, model=model, options=options, data=data)
+    check_collected({Path(path): collected}, model=model, options=options, data=data)
     return collected.covariances()
 
 
-def check_collected(
-    collected: Collected, path: str | os.PathLike[str], *, model: nn.Module, options: Mapping[str, Any], data: str | None = None
-) -> None:
-    """Refuse a file's covariances for another model, options or data than they were collected with (``load_covariances``).
+def check_collected(files: Mapping[Path, Collected], *, model: nn.Module, options: Mapping[str, Any], data: str | None = None) -> None:
+    """Refuse files' covariances for another model, options or data than they were collected with (``load_covariances``).
 
     Raises:
         ValueError: If they were made from another base, with other options or over other data.
     """
+    for path, collected in files.items():
+        _check_made_so(path, collected, model, options, data)
+    weights = weight_digests(model, {name for collected in files.values() for name in collected.places})  # once: it reads all of them
+    for path, collected in files.items():
+        _check_base(path, collected, model, {name: weights[name] for name in collected.places})
+
+
+def _check_made_so(path: Path, collected: Collected, model: nn.Module, options: Mapping[str, Any], data: str | None) -> None:
     check_present(model, collected.places, str(path))
     for what, recorded, wanted in (("options", collected.options, dict(options)), ("data", collected.data_digest, data)):
         if wanted is not None and recorded != wanted:
@@ -211,11 +217,14 @@ def check_collected(
         n = collected.stored[place].packed.n
         if n != weight_shape(model, name)[1]:
             raise ValueError(f"{path} has a covariance of {n} inputs for {name}, which has others; collect again.")
-    moved = moved_since(model, collected.base_digest, collected.places)
+
+
+def _check_base(path: Path, collected: Collected, model: nn.Module, weights: Mapping[str, str]) -> None:
+    """Refuse a file of another base; warn of that of an ancestor."""
+    moved = moved_since(model, collected.base_digest, weights)
     if moved is None:
-        present = base_digest(model, collected.places)
         raise ValueError(
-            f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {present[:12]}… "
+            f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {digest_of(weights)[:12]}… "
             f"({next(model.parameters()).dtype}), nor was this model merged from such; use the base that it was made from, in the same "
             "dtype, or collect again."
         )
@@ -227,7 +236,7 @@ def check_collected(
             f"{path} was made from an ancestor of this model: {len(moved)} of its {count} layers have moved since, by "
             f"{_span([move.change for move in moved.values()], count)} of their weights' norm{outputs}; the less, the better it keeps what "
             "it was made of.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -241,9 +241,11 @@ def _layers_and_contexts(
         check_image_token(model, processor)
     names = select_layers(model, parts=config.parts, targets=config.targets, exclude=config.exclude)
     has_files = any(source.files for source in sources)
+    read = {path: read_covariances(path) for source in sources for path in source.files}
+    check_collected(read, model=model, options=collection_options(config))
     ready = []
     for source in sources:
-        files = {path: _read_keep_file(model, path, config) for path in source.files}
+        files = {path: read[path] for path in source.files}
         samples = None if source.samples is None else context_batches(model, source.samples, names, config, processor)
         reached = None if samples is None or not has_files else frozenset(reach_of(model, names, [samples.example]).learnable)
         ready.append(_Ready(samples, files, reached))
@@ -253,12 +255,6 @@ def _layers_and_contexts(
         learnable = learnable_layers(model, names, [context.samples.example for context in ready if context.samples is not None])
     tell(coverage(model, learnable, config.parts))
     return learnable, ready
-
-
-def _read_keep_file(model: nn.Module, path: Path, config: CordaConfig) -> Collected:
-    collected = read_covariances(path)
-    check_collected(collected, path, model=model, options=collection_options(config))
-    return collected
 
 
 def _covered(names: Sequence[str], contexts: Sequence[_Ready]) -> tuple[str, ...]:

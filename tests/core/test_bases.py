@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from corda_core import attach, attachment_of, collect, export, load, merge, plan, save, select_linears, weight_change
-from corda_core.bases import ancestry_of, base_digest, checksum, moved_since, other_tensors
+from corda_core.bases import ancestry_of, base_digest, checksum, moved_since, other_tensors, weight_digests
 from corda_core.linears import weight_matrix
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
 
@@ -209,7 +209,8 @@ def test_what_merges_moved_is_added_up() -> None:
         model = merge(changed)
         digests.append(base_digest(model, names))
     assert [list(step) for step in ancestry_of(model)] == [list(move) for move in moves]
-    first, second, last = (moved_since(model, digest, names) for digest in digests)
+    weights = weight_digests(model, names)
+    first, second, last = (moved_since(model, digest, weights) for digest in digests)
     assert first is not None
     assert second is not None
     assert last == {}
@@ -218,5 +219,5 @@ def test_what_merges_moved_is_added_up() -> None:
         assert first[name].change == pytest.approx(moves[0].get(name, 0) + moves[1][name])
         assert second[name].change == pytest.approx(moves[1][name])
         assert float((now - W).norm() / W.norm()) <= 1.05 * first[name].change
-    assert moved_since(before, digests[1], names) is None
-    assert moved_since(model, digests[0], names[:3]) is None
+    assert moved_since(before, digests[1], weight_digests(before, names)) is None
+    assert moved_since(model, digests[0], weight_digests(model, names[:3])) is None
