@@ -1,6 +1,7 @@
 """What a recipe's ``context`` stands for: keep files, samples of data, and samples that the base makes itself."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,8 @@ from corda_vlm.data.sources import DataConfig
 from corda_vlm.selfwritten import SelfWritten, read_self_context, self_context
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.recipe import SELF, Recipe
+
+logger = logging.getLogger(__name__)
 
 SELF_WRITTEN = "context.jsonl"
 """The file of a run's output with what the base made for its context."""
@@ -106,4 +109,5 @@ def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items |
     written = self_context(model, processor, data, count=corda.num_samples * corda.num_candidates, seed=corda.seed)
     if process_rank() == 0:
         written.save(path)
+    logger.info("The base made %d samples of context: %s", len(written), path)
     return written
