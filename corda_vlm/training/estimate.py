@@ -96,7 +96,12 @@ def estimate(recipe: Recipe) -> Estimate:
     samples, length = _look_at(recipe.data, recipe, model)
     context_length = _context_length(recipe, model, length)
     steps = training.steps or (None if samples is None else int(-(-samples * training.epochs // training.batch_size)))
-    step_flops = training.batch_size * length * (2 * num_base * (3 if training.gradient_checkpointing else 2) + 6 * adapters)
+    passes = 3 if training.gradient_checkpointing else 2
+    step_flops: float = training.batch_size * length * (2 * num_base * passes + 6 * adapters)
+    if recipe.keep is not None:  # beside its own the base's forward pass, on samples of the context's length
+        kept = recipe.keep.batch_size or (training.batch_size if has_two_towers(model) else max(1, training.batch_size // 2))
+        more = passes + (recipe.keep.kind == "distill")
+        step_flops += kept * context_length * (2 * num_base * more + 6 * adapters) / recipe.keep.every
     inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
     return Estimate(
         model=type(model).__name__,

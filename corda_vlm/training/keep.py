@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 from corda_core.layers import num_processes, process_rank, sum_over_processes_
 from corda_core.linears import base_of
 from corda_core.lora import shrink_, trained_tensors
-from corda_vlm.context import collator_for, is_batch, own_processor
+from corda_vlm.context import collator_for, is_batch, own_processor, share_out
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count, NotNegative, Options, Positive
@@ -35,8 +35,10 @@ AIM = 1.15
 """The divergence is steered to so much of the budget; what is above it in the end is taken off."""
 GAIN = 12.0
 """By how much the logarithm of the weight may move in a training at the most, for each unit of the logarithm of the divergence."""
-FASTEST = 0.25
+FASTEST = 0.2
 """By how much at one step."""
+MEMORY = 0.8
+"""How much of the running mean of the divergence stays at each step: that of few samples varies severalfold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,26 +126,26 @@ class Keeper:
             ValueError: If there are too few samples, they cannot be read, the batch cannot be shared out, or the base is not there without
                 the adapter.
         """
-        least = 1 if options.budget is None else 2
-        if len(samples) < least:
-            raise ValueError(f"keep has {len(samples)} sample(s); expected at least {least}: give samples of what the model is to keep.")
+        count, world = len(samples), num_processes()
+        least = world if options.budget is None else 2 * world
+        if count < least:
+            raise ValueError(f"keep has {count} sample(s); expected at least {least}: give samples of what the model is to keep.")
         self.model, self.samples, self.collate, self.options, self.seed = model, samples, collate, options, seed
         self.batch_size = options.batch_size or batch_size
-        share, rest = divmod(self.batch_size, num_processes())
+        share, rest = divmod(self.batch_size, world)
         if rest:
-            raise ValueError(f"keep.batch_size is {self.batch_size} for {num_processes()} processes; expected a multiple of their number.")
+            raise ValueError(f"keep.batch_size is {self.batch_size} for {world} processes; expected a multiple of their number.")
         two_towers = has_two_towers(base_of(model))  # where a smaller batch is another loss
         self.micro_batch_size = share if two_towers or micro_batch_size is None else min(share, micro_batch_size)
         self.gain = min(FASTEST, GAIN * options.every / num_steps)
-        count = len(samples)
-        held = random.Random(f"held out {seed}").sample(range(count), min(HELD_OUT, max(1, count // 4)))
+        held = random.Random(f"held out {seed}").sample(range(count), max(world, min(HELD_OUT, count // 4) // world * world))
         self.measured = sorted(held)
         self.trained = sorted(set(range(count)) - set(held)) if options.budget is not None else list(range(count))
         self.weight = options.weight
         self.last: float | None = None
         """The loss of the last batch, over all processes."""
-        self.smoothed: float | None = None
-        """Its running mean, which the weight follows."""
+        self.smoothed = AIM * (options.budget or 0.0)
+        """Its running mean, which the weight follows, from where it is steered to."""
         self._check()
 
     @torch.no_grad()
@@ -188,11 +190,11 @@ class Keeper:
         total = sums[:1].clone()
         sum_over_processes_(total)
         self.last = float(total)
-        self.smoothed = self.last if self.smoothed is None else (self.smoothed + self.last) / 2
+        self.smoothed = MEMORY * self.smoothed + (1 - MEMORY) * self.last
 
     def _steer(self) -> None:
         """Let the weight follow the divergence: ``log w += gain · log(KL / aim)``, as PPO's controller of a KL does."""
-        if self.options.budget is None or self.smoothed is None:
+        if self.options.budget is None:
             return
         excess = max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
         self.weight *= math.exp(self.gain * max(-2.0, min(2.0, math.log(excess))))
@@ -209,8 +211,8 @@ class Keeper:
             ValueError: If a sample cannot be read.
         """
         size = self.batch_size if has_two_towers(base_of(self.model)) else self.micro_batch_size
-        own = self.measured[process_rank() :: num_processes()] or self.measured[:1]
-        batches = [self.collate([self.samples[place] for place in own[start : start + size]]) for start in range(0, len(own), size)]
+        groups = share_out(len(self.measured), size)  # of each process as many
+        batches = [self.collate([self.samples[self.measured[place]] for place in group]) for group in groups]
         trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model)]
 
         @torch.no_grad()
@@ -297,8 +299,8 @@ class KeepCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
-        weight, smoothed = (self.keep.weight, None) if self.keeper is None else (self.keeper.weight, self.keeper.smoothed)
-        return {"args": {}, "attributes": {"weight": weight, "smoothed": smoothed}}
+        attributes = {} if self.keeper is None else {"weight": self.keeper.weight, "smoothed": self.keeper.smoothed}
+        return {"args": {}, "attributes": attributes}
 
     @property
     def _keeper(self) -> Keeper:
