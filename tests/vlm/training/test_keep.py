@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_llava
+from conftest import llama_config, tiny_llama, tiny_llava
 from PIL import Image
 from recipes import write_recipe
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import corda_vlm
 from corda_core.lora import trained_tensors
 from corda_vlm import Keep, KeepCallback, context_kl
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import keep as keeping
+from corda_vlm.training.divergence import base_outputs
 from corda_vlm.training.keep import Keeper, KeepOptions
 from corda_vlm.training.recipe import read_recipe
 from corda_vlm.training.run import RunSummary, run_recipe
@@ -157,6 +158,23 @@ def test_accumulation_and_checkpointing_change_nothing(tokenizer: Any, tmp_path:
         weights.append([tensor.detach().clone() for tensor, _ in trained_tensors(model)])
     for left, right in zip(*weights, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-4)
+
+
+def test_a_base_in_four_bits_is_kept_as_it_is_in_four_bits(tokenizer: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    base = LlamaForCausalLM(LlamaConfig(**{**llama_config().to_dict(), **sizes, "head_dim": 16})).eval()
+    model = corda_vlm.prepare(base, KEPT, processor=tokenizer, rank=4, quantize="nf4")
+    batch = Collator(tokenizer)(KEPT)
+    with torch.no_grad():
+        before = model(**batch).logits
+    callback = tuned(model, tokenizer, Keep(KEPT, budget=0.001), steps=6)
+    assert callback is not None
+    assert callback.kept is not None
+    assert callback.kept.kl <= 0.001
+    with base_outputs(model):
+        assert torch.equal(model(**batch).logits, before)
+    assert not torch.equal(model(**batch).logits, before)
 
 
 def finished(path: Path, *overrides: str, resume: bool = False) -> RunSummary:

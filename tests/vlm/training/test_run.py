@@ -364,9 +364,11 @@ def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(pro
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     overrides = [f"{part}.source={tmp_path / 'pairs.json'}" for part in ("data", "context")]
     overrides += [f"model.path=local-dir:{folder}", "model.library=open_clip", "corda.parts=null", "corda.train_fully=[]"]
-    overrides += ["training.batch_size=6", "training.save_every=4"]
+    overrides += ["training.batch_size=6", "training.save_every=4", "keep.every=2", "keep.budget=0.01"]
     whole = trained(path, *overrides, f"output={tmp_path / 'whole'}")
     assert whole.losses[-1][1] < whole.losses[0][1]
+    assert whole.kept is not None
+    assert 0 < whole.kept.kl <= 0.01
     result = CliRunner().invoke(app, ["prepare", "--config", str(path), *overrides])
     assert result.exit_code == 0, result.output
     assert trained(path, *overrides, resume=True).losses == whole.losses  # the attention is split again before the plan is attached
