@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -55,15 +56,16 @@ def _trace(left: Tensor, right: Tensor) -> Tensor:
 
 
 class DriftBound:
-    """Holds the drift of each layer, ``d = ‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F`` on the context, at or below ε while an adapter trains.
+    """Holds the drift of an adapter on the context at or below ε while it trains.
 
-    Call ``hold_`` after each optimiser step: a layer above ε is taken back towards its start by ε / d. That depends on the weights alone:
-    there is nothing to save, and nothing to restore when a training resumes.
+    It is d, the root mean square over the layers of ``d_l = ‖ΔW C^(1/2)‖_F / ‖W C^(1/2)‖_F``. Call ``hold_`` after each optimiser step:
+    an adapter above ε is taken back towards its start by ε / d, all layers alike (each held to ε by itself, they forget more for what is
+    learned). That depends on the weights alone: there is nothing to save, and nothing to restore when a training resumes.
 
     ``‖B A C^(1/2)‖² = tr(BᵀB · A C Aᵀ)``, and ``A C Aᵀ`` (r, r) costs next to nothing where the adapter's plan knows it:
 
     - ``protect="strict"``: A is frozen, and the plan holds ``A0 C A0ᵀ``.
-    - ``protect="whitened"``: ``μ₀ Ã Ãᵀ`` for the damped C, so that d is a little more than it is.
+    - ``protect="whitened"``: ``μ₀ Ã Ãᵀ`` for the damped C, so that d is a little too large.
     - ``protect="start"`` and plain LoRA: n² r products a layer and step, with the covariances given.
 
     Note:
@@ -77,7 +79,7 @@ class DriftBound:
 
         Args:
             model: A model with a LoRA adapter, ours or PEFT's.
-            max_drift: ε: how much of the root mean square of ``W x`` on the context that of ``ΔW x`` may be.
+            max_drift: ε: how much of the root mean square of ``W x`` on the context that of ``ΔW x`` may be, in the mean over layers.
             covariances: Undamped C of the context, by full layer name; None takes what the adapter's plan knows of it.
             adapter_name: Which adapter.
 
@@ -87,13 +89,32 @@ class DriftBound:
         if not 0 < max_drift < math.inf:
             raise ValueError(f"max_drift is {max_drift}; expected a finite number above 0, such as 0.02.")
         self.max_drift, self.adapter_name = max_drift, adapter_name
-        self.layers = lora_layers(model, adapter_name)
-        self._gauges = _planned(model, adapter_name) if covariances is None else _collected(model, covariances, adapter_name)
+        gauges = _planned(model, adapter_name) if covariances is None else _collected(model, covariances, adapter_name)
+        self._layers = [gauge.layer for gauge in gauges.values()]
+        self._gauges = {name: gauge for name, gauge in gauges.items() if gauge.weight > 0}
 
     @torch.no_grad()
-    def drift(self) -> dict[str, float]:
-        """Return d of each layer, before anything is taken back."""
-        drift: dict[str, float] = {}
+    def hold_(self) -> float:
+        """Take back what is above ε, and return d as it then is."""
+        drift = self.drift()
+        if not drift > self.max_drift:
+            return drift
+        alpha = self.max_drift / drift
+        bends = [gauge.bend() / gauge.weight for gauge in self._gauges.values() if gauge.bend is not None]
+        if bends:
+            alpha = _root(torch.stack([bend.to(bends[0].device) for bend in bends]).sum(0), alpha)
+        for layer in self._layers:
+            shrink_layer_(layer, alpha, self.adapter_name)
+        return self.max_drift
+
+    def drift(self) -> float:
+        """Return d."""
+        return math.sqrt(fmean(drift**2 for drift in self.drifts().values()))
+
+    @torch.no_grad()
+    def drifts(self) -> dict[str, float]:
+        """Return d_l by layer; those whose W gives nothing on the context, so that they have none, are left out."""
+        drifts: dict[str, float] = {}
         for place, names in self._by_place().items():
             squares = [self._gauges[name].square() for name in names]
             total = torch.stack([square.to(squares[0].device) for square in squares])
@@ -101,20 +122,9 @@ class DriftBound:
                 mesh, placements = place
                 parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
                 total = DTensor.from_local(total, mesh, parts).full_tensor()
-            drift |= {name: self._gauges[name].drift(square) for name, square in zip(names, total.tolist(), strict=True)}
-        return drift
-
-    @torch.no_grad()
-    def hold_(self) -> dict[str, float]:
-        """Take back what is above ε, and return d of each layer as it then is."""
-        drift = self.drift()
-        for name, value in drift.items():
-            if value > self.max_drift:
-                alpha = self.max_drift / value
-                gauge = self._gauges[name]
-                shrink_layer_(gauge.layer, alpha if gauge.bend is None else _root(gauge.bend(), alpha), self.adapter_name)
-                drift[name] = self.max_drift
-        return drift
+            weights = [self._gauges[name].weight for name in names]
+            drifts |= {name: math.sqrt(max(square, 0.0) / W) for name, square, W in zip(names, total.tolist(), weights, strict=True)}
+        return drifts
 
     def _by_place(self) -> dict[Any, list[str]]:
         """Return together the layers whose B the same processes share (FSDP2), by mesh and placements; under None those held whole."""
@@ -139,10 +149,6 @@ class _Gauge:
     """Whether ``square`` takes only the rows of B that this process holds."""
     bend: Callable[[], Tensor] | None = None
     """Gives ``‖P‖², ⟨P, Q⟩, ‖Q‖²`` in C's norm where A is taken back with B (``protect="start"``): the change is then ``α P + α² Q``."""
-
-    def drift(self, square: float) -> float:
-        """Return d; a layer that gives nothing on the context may not change what it gives."""
-        return math.sqrt(max(square, 0.0) / max(self.weight, torch.finfo(torch.float32).tiny))
 
 
 def _planned(model: nn.Module, adapter_name: str) -> dict[str, _Gauge]:

@@ -10,10 +10,10 @@ from corda_core.drift import DriftBound
 
 
 class DriftCallback(TrainerCallback):
-    """Holds each adapted layer's drift at or below ``max_drift``: ``callbacks=[DriftCallback(0.02)]``, in TRL's Trainers too.
+    """Holds an adapter's drift at or below ``max_drift``: ``callbacks=[DriftCallback(0.02)]``, in TRL's Trainers too.
 
-    After each optimiser step, however many micro-batches it has, a layer above is taken back (``corda_core.drift.DriftBound``). Logs gain
-    ``drift``, the largest layer's. A training that is resumed needs nothing but its weights.
+    After each optimiser step, however many micro-batches it has, an adapter above is taken back (``corda_core.drift.DriftBound``). Logs
+    gain ``drift``. A training that is resumed needs nothing but its weights.
 
     Note:
         Under DDP and FSDP2 too; not with DeepSpeed, which steps on copies of the weights and would overwrite what is taken back.
@@ -24,7 +24,7 @@ class DriftCallback(TrainerCallback):
         self.max_drift, self.covariances = max_drift, covariances
         self.bound: DriftBound | None = None
         self.last: float | None = None
-        """The drift of the layer that has the largest, after the last step."""
+        """The drift after the last step."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make ready.
@@ -39,7 +39,7 @@ class DriftCallback(TrainerCallback):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take back what is above."""
         assert self.bound is not None, "the Trainer calls on_train_begin first"
-        self.last = max(self.bound.hold_().values())
+        self.last = self.bound.hold_()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any

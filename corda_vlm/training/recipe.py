@@ -98,8 +98,8 @@ class TrainingConfig(Options):
     """Gradients are clipped to this norm."""
 
     max_drift: Positive | None = None
-    """After each step a layer that changes its outputs on the context by more than this part of them is taken back to it, such as 0.02: a
-    rate that is too high then ruins nothing, at no cost. For ``protect: strict`` and ``whitened``; None lets layers drift."""
+    """After each step an adapter that changes its layers' outputs on the context by more than this part of them, such as 0.02, is taken
+    back: a rate that is too high then ruins nothing, at no cost. For ``protect: strict`` and ``whitened``; None lets it drift."""
 
     bf16: bool = False
     """Compute in bfloat16 (autocast), whatever precision the weights have."""

@@ -66,7 +66,7 @@ class RunSummary:
     """What was kept, where the recipe has ``keep``."""
 
     drift: float | None
-    """The largest layer's at the end, where the recipe has ``training.max_drift``."""
+    """That of the outputs on the context in the end, where the recipe has ``training.max_drift``."""
 
     num_broken: int
     """How many samples were skipped, as their images could not be read."""

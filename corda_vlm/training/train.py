@@ -57,7 +57,7 @@ def fine_tune(
         learning_rate: Peak rate.
         seed: Of the order of the items.
         keep: Samples that the model is held to its base on; what was kept is logged (``KeepCallback`` among ``callbacks`` tells it too).
-        max_drift: Hold each layer's drift on the context at or below this, such as 0.02 (``DriftCallback``).
+        max_drift: Hold the drift of the outputs on the context at or below this, such as 0.02 (``DriftCallback``).
         callbacks: The Trainer's.
 
     Raises:

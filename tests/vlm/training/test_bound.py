@@ -44,8 +44,8 @@ def test_fine_tune_holds_what_a_rate_too_high_would_move(tokenizer: Any) -> None
     free, held = prepared(tokenizer), prepared(tokenizer)
     fine_tuned(free, tokenizer)
     losses = fine_tuned(held, tokenizer, max_drift=0.02)
-    assert max(DriftBound(free, 0.02).drift().values()) > 0.2
-    assert max(DriftBound(held, 0.02).drift().values()) == pytest.approx(0.02, rel=1e-4)
+    assert DriftBound(free, 0.02).drift() > 0.1
+    assert DriftBound(held, 0.02).drift() == pytest.approx(0.02, rel=1e-4)
     assert losses[-1][1] < losses[0][1]
 
 
@@ -57,7 +57,8 @@ def test_an_adapter_whose_a_moves_is_held_with_covariances(tokenizer: Any) -> No
     covariances = collect(base, [{key: value for key, value in Collator(tokenizer)(KEPT).items()}], select_linears(base))
     torch.manual_seed(0)
     fine_tuned(model, tokenizer, callbacks=[DriftCallback(0.02, covariances)])
-    assert max(context_drift(model, covariances).values()) == pytest.approx(0.02, rel=1e-2)
+    squares = [drift**2 for drift in context_drift(model, covariances).values()]
+    assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(0.02, rel=1e-2)
 
 
 class Counting(DriftCallback):
@@ -67,7 +68,7 @@ class Counting(DriftCallback):
         super().on_optimizer_step(*args, **kwargs)
         self.steps += 1
         assert self.bound is not None
-        assert max(self.bound.drift().values()) <= 0.02 * (1 + 1e-5)
+        assert self.bound.drift() <= 0.02 * (1 + 1e-5)
 
 
 def trained(model: nn.Module, tokenizer: Any, folder: Path, micro_batch: int, accumulated: int) -> tuple[Counting, Trainer]:
