@@ -215,7 +215,7 @@ def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
     except (KeyError, ValueError):  # of an earlier version, or a plain LoRA
         digests = weight_digests(base, layers)
     try:
-        drift = DriftBound(model, 1.0, adapter_name=adapter_name).drift()
+        drift = DriftBound(model, 1.0, adapter_name=adapter_name).drifts()
     except ValueError:  # the plan does not know
         drift = {}
     step = {
