@@ -65,6 +65,7 @@ EXPECTED = {
     "sequence_str": "a list",
     "dict_type": "values by name",
     "mapping_type": "values by name",
+    "dataclass_exact_type": "option: value lines",
     "greater_than": "more than {gt:g}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",

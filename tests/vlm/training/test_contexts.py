@@ -28,7 +28,7 @@ def test_a_context_is_read_in_each_of_its_forms(context: Any, processor: Any, tm
 @pytest.mark.parametrize(
     ("context", "told"),
     [
-        ("7", "context is 7; expected"),
+        ("7", "context is 7; expected option: value lines or a text or a list or null"),
         ("[]", r"context is \[\]; expected options of samples, self, or at least one file"),
         ("''", "context is ''; expected options of samples, self, or at least one file"),
         ("[general.safetensors, 3]", "context is .*; expected"),
