@@ -85,6 +85,10 @@ def train(
         typer.echo(f"Trained {summary.losses[-1][0]} steps in {summary.seconds:.0f} s: loss {first:.3f} -> {last:.3f}.")
         for step, loss in summary.evaluation[-1:]:
             typer.echo(f"Loss on held-out samples at step {step}: {loss:.3f}.")
+        if summary.kept is not None:
+            typer.echo(f"Kept: {summary.kept}.")
+        if summary.drift is not None:
+            typer.echo(f"The outputs on the context have drifted by {summary.drift:.2%}.")
         if summary.num_broken:
             typer.echo(f"Skipped {summary.num_broken} samples whose images could not be read.")
         typer.echo(f"Adapter: {summary.output} (corda-vlm export --adapter {summary.output} --output my-lora makes an ordinary LoRA of it)")

@@ -90,6 +90,13 @@ class Kept:
     weight: float
     """Of the last step."""
 
+    def __str__(self) -> str:
+        """Return it in words."""
+        samples = f"{self.num_samples} {'held-out ' if self.are_held_out else ''}sample(s)"
+        return f"KL(base ‖ adapted) is {self.kl:.3g} nats on {samples}" + (
+            f", with {self.alpha:.0%} of the change" if self.alpha < 1 else ""
+        )
+
 
 class Keeper:
     """What holds a training to the base: which samples come at which step, and with what weight.

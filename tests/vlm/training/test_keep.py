@@ -187,6 +187,7 @@ def test_a_run_that_is_resumed_keeps_as_it_did(processor: Any, tmp_path: Path) -
     whole = finished(path, f"output={tmp_path / 'whole'}")
     assert whole.kept is not None
     assert whole.kept.kl <= 0.001
+    assert "held-out" in str(whole.kept)
     record = json.loads((whole.output / "training.json").read_text())
     assert record["kept"] == vars(whole.kept)
     expected = load_file(whole.output / "adapter_model.safetensors")
