@@ -32,6 +32,9 @@ WRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How names of PEFT's ways to start begin that change the base's own weights."""
 
 
+NOTHING = "There are no samples to keep with a text token that is predicted from others; give some, or longer ones."
+
+
 class Kind(StrEnum):
     """What holds a model to what it was."""
 
@@ -105,14 +108,17 @@ def keep_loss(model: nn.Module, batch: Mapping[str, Any], *, kind: Kind | str = 
     Note:
         Under ``torch.distributed`` the loss of two towers is that of all processes' pairs; else it is this process's own.
     """
-    return kept_sum(model, batch, Kind(kind)) / num_kept(model, batch, Kind(kind))
+    count = num_kept(model, batch, Kind(kind))
+    if not count:
+        raise ValueError(NOTHING)
+    return kept_sum(model, batch, Kind(kind)) / count
 
 
 def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
-    """Return over how much of a batch the mean of ``keep_loss`` is taken: text tokens that are predicted, or pairs.
+    """Return over how much of a batch the mean of ``keep_loss`` is taken: text tokens that are predicted, or pairs; perhaps none.
 
     Raises:
-        ValueError: If there is nothing.
+        ValueError: If the model neither predicts text nor compares towers.
     """
     base = base_of(model)
     if has_two_towers(base):
@@ -120,14 +126,11 @@ def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
     if "input_ids" not in batch:
         raise ValueError(f"{type(base).__name__} predicts no text and compares no towers, so there is nothing to distil or to replay.")
     replayed = kind is Kind.REPLAY and "labels" in batch
-    count = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum() if replayed else _predicted(base, batch).sum())
-    if not count:
-        raise ValueError("The samples hold no text token that is predicted from others, so there is nothing to keep; give longer samples.")
-    return count
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum() if replayed else _predicted(base, batch).sum())
 
 
 def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> Tensor:
-    """Return ``keep_loss`` times ``num_kept``.
+    """Return ``keep_loss`` times ``num_kept``: 0 where nothing counts, by a pass all the same, in which sharded models take part together.
 
     Raises:
         ValueError: As ``keep_loss``.
@@ -145,8 +148,9 @@ def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> Tensor:
     if kind is Kind.REPLAY:
         labels = batch.get("labels")
         labels = inputs["input_ids"].masked_fill(~_predicted(base, inputs), IGNORED_LABEL) if labels is None else labels
-        loss: Tensor = model(**inputs, labels=labels.to(inputs["input_ids"].device)).loss
-        return loss * count
+        output = model(**inputs, labels=labels.to(inputs["input_ids"].device))
+        loss: Tensor = output.loss * count if count else output.logits.sum() * 0.0
+        return loss
     return _token_divergence(model, inputs)
 
 
@@ -173,7 +177,7 @@ def context_kl(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
             sums += torch.tensor([float(value), count], dtype=torch.float64)
     sum_over_processes_(sums)
     if not sums[1]:
-        raise ValueError("There are no samples to measure the divergence from the base on; give some of what is to be kept.")
+        raise ValueError(NOTHING)
     return float(sums[0] / sums[1])
 
 

@@ -25,7 +25,7 @@ from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count, NotNegative, Options, Positive
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.budget import largest_alpha
-from corda_vlm.training.divergence import Kind, context_kl, kept_sum, num_kept
+from corda_vlm.training.divergence import Kind, context_kl, keep_loss, kept_sum, num_kept
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Keeper:
         if self.options.kind is Kind.DISTILL:
             context_kl(self.model, [batch])
         else:
-            num_kept(self.model, batch, Kind.REPLAY)
+            keep_loss(self.model, batch, kind=Kind.REPLAY)
 
     def loss(self, step: int) -> Tensor | None:
         """Return the weighted loss of an optimiser step, None where it has none.
@@ -191,7 +191,7 @@ class Keeper:
         sums = torch.tensor([0.0, sum(num_kept(self.model, batch, self.options.kind) for batch in batches)], dtype=torch.float64)
         sum_over_processes_(sums)
         for batch in batches:
-            part = kept_sum(self.model, batch, self.options.kind) / float(sums[1])
+            part = kept_sum(self.model, batch, self.options.kind) / max(1.0, float(sums[1]))
             sums[0] += float(part.detach())
             yield self.weight * self.options.every * num_processes() * part
         total = sums[:1].clone()

@@ -146,7 +146,14 @@ def test_a_start_of_pefts_that_writes_the_base_is_told(llama: Any, tokenizer: An
 
 def test_text_without_anything_predicted_is_told(llama: Any, tokenizer: Any) -> None:
     model = adapted(llama, [{"text": "the circle is in this shape"}] * 8, tokenizer)
-    with pytest.raises(ValueError, match="no text token"):
+    with pytest.raises(ValueError, match="no samples to keep with a text token"):
         keep_loss(model, {"input_ids": torch.tensor([[5]])})
     with pytest.raises(ValueError, match="no samples"):
         context_kl(model, [])
+    moved(model)
+    batch = Collator(tokenizer)([{"text": "the circle is in this shape"}])
+    assert context_kl(model, [{"input_ids": torch.tensor([[5]])}, batch]) == context_kl(model, [batch])  # beside others it counts nothing
+    for kind in divergence.Kind:
+        total = divergence.kept_sum(model, {"input_ids": torch.tensor([[5]])}, kind)
+        total.backward()
+        assert total.item() == 0
