@@ -265,15 +265,16 @@ def _covered(names: Sequence[str], contexts: Sequence[_Ready]) -> tuple[str, ...
     """
     covered = tuple(name for name in names if all(context.covers(name) for context in contexts))
     missing = [name for name in names if name not in covered]
-    files = " and ".join(str(path) for context in contexts for path in context.files)
+    paths = [str(path) for context in contexts for path in context.files]
+    files = f"{' and '.join(paths)} {'hold' if len(paths) > 1 else 'holds'}"
     if not covered:
         raise ValueError(
-            f"{files} hold(s) nothing of the {len(names)} layers that are to be adapted, such as {names[0]}; collect anew with the parts "
+            f"{files} nothing of the {len(names)} layers that are to be adapted, such as {names[0]}; collect anew with the parts "
             "and targets that are adapted, or adapt those that are there."
         )
     if missing:
         warnings.warn(
-            f"{len(missing)} of {len(names)} layers get no adapter, such as {missing[0]}: {files} hold(s) nothing of them.",
+            f"{len(missing)} of {len(names)} layers get no adapter, such as {missing[0]}: {files} nothing of them.",
             stacklevel=3,
         )
     return covered

@@ -42,7 +42,8 @@ def collection_recipe(config: Path | None, model: str | None, data: str | None, 
     if not isinstance(values, dict):
         raise ValueError(f"{config} holds a {type(values).__name__}; expected option: value lines.")
     if model is not None:
-        values["model"] = {**(values.get("model") or {}), "path": model}
+        options = values.get("model")
+        values["model"] = {**(options if isinstance(options, dict) else {}), "path": model}
     if data is not None:
         values["context"] = {"source": data}
     values = overridden(values, overrides, source)

@@ -116,6 +116,18 @@ def test_the_base_is_remembered_in_every_form(options: dict[str, str], processor
         load_covariances(path, model=merged, options={})
 
 
+def test_a_plain_lora_leaves_its_base_as_an_ancestor(processor: Any, samples: list[Any], tmp_path: Path) -> None:
+    base = tiny_llava()
+    path = keep(samples, tmp_path / "general.safetensors", processor, model=base)
+    adapted = corda_vlm.attach_lora(base, corda_vlm.select_layers(base), rank=4)
+    change_(adapted)
+    merged = corda_vlm.merge(adapted)
+    with pytest.warns(
+        UserWarning, match=r"14 of its 28 layers have moved since, by at most [\d.]+% \(mean [\d.]+%\) of their weights' norm; the"
+    ):
+        load_covariances(path, model=merged, options={})
+
+
 def test_an_ancestry_of_another_form_is_refused() -> None:
     model = tiny_llava()
     model.config.corda_ancestry = [["layer"]]
