@@ -261,11 +261,11 @@ class _SumOfKl(torch.autograd.Function):
             total += _kl(log_p, log_q).sum()
             if gradient is not None:
                 gradient[some] = (log_q.exp() - log_p.exp()).to(gradient.dtype)
-        ctx.save_for_backward(*([] if gradient is None else [gradient.view_as(after)]))
+        ctx.gradient = None if gradient is None else gradient.view_as(after)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient by ``after``."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+        """Return the gradient by ``after``, once: it is scaled in place, as a copy would be as large as the logits."""
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad_outputs[0].to(gradient.dtype)), None, None
