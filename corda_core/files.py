@@ -119,7 +119,10 @@ def _why_no_file(path: Path) -> str:
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose metadata hold, beside what is given, a digest of it and of the tensors."""
     held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # that of any new file: safetensors keeps its own to the owner, but these are there to be shared
     save_file(held, path, metadata={**metadata, DIGEST: tensors_digest(held, metadata)})
+    path.chmod(mode)
     _order_metadata(path)
 
 

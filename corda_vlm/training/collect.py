@@ -104,6 +104,9 @@ def add_files(paths: Sequence[Path], output: Path, *, half: bool = False) -> str
     _check_name(output)
     if len(paths) < 2:
         raise ValueError(f"--add takes at least two keep files; {len(paths)} given.")
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} was given twice, and would count double; leave it out once.")
     files = {path: read_covariances(path) for path in paths}
     first = files[paths[0]]
     for path, file in files.items():

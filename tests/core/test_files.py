@@ -82,6 +82,12 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "0")[1].items() > about.items()
 
 
+def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    write_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_every_flipped_bit_of_a_file_of_tensors_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "tensors"
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, dtype=torch.bfloat16), "none": torch.zeros(0, 3)}
