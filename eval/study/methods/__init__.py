@@ -1,5 +1,6 @@
 """The methods that a study can compare, one file each."""
 
+from corda_eval.study.methods.bounded import Bounded
 from corda_eval.study.methods.corda import Corda
 from corda_eval.study.methods.dora import Dora
 from corda_eval.study.methods.eva import Eva
@@ -21,6 +22,7 @@ from corda_eval.study.methods.thanora import Thanora
 from corda_eval.study.task import Method
 
 METHODS: dict[str, type[Method]] = {
+    "bounded": Bounded,
     "corda": Corda,
     "dora": Dora,
     "eva": Eva,

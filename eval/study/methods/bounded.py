@@ -1,4 +1,4 @@
-"""An adapter none of whose layers moves further on a context than a bound: ``corda_core.drift.DriftBound``, after each step."""
+"""An adapter whose outputs move no further on a context than a bound: ``corda_core.drift.DriftBound``, after each step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ class Bounded:
     """What trains: ``method`` and its options."""
 
     max_drift: Positive
-    """Of each layer: ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``."""
+    """Root mean square over the layers of ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``."""
 
     context: Sequence[str] = ()
     """Domains that C is taken from; without any it is what the adapter's own plan knows, which plain LoRA lacks."""
 
     def adapt(self, task: Task) -> Adapted:
-        """Return the adapter, and what takes layers back that are above the bound.
+        """Return the adapter, and what takes it back when it is above the bound.
 
         Raises:
             ValueError: If an option is not right, or the setting lacks a domain.
@@ -33,4 +33,4 @@ class Bounded:
         covariances = task.covariances(*self.context) if self.context else None
         adapted: Adapted = options_of(self.adapter, "method", ADAPTERS, "adapter").adapt(task)
         bound = DriftBound(adapted.model, self.max_drift, covariances)
-        return replace(adapted, after_step=bound.hold_, finish=lambda: {"drift": max(bound.hold_().values())})
+        return replace(adapted, after_step=bound.hold_, finish=lambda: {"drift": bound.drift()})

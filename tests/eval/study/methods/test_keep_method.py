@@ -1,7 +1,8 @@
-"""Keeping a context beside an adapter, on a small random Llama."""
+"""Keeping a context beside an adapter, and bounding its drift, on a small random Llama."""
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import tiny_llama, tiny_llava
 from torch import nn
 
 from corda_core import select_linears
+from corda_core.drift import context_drift
 from corda_eval.study.change import kl_from_base, linear_copies
+from corda_eval.study.methods.bounded import Bounded
 from corda_eval.study.methods.keep import Keep, joined, samples_of
 from corda_eval.study.settings.shared import self_written
 from corda_eval.study.task import TARGET, Batch, Score, Task
@@ -159,3 +162,23 @@ def test_the_divergence_from_copies_of_the_base_is_that_from_the_base(tmp_path: 
             logits.insert(0, model(input_ids=ids).logits.double().log_softmax(-1)[:, -4:-1])
     expected = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
     assert kl_from_base(model, originals, [{"input_ids": ids, "labels": labels}]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"adapter": {"method": "corda", "rank": 4, "protect": "strict"}}, {"adapter": LORA, "context": ["first"]}],
+)
+def test_the_drift_is_held_at_the_bound(options: dict[str, Any], tmp_path: Path) -> None:
+    task = text_task(tmp_path)
+    covariances = task.covariances(*options.get("context", task.default_context("kpm")))
+    adapted = Bounded(**options, max_drift=0.03).adapt(task)
+    run = train(adapted, task, 1e-1)
+    assert run.validation_losses[-1][1] < run.validation_losses[0][1]
+    drift = context_drift(adapted.model, covariances)
+    assert fmean(value**2 for value in drift.values()) ** 0.5 == pytest.approx(0.03, rel=0.02)
+    assert run.finish["drift"] == pytest.approx(0.03, rel=1e-3)
+
+
+def test_a_bound_on_plain_lora_needs_a_context(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="covariance"):
+        Bounded(LORA, 0.02).adapt(text_task(tmp_path))
