@@ -4,7 +4,6 @@
 """
 
 import logging
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +30,16 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = 32
 """At most so many samples, and at most a quarter, are held out to measure the divergence on."""
-AIM = 1.15
-"""The divergence is steered to so much of the budget; what is above it in the end is taken off."""
-GAIN = 12.0
-"""By how much the logarithm of the weight may move in a training at the most, for each unit of the logarithm of the divergence."""
-FASTEST = 0.2
-"""By how much at one step."""
-MEMORY = 0.8
-"""How much of the running mean of the divergence stays at each step: that of few samples varies severalfold."""
+AIM = 1.3
+"""The divergence is steered to so much of the budget. What is above in the end is taken off, which costs little; what was held back too
+much cannot be learned any more."""
+WEAKEST, STRONGEST = 0.1, 30.0
+"""Between which the weight follows the divergence. A stronger one is of no use: while the rate is high the noise of the steps itself keeps
+the divergence up, and gradients are clipped."""
+LEAST = 0.93
+"""How much of the change is left at the least, a step, when it is taken back."""
+SETTLED = 0.85
+"""After so much of the training nothing is taken back any more: rates are small, and a mean that noise put too high would cost gain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,8 @@ class Keeper:
             raise ValueError(f"keep.batch_size is {self.batch_size} for {world} processes; expected a multiple of their number.")
         two_towers = has_two_towers(base_of(model))  # where a smaller batch is another loss
         self.micro_batch_size = share if two_towers or micro_batch_size is None else min(share, micro_batch_size)
-        self.gain = min(FASTEST, GAIN * options.every / num_steps)
+        self.num_steps = num_steps
+        self.memory = 1 - 1 / min(7.0, max(2.0, num_steps / (9 * options.every)))
         held = random.Random(f"held out {seed}").sample(range(count), max(world, min(HELD_OUT, count // 4) // world * world))
         self.measured = sorted(held)
         self.trained = sorted(set(range(count)) - set(held)) if options.budget is not None else list(range(count))
@@ -152,7 +154,7 @@ class Keeper:
         self.last: float | None = None
         """The loss of the last batch, over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
-        """Its running mean, which the weight follows, from where it is steered to."""
+        """Its running mean over a ninth of the training, at most seven batches: that of few samples varies severalfold."""
         self._check()
 
     @torch.no_grad()
@@ -183,7 +185,7 @@ class Keeper:
         """
         if step % self.options.every:
             return
-        self._steer()
+        self._steer(step)
         places = self._places(step // self.options.every)[process_rank() :: num_processes()]
         size = self.micro_batch_size
         parts = [places[start : start + size] for start in range(0, len(places), size)]
@@ -197,14 +199,22 @@ class Keeper:
         total = sums[:1].clone()
         sum_over_processes_(total)
         self.last = float(total)
-        self.smoothed = MEMORY * self.smoothed + (1 - MEMORY) * self.last
+        self.smoothed = self.memory * self.smoothed + (1 - self.memory) * self.last
 
-    def _steer(self) -> None:
-        """Let the weight follow the divergence: ``log w += gain · log(KL / aim)``, as PPO's controller of a KL does."""
+    @torch.no_grad()
+    def _steer(self, step: int) -> None:
+        """Let the weight follow the divergence, ``w = w₀ KL / aim``, and take some of the change back while that is above the aim.
+
+        The training so goes on within the budget, instead of being cut down to it in the end. The weight alone cannot do it at high rates.
+        """
         if self.options.budget is None:
             return
         excess = max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
-        self.weight *= math.exp(self.gain * max(-2.0, min(2.0, math.log(excess))))
+        self.weight = self.options.weight * min(STRONGEST, max(WEAKEST, excess))
+        if excess > 1 and step < SETTLED * self.num_steps:
+            alpha = max(LEAST**self.options.every, excess**-0.3)
+            shrink_(self.model, alpha)
+            self.smoothed *= alpha**2  # near the base the divergence is quadratic
 
     def _places(self, number: int) -> list[int]:
         """Return which samples the batch of this number holds: all in an order of their own, then in another, and so on."""

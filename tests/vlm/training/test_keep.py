@@ -106,13 +106,26 @@ def test_what_is_trained_whole_goes_back_too(processor: Any, samples: Any) -> No
         assert torch.equal(model(**batch).logits, tiny_llava()(**batch).logits)
 
 
-def test_the_weight_follows_the_divergence(tokenizer: Any) -> None:
-    keeper = Keeper(prepared(tokenizer), KEPT, Collator(tokenizer), KeepOptions(budget=0.01), batch_size=2, num_steps=100)
-    for smoothed, grows in ((0.1, True), (0.001, False), (0.01 * keeping.AIM, None)):
-        before, keeper.smoothed = keeper.weight, smoothed
-        keeper._steer()
-        assert grows is None or (keeper.weight > before) == grows
-    assert keeper.weight == pytest.approx(before)
+def test_the_weight_follows_the_divergence_and_what_is_too_much_is_taken_back(tokenizer: Any) -> None:
+    options = KeepOptions(budget=0.01, weight=2.0, every=2)
+    keeper = Keeper(prepared(tokenizer), KEPT, Collator(tokenizer), options, batch_size=2, num_steps=100)
+    trained = [tensor for tensor, _ in trained_tensors(keeper.model)]
+    for tensor in trained:
+        nn.init.ones_(tensor)
+    aim = 0.01 * keeping.AIM
+    for smoothed, step, weight, left in (
+        (aim, 0, 2.0, 1.0),
+        (aim / 2, 0, 1.0, 1.0),
+        (aim / 1e6, 0, 0.2, 1.0),
+        (aim * 1.2, 90, 2.4, 1.0),
+        (aim * 1.2, 0, 2.4, 1.2**-0.3),
+        (aim * 1e6, 0, 60.0, keeping.LEAST**2),
+    ):
+        keeper.smoothed, before = smoothed, trained[0].detach().clone()
+        keeper._steer(step)
+        assert keeper.weight == pytest.approx(weight)
+        assert keeper.smoothed == pytest.approx(left**2 * smoothed)
+        torch.testing.assert_close(trained[0], left * before)
 
 
 def test_own_loops_and_parts_give_the_same_gradient(tokenizer: Any) -> None:
