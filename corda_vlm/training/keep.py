@@ -3,7 +3,6 @@
 ``KeepCallback`` does it in any of transformers' Trainers, ``Keeper`` in other loops.
 """
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +24,6 @@ from corda_vlm.options import Count, NotNegative, Options, Positive
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.budget import largest_alpha
 from corda_vlm.training.divergence import Kind, context_kl, keep_loss, kept_sum, num_kept
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT = 32
 """At most so many samples, and at most a quarter, are held out to measure the divergence on."""
@@ -102,8 +99,8 @@ class Kept:
 class Keeper:
     """What holds a training to the base: which samples come at which step, and with what weight.
 
-    In a loop of your own add ``keeper.loss(step)`` to the loss of each optimiser step, counted from 0, and call ``keeper.finish_()`` at
-    the end.
+    In a loop of your own add ``keeper.loss(step)`` to the loss of each optimiser step, counted from 0; with a budget call
+    ``keeper.hold_()`` after each step, and ``keeper.finish_()`` at the end.
     """
 
     def __init__(
@@ -151,6 +148,8 @@ class Keeper:
         self.measured = sorted(held)
         self.trained = sorted(set(range(count)) - set(held)) if options.budget is not None else list(range(count))
         self.weight = options.weight
+        self.step = 0
+        """The last one asked for."""
         self.last: float | None = None
         """The loss of the last batch, over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
@@ -183,9 +182,11 @@ class Keeper:
         Raises:
             ValueError: If a sample cannot be read.
         """
+        self.step = step
         if step % self.options.every:
             return
-        self._steer(step)
+        if self.options.budget is not None:
+            self.weight = self.options.weight * min(STRONGEST, max(WEAKEST, self._excess))
         places = self._places(step // self.options.every)[process_rank() :: num_processes()]
         size = self.micro_batch_size
         parts = [places[start : start + size] for start in range(0, len(places), size)]
@@ -201,48 +202,54 @@ class Keeper:
         self.last = float(total)
         self.smoothed = self.memory * self.smoothed + (1 - self.memory) * self.last
 
-    @torch.no_grad()
-    def _steer(self, step: int) -> None:
-        """Let the weight follow the divergence, ``w = w₀ KL / aim``, and take some of the change back while that is above the aim.
+    def hold_(self) -> None:
+        """Take some of the change back while the divergence is above the budget's aim; to be called after each optimiser step.
 
         The training so goes on within the budget, instead of being cut down to it in the end. The weight alone cannot do it at high rates.
         """
-        if self.options.budget is None:
-            return
-        excess = max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
-        self.weight = self.options.weight * min(STRONGEST, max(WEAKEST, excess))
-        if excess > 1 and step < SETTLED * self.num_steps:
-            alpha = max(LEAST**self.options.every, excess**-0.3)
+        if self._excess > 1 and self.step < SETTLED * self.num_steps and self.step % self.options.every == 0:
+            alpha = max(LEAST**self.options.every, self._excess**-0.3)
             shrink_(self.model, alpha)
             self.smoothed *= alpha**2  # near the base the divergence is quadratic
+
+    @property
+    def _excess(self) -> float:
+        """The divergence as a multiple of what it is steered to; 0 without a budget."""
+        if self.options.budget is None:
+            return 0.0
+        return max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
 
     def _places(self, number: int) -> list[int]:
         """Return which samples the batch of this number holds: all in an order of their own, then in another, and so on."""
         count, first = len(self.trained), number * self.batch_size
         return [self.trained[_order(count, self.seed, place // count)[place % count]] for place in range(first, first + self.batch_size)]
 
-    def finish_(self) -> Kept:
-        """Measure the divergence, and take the change back to where it is within the budget.
+    @torch.no_grad()
+    def finish_(self) -> Kept | None:
+        """Measure the divergence, and take the change back to where it is within the budget; None for a replay, which has none.
 
         Raises:
             ValueError: If a sample cannot be read.
         """
+        if self.options.kind is Kind.REPLAY:
+            return None
         size = self.batch_size if has_two_towers(base_of(self.model)) else self.micro_batch_size
         groups = share_out(len(self.measured), size)  # of each process as many
         batches = [self.collate([self.samples[self.measured[place]] for place in group]) for group in groups]
         trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model)]
 
-        @torch.no_grad()
-        def kl_at(alpha: float) -> float:
+        def leave_(alpha: float) -> None:
             for tensor, value in trained:
                 tensor.copy_(value)
             if alpha < 1:
                 shrink_(self.model, alpha)
+
+        def kl_at(alpha: float) -> float:
+            leave_(alpha)
             return context_kl(self.model, batches)
 
         alpha, kl = (1.0, kl_at(1.0)) if self.options.budget is None else largest_alpha(kl_at, self.options.budget)
-        if self.options.budget is not None:
-            kl = kl_at(alpha)
+        leave_(alpha)
         return Kept(kl, len(self.measured), self.options.budget is not None, alpha, self.weight)
 
 
@@ -300,6 +307,10 @@ class KeepCallback(TrainerCallback, ExportableState):
         for loss in self._keeper.losses(state.global_step):
             loss.backward()
 
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take back what is too much for the budget."""
+        self._keeper.hold_()
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -312,7 +323,6 @@ class KeepCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure what was kept, within the budget."""
         self.kept = self._keeper.finish_()
-        logger.info("%s", self.kept)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,8 @@ from corda_vlm.towers import family_of
 from corda_vlm.training.bound import DriftCallback
 from corda_vlm.training.contrastive import ContrastiveTrainer, check_pairs
 from corda_vlm.training.keep import Keep, KeepCallback
+
+logger = logging.getLogger(__name__)
 
 
 def fine_tune(
@@ -82,10 +85,13 @@ def fine_tune(
             seed=seed,
             data_seed=seed,
         )
-        holding = [*([] if keep is None else [KeepCallback(keep, processor)]), *([] if max_drift is None else [DriftCallback(max_drift)])]
-        trainer = trainer_for(model, items, processor, arguments, callbacks=[*holding, *callbacks])
+        keeping = [] if keep is None else [KeepCallback(keep, processor)]
+        bounding = [] if max_drift is None else [DriftCallback(max_drift)]
+        trainer = trainer_for(model, items, processor, arguments, callbacks=[*keeping, *bounding, *callbacks])
         trainer.train()
     model.eval()
+    for callback in keeping:
+        logger.info("%s", callback.kept)
     return losses_of(trainer)
 
 

@@ -60,9 +60,10 @@ class Keep:
 
         def finish() -> dict[str, float]:
             with task.casting():
-                return numbers_of(asdict(keeper.finish_()))
+                kept = keeper.finish_()
+            return {} if kept is None else numbers_of(asdict(kept))
 
-        return replace(adapted, penalty=penalty, finish=finish)
+        return replace(adapted, penalty=penalty, after_step=keeper.hold_, finish=finish)
 
 
 def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
