@@ -93,38 +93,44 @@ class DriftBound:
         self._layers = [gauge.layer for gauge in gauges.values()]
         self._gauges = {name: gauge for name, gauge in gauges.items() if gauge.weight > 0}
 
-    @torch.no_grad()
     def hold_(self) -> float:
         """Take back what is above ε, and return d as it then is."""
-        drift = self.drift()
+        measured = self._measured()
+        drift = math.sqrt(fmean(square / self._gauges[name].weight for name, (square, *_) in measured.items()))
         if not drift > self.max_drift:
             return drift
         alpha = self.max_drift / drift
-        bends = [gauge.bend() / gauge.weight for gauge in self._gauges.values() if gauge.bend is not None]
-        if bends:
-            alpha = _root(torch.stack([bend.to(bends[0].device) for bend in bends]).sum(0), alpha)
-        for layer in self._layers:
-            shrink_layer_(layer, alpha, self.adapter_name)
+        parts = [[part / self._gauges[name].weight for part in rest] for name, (_, *rest) in measured.items() if rest]
+        if parts:
+            p, pq, q = (sum(values) for values in zip(*parts, strict=True))
+            alpha = _root(p, pq, q, alpha)
+        with torch.no_grad():
+            for layer in self._layers:
+                shrink_layer_(layer, alpha, self.adapter_name)
         return self.max_drift
 
     def drift(self) -> float:
         """Return d."""
         return math.sqrt(fmean(drift**2 for drift in self.drifts().values()))
 
-    @torch.no_grad()
     def drifts(self) -> dict[str, float]:
         """Return d_l by layer; those whose W gives nothing on the context, so that they have none, are left out."""
-        drifts: dict[str, float] = {}
+        return {name: math.sqrt(square / self._gauges[name].weight) for name, (square, *_) in self._measured().items()}
+
+    @torch.no_grad()
+    def _measured(self) -> dict[str, list[float]]:
+        """Return what each gauge measures, summed over processes that each have some rows of B."""
+        measured: dict[str, list[float]] = {}
         for place, names in self._by_place().items():
-            squares = [self._gauges[name].square() for name in names]
-            total = torch.stack([square.to(squares[0].device) for square in squares])
-            if place is not None:  # each process has summed over its rows of B
+            each = [self._gauges[name].measure() for name in names]
+            total = torch.stack([values.to(each[0].device) for values in each])
+            if place is not None:
                 mesh, placements = place
                 parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
                 total = DTensor.from_local(total, mesh, parts).full_tensor()
-            weights = [self._gauges[name].weight for name in names]
-            drifts |= {name: math.sqrt(max(square, 0.0) / W) for name, square, W in zip(names, total.tolist(), weights, strict=True)}
-        return drifts
+            total[:, 0].clamp_(min=0)  # which rounding makes negative
+            measured |= dict(zip(names, total.tolist(), strict=True))
+        return measured
 
     def _by_place(self) -> dict[Any, list[str]]:
         """Return together the layers whose B the same processes share (FSDP2), by mesh and placements; under None those held whole."""
@@ -141,14 +147,13 @@ class _Gauge:
     """What measures the drift of one layer."""
 
     layer: LoraLayer
-    square: Callable[[], Tensor]
-    """Gives ``‖ΔW C^(1/2)‖²``."""
+    measure: Callable[[], Tensor]
+    """Gives ``‖ΔW C^(1/2)‖²``; where A is taken back with B (``protect="start"``), so that α leaves ``α P + α² Q`` of the change, also
+    ``‖P‖², ⟨P, Q⟩, ‖Q‖²`` in C's norm."""
     weight: float
     """``‖W C^(1/2)‖²``."""
     sums_own_rows: bool
-    """Whether ``square`` takes only the rows of B that this process holds."""
-    bend: Callable[[], Tensor] | None = None
-    """Gives ``‖P‖², ⟨P, Q⟩, ‖Q‖²`` in C's norm where A is taken back with B (``protect="start"``): the change is then ``α P + α² Q``."""
+    """Whether ``measure`` takes only the rows of B that this process holds."""
 
 
 def _planned(model: nn.Module, adapter_name: str) -> dict[str, _Gauge]:
@@ -176,16 +181,16 @@ def _planned_gauge(layer: LoraLayer, init: AdapterInit, adapter_name: str) -> _G
     rows, white = init.energy.rows.to(layer.get_base_layer().weight.device), init.whitening
     is_white = adapter_name in getattr(layer, "lora_Q", {})
 
-    def square() -> Tensor:
+    def measure() -> Tensor:
         A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         inner = rows
         if is_white and white is not None:
             A = gathered_whole(A).float()
             inner = white.unit**2 * A @ A.T
         own = (B.to_local() if isinstance(B, DTensor) else B).float() * layer.scaling[adapter_name]
-        return _trace(own.T @ own, inner)
+        return _trace(own.T @ own, inner).reshape(1)
 
-    return _Gauge(layer, square, init.energy.weight, sums_own_rows=True)
+    return _Gauge(layer, measure, init.energy.weight, sums_own_rows=True)
 
 
 def _collected(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str) -> dict[str, _Gauge]:
@@ -207,26 +212,23 @@ def _collected(model: nn.Module, covariances: Mapping[str, Covariance], adapter_
 
 
 def _collected_gauge(C: Symmetric, weight: Tensor, layer: LoraLayer, adapter_name: str) -> _Gauge:
-    columns = weight.float().T.contiguous()
+    columns, moves = weight.float().T.contiguous(), adapter_name in getattr(layer, "lora_A0", {})
 
-    def grams() -> tuple[Tensor, Tensor]:
+    def measure() -> Tensor:
         A, B = change_factors(layer, adapter_name)
-        return B.T @ B, A @ C.times(A.T.contiguous())
-
-    def bend() -> Tensor:
-        outer, inner = grams()
+        outer, inner = B.T @ B, A @ C.times(A.T.contiguous())
+        whole = _trace(outer, inner)
+        if not moves:
+            return whole.reshape(1)
         r = len(inner) // 2  # of [A; δA] and [δB, B0]: Q = δB δA takes the first half of the one and the second of the other
-        whole, both, last = _trace(outer, inner), _trace(outer[:, :r], inner[:, r:]), _trace(outer[:r, :r], inner[r:, r:])
-        return torch.stack([whole - 2 * both + last, both - last, last])
+        both, last = _trace(outer[:, :r], inner[:, r:]), _trace(outer[:r, :r], inner[r:, r:])
+        return torch.stack([whole, whole - 2 * both + last, both - last, last])
 
-    moves = adapter_name in getattr(layer, "lora_A0", {})
-    square = float((C.times(columns) * columns).sum())
-    return _Gauge(layer, lambda: _trace(*grams()), square, sums_own_rows=False, bend=bend if moves else None)
+    return _Gauge(layer, measure, float((C.times(columns) * columns).sum()), sums_own_rows=False)
 
 
-def _root(bend: Tensor, alpha: float) -> float:
-    """Return the x in 0 … 1 for which ``‖x P + x² Q‖ = alpha ‖P + Q‖``."""
-    p, pq, q = bend.tolist()
+def _root(p: float, pq: float, q: float, alpha: float) -> float:
+    """Return the x in 0 … 1 for which ``‖x P + x² Q‖ = alpha ‖P + Q‖``, of ``‖P‖²``, ``⟨P, Q⟩`` and ``‖Q‖²``."""
     goal, low, high = alpha**2 * (p + 2 * pq + q), 0.0, 1.0
     for _ in range(60):
         x = (low + high) / 2
