@@ -239,17 +239,24 @@ def _oriented(layer: Any, name: str) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run without gradients and in evaluation mode; afterwards each module is in the mode it was in."""
+    # Tensors of inference mode do not say when they are overwritten.
+    with in_mode(model, training=False), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Run in training or in evaluation mode; afterwards each module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     for module in modes:
         if type(module).__name__ == "Linear4bit":
             module.training = True  # in evaluation mode bitsandbytes packs weights on CPUs anew: no gradient passes them then
     try:
-        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not say when they are overwritten
-            yield
+        yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def quantize_linears_(model: nn.Module, names: Iterable[str], kind: FourBit | str = FourBit.NF4) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from corda_core.decompose import shortened
-from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared
+from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared, unwrapped
 from corda_core.plan import AdapterInit
 
 
@@ -118,6 +118,18 @@ def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     """Return what trains whole beside this adapter, by full names in the base model."""
     wrappers = ((name, module) for name, module in base_of(model).named_modules() if isinstance(module, ModulesToSaveWrapper))
     return {name: wrapper for name, wrapper in wrappers if adapter_name in wrapper.modules_to_save}
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Return the name of the adapter that is active.
+
+    Raises:
+        ValueError: If none or several are.
+    """
+    names: list[str] = list(getattr(unwrapped(model), "active_adapters", ["default"]))
+    if len(names) != 1:
+        raise ValueError(f"The adapters {names} are active; expected a single one: choose it with model.set_adapter.")
+    return names[0]
 
 
 def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Tensor, Tensor]:

@@ -88,16 +88,12 @@ class Collator:
         self.limits.check(encoded["input_ids"])
         if self.with_labels and not encoded["is_response"].any():
             if self.whole_texts:
-                return encoded | {"is_response": (encoded["input_ids"] != self._image_token).long()}
+                is_text = ~torch.isin(encoded["input_ids"], torch.tensor(self.limits.image_tokens, dtype=torch.long))
+                return encoded | {"is_response": is_text.long()}
             raise ValueError(
                 "A training item has no response to learn; give `question` and `answer`, or `conversations` with an assistant turn."
             )
         return encoded
-
-    @property
-    def _image_token(self) -> int:
-        """The token that stands where an image is; none has the number −1."""
-        return getattr(self.processor, "image_token_id", None) or -1
 
     def _labels(self, input_ids: Tensor, is_response: Tensor) -> dict[str, Any]:
         labels = torch.where(is_response, input_ids, IGNORED_LABEL)

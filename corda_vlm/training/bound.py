@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from corda_core import Covariance
 from corda_core.drift import DriftBound
+from corda_core.lora import active_adapter
 
 
 class DriftCallback(TrainerCallback):
@@ -34,7 +35,7 @@ class DriftCallback(TrainerCallback):
         """
         if args.deepspeed:
             raise ValueError("max_drift takes weights back after each step, but DeepSpeed steps on copies of them; use DDP or FSDP2.")
-        self.bound = DriftBound(kwargs["model"], self.max_drift, self.covariances)
+        self.bound = DriftBound(kwargs["model"], self.max_drift, self.covariances, active_adapter(kwargs["model"]))
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take back what is above."""

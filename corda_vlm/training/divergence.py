@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from corda_core.attach import Residual
 from corda_core.layers import sum_over_processes_
-from corda_core.linears import base_of, evaluating, hold_statistics_, unwrapped
+from corda_core.linears import base_of, evaluating, hold_statistics_, in_mode, unwrapped
 from corda_vlm.context import model_inputs
 from corda_vlm.data.samples import IGNORED_LABEL
 from corda_vlm.towers import has_two_towers, image_tokens
@@ -28,6 +28,10 @@ from corda_vlm.training.contrastive import Features, contrastive_loss, features_
 CHUNK = 1 << 21
 """How many logits are converted to float32 at a time: a vocabulary of 256,000 and long samples else take gigabytes. So many fit
 a processor's cache."""
+OF_THE_BASE = ("base_layer.", "original_module.")
+"""How names of parameters begin that are the base's own, in what stands in the place of its layers."""
+RECOMPUTES = ("gradient_checkpointing", "activation_checkpointing", "grad_checkpointing")
+"""What says of a module that it computes its activations again in the backward pass."""
 WRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How names of PEFT's ways to start begin that change the base's own weights."""
 
@@ -73,6 +77,13 @@ def _check_base_there(model: Any, layers: list[Any]) -> None:
             f"{type(model).__name__} carries no adapter, so there is no base to compare it with; prepare it, or attach a LoRA (of a model "
             "that trains whole the base would be a second copy)."
         )
+    own = {parameter for layer in layers for name, parameter in layer.named_parameters() if not name.startswith(OF_THE_BASE)}
+    other = next((name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in own), None)
+    if other is not None:
+        raise ValueError(
+            f"{other} of the base trains itself, so the base is not what it was and cannot be compared with; freeze it, or let its module "
+            "train whole beside the adapter (train_fully, PEFT's modules_to_save)."
+        )
     if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError("The adapter is merged into the base's weights (merge_adapter), so the base is not there; call unmerge_adapter.")
     for name, config in getattr(model, "peft_config", {}).items():
@@ -95,7 +106,7 @@ def keep_loss(model: nn.Module, batch: Mapping[str, Any], *, kind: Kind | str = 
     "distill": ``KL(p₀ ‖ p)``, a mean over the text tokens that are predicted; nothing at the start. For two towers
     ``½ (KL of each image's softmax(s₀ T₀ᵀ i₀) + KL of each caption's) + ½ s₀ (½ mean ‖i − i₀‖² + ½ mean ‖t − t₀‖²)``, s the scale of
     cosines: similarities as ZSCL (arXiv 2303.06628) has them, and features. "replay": the loss of the batch's ``labels``, or of all its
-    text; for two towers the contrastive loss.
+    text; for two towers the contrastive loss. Both passes are without dropout, but where activations are checkpointed.
 
     Args:
         model: With an adapter; "distill" runs it a second time, with that switched off.
@@ -111,7 +122,7 @@ def keep_loss(model: nn.Module, batch: Mapping[str, Any], *, kind: Kind | str = 
     count = num_kept(model, batch, Kind(kind))
     if not count:
         raise ValueError(NOTHING)
-    return kept_sum(model, batch, Kind(kind)) / count
+    return kept_sum(model, batch, Kind(kind))[0] / count
 
 
 def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
@@ -123,35 +134,54 @@ def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
     base = base_of(model)
     if has_two_towers(base):
         return len(next(value for value in batch.values() if isinstance(value, Tensor)))
-    if "input_ids" not in batch:
+    find_output: Any = getattr(base, "get_output_embeddings", lambda: base)
+    if "input_ids" not in batch or find_output() is None:
         raise ValueError(f"{type(base).__name__} predicts no text and compares no towers, so there is nothing to distil or to replay.")
     replayed = kind is Kind.REPLAY and "labels" in batch
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum() if replayed else _predicted(base, batch).sum())
 
 
-def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> Tensor:
-    """Return ``keep_loss`` times ``num_kept``: 0 where nothing counts, by a pass all the same, in which sharded models take part together.
+def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> tuple[Tensor, float]:
+    """Return ``keep_loss`` times ``num_kept``, and the same of what it measures: the KL alone, of a replay its loss.
+
+    0 where nothing counts, by a pass all the same, in which sharded models take part together.
 
     Raises:
         ValueError: As ``keep_loss``.
     """
     base, count = base_of(model), num_kept(model, batch, kind)
     inputs = model_inputs(base, False, batch)
-    hold_statistics_(model)
-    if has_two_towers(base):
-        after = over_processes(features_of(model, inputs))
-        if kind is Kind.REPLAY:
-            return contrastive_loss(after) * count
-        with base_outputs(model):
-            before = over_processes(features_of(model, inputs))
-        return (similarity_kl(before, after) + _feature_distance(before, after)) * count
-    if kind is Kind.REPLAY:
-        labels = batch.get("labels")
-        labels = inputs["input_ids"].masked_fill(~_predicted(base, inputs), IGNORED_LABEL) if labels is None else labels
-        output = model(**inputs, labels=labels.to(inputs["input_ids"].device))
-        loss: Tensor = output.loss * count if count else output.logits.sum() * 0.0
-        return loss
-    return _token_divergence(model, inputs)
+    with _without_dropout(model):
+        if has_two_towers(base):
+            after = over_processes(features_of(model, inputs))
+            if kind is Kind.REPLAY:
+                loss = contrastive_loss(after) * count
+                return loss, float(loss.detach())
+            with base_outputs(model):
+                before = over_processes(features_of(model, inputs))
+            kl = similarity_kl(before, after) * count
+            return kl + _feature_distance(before, after) * count, float(kl.detach())
+        loss = _replayed(model, inputs, batch.get("labels"), count) if kind is Kind.REPLAY else _token_divergence(model, inputs)
+    return loss, float(loss.detach())
+
+
+def _replayed(model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, count: int) -> Tensor:
+    """Return the sum of the labels' losses, or without labels of all text's."""
+    if labels is None:
+        labels = inputs["input_ids"].masked_fill(~_predicted(base_of(model), inputs), IGNORED_LABEL)
+    output = model(**inputs, labels=labels.to(inputs["input_ids"].device))
+    total: Tensor = output.loss * count if count else output.logits.nan_to_num(0, 0, 0).sum() * 0.0
+    return total
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, as the base is run; where activations are computed again, which is done in training mode only, in that."""
+    bare = unwrapped(model)
+    again = any(getattr(module, name, False) is True for module in bare.modules() for name in RECOMPUTES)
+    with in_mode(bare, training=again):
+        hold_statistics_(bare)
+        yield
 
 
 @torch.no_grad()
@@ -268,4 +298,6 @@ class _SumOfKl(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient by ``after``, once: it is scaled in place, as a copy would be as large as the logits."""
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("The gradient of keep_loss was asked for twice; it is given once: compute the loss again.")
         return gradient.mul_(grad_outputs[0].to(gradient.dtype)), None, None

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from corda_core.layers import num_processes, process_rank, sum_over_processes_
 from corda_core.linears import base_of
-from corda_core.lora import shrink_, trained_tensors
+from corda_core.lora import active_adapter, lora_layers, shrink_, trained_tensors
 from corda_vlm.context import collator_for, is_batch, own_processor, share_out
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator
@@ -47,7 +47,7 @@ class KeepOptions(Options):
     """"distill": the divergence KL(base ‖ adapted) of the predictions on the samples; "replay": the samples' own loss."""
 
     weight: Positive = 1.0
-    """What that loss is multiplied by beside the training's own; with a budget only where it begins."""
+    """What that loss is multiplied by beside the training's own; with a budget where the divergence is what it is steered to."""
 
     batch_size: Count | None = None
     """Samples at a time, over all processes; None takes half of the training's batch, for two towers all of it."""
@@ -57,7 +57,7 @@ class KeepOptions(Options):
 
     budget: NotNegative | None = None
     """What may be forgotten: KL(base ‖ adapted) on held-out samples, in nats a token (two towers: a pair). The weight follows from it,
-    and what is above it in the end is taken off the change."""
+    some of the change is taken back while too much is forgotten, and in the end what is above it."""
 
     def __post_init__(self) -> None:
         """Refuse a budget in a loss that does not measure what it limits."""
@@ -71,7 +71,7 @@ class Keep(KeepOptions):
     """Samples of what a model is to keep, and how it is held to them: ``Keep(samples, budget=0.01)``."""
 
     samples: Any
-    """As ``images_texts`` of ``corda_vlm.prepare``, with a length; ready batches count as one sample each."""
+    """As ``images_texts`` of ``corda_vlm.prepare``; ready batches count as one sample each."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,13 @@ class Keeper:
             options: How; its own batch size comes first.
             batch_size: Samples at a time, over all processes.
             num_steps: Of the training.
-            micro_batch_size: Samples in one forward pass of one process; None takes its whole share.
+            micro_batch_size: Samples in one forward pass of one process; None takes its whole share, as two towers want it, which tell
+                each pair from the others.
             seed: Of the order of the samples.
 
         Raises:
-            ValueError: If there are too few samples, they cannot be read, the batch cannot be shared out, or the base is not there without
-                the adapter.
+            ValueError: If there are too few samples, they cannot be read, the batch cannot be shared out, the base is not there without
+                the adapter, or something trains that a budget cannot take back.
         """
         count, world = len(samples), num_processes()
         least = world if options.budget is None else 2 * world
@@ -140,8 +141,8 @@ class Keeper:
         share, rest = divmod(self.batch_size, world)
         if rest:
             raise ValueError(f"keep.batch_size is {self.batch_size} for {world} processes; expected a multiple of their number.")
-        two_towers = has_two_towers(base_of(model))  # where a smaller batch is another loss
-        self.micro_batch_size = share if two_towers or micro_batch_size is None else min(share, micro_batch_size)
+        self.micro_batch_size = share if micro_batch_size is None else min(share, micro_batch_size)
+        self.adapter_name = active_adapter(model)
         self.num_steps = num_steps
         self.memory = 1 - 1 / min(7.0, max(2.0, num_steps / (9 * options.every)))
         held = random.Random(f"held out {seed}").sample(range(count), max(world, min(HELD_OUT, count // 4) // world * world))
@@ -151,19 +152,27 @@ class Keeper:
         self.step = 0
         """The last one asked for."""
         self.last: float | None = None
-        """The loss of the last batch, over all processes."""
+        """The divergence on the last batch, of a replay its loss; over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
         """Its running mean over a ninth of the training, at most seven batches: that of few samples varies severalfold."""
         self._check()
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Run a sample, so that what cannot be kept is refused before the training."""
-        batch = self.collate([self.samples[self.measured[0]]])
-        if self.options.kind is Kind.DISTILL:
-            context_kl(self.model, [batch])
-        else:
-            keep_loss(self.model, batch, kind=Kind.REPLAY)
+        """Refuse before the training what could not be kept: by a sample, and by what trains."""
+        kind, count = self.options.kind, len(self.samples)
+        if kind is Kind.REPLAY and has_two_towers(base_of(self.model)) and count < self.batch_size:
+            raise ValueError(
+                f"keep has {count} pair(s) for batches of {self.batch_size}, in which each is told from the others; give more."
+            )
+        batches = (self.collate([self.samples[place]]) for place in self.measured)
+        batch = next((batch for batch in batches if num_kept(self.model, batch, kind)), self.collate([self.samples[0]]))
+        keep_loss(self.model, batch, kind=kind)
+        known = {tensor for tensor, _ in trained_tensors(self.model, self.adapter_name)}
+        known |= {layer.lora_A[self.adapter_name].weight for layer in lora_layers(self.model, self.adapter_name).values()}
+        for name, parameter in self.model.named_parameters():
+            if self.options.budget is not None and parameter.requires_grad and parameter not in known:
+                raise ValueError(f"{name} trains, which a budget cannot take back to where it began; leave it, or the budget, out.")
 
     def loss(self, step: int) -> Tensor | None:
         """Return the weighted loss of an optimiser step, None where it has none.
@@ -194,9 +203,9 @@ class Keeper:
         sums = torch.tensor([0.0, sum(num_kept(self.model, batch, self.options.kind) for batch in batches)], dtype=torch.float64)
         sum_over_processes_(sums)
         for batch in batches:
-            part = kept_sum(self.model, batch, self.options.kind) / max(1.0, float(sums[1]))
-            sums[0] += float(part.detach())
-            yield self.weight * self.options.every * num_processes() * part
+            total_loss, measured = kept_sum(self.model, batch, self.options.kind)
+            sums[0] += measured / max(1.0, float(sums[1]))
+            yield self.weight * self.options.every * num_processes() / max(1.0, float(sums[1])) * total_loss
         total = sums[:1].clone()
         sum_over_processes_(total)
         self.last = float(total)
@@ -209,7 +218,7 @@ class Keeper:
         """
         if self._excess > 1 and self.step < SETTLED * self.num_steps and self.step % self.options.every == 0:
             alpha = max(LEAST**self.options.every, self._excess**-0.3)
-            shrink_(self.model, alpha)
+            shrink_(self.model, alpha, self.adapter_name)
             self.smoothed *= alpha**2  # near the base the divergence is quadratic
 
     @property
@@ -220,9 +229,12 @@ class Keeper:
         return max(self.smoothed, 1e-12) / max(AIM * self.options.budget, 1e-12)
 
     def _places(self, number: int) -> list[int]:
-        """Return which samples the batch of this number holds: all in an order of their own, then in another, and so on."""
-        count, first = len(self.trained), number * self.batch_size
-        return [self.trained[_order(count, self.seed, place // count)[place % count]] for place in range(first, first + self.batch_size)]
+        """Return which samples the batch of this number holds: all in one order, then in another; none twice where they are enough."""
+        count, size = len(self.trained), self.batch_size
+        if count < size:
+            return [self.trained[place % count] for place in range(size)]
+        round_, place = divmod(number, count // size)  # what is left over of a round, less than a batch, comes in others
+        return [self.trained[place] for place in _order(count, self.seed, round_)[place * size : (place + 1) * size]]
 
     @torch.no_grad()
     def finish_(self) -> Kept | None:
@@ -233,16 +245,15 @@ class Keeper:
         """
         if self.options.kind is Kind.REPLAY:
             return None
-        size = self.batch_size if has_two_towers(base_of(self.model)) else self.micro_batch_size
-        groups = share_out(len(self.measured), size)  # of each process as many
+        groups = share_out(len(self.measured), self.micro_batch_size)  # of each process as many
         batches = [self.collate([self.samples[self.measured[place]] for place in group]) for group in groups]
-        trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model)]
+        trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model, self.adapter_name)]
 
         def leave_(alpha: float) -> None:
             for tensor, value in trained:
                 tensor.copy_(value)
             if alpha < 1:
-                shrink_(self.model, alpha)
+                shrink_(self.model, alpha, self.adapter_name)
 
         def kl_at(alpha: float) -> float:
             leave_(alpha)
@@ -293,9 +304,9 @@ class KeepCallback(TrainerCallback, ExportableState):
             samples,
             collate,
             self.keep,
-            batch_size=world if are_batches else world * (share if has_two_towers(base) else max(1, share // 2)),
+            batch_size=world if are_batches else world * (share if has_two_towers(base) else -(-share // 2)),
             num_steps=max(1, state.max_steps),
-            micro_batch_size=1 if are_batches else args.train_batch_size,
+            micro_batch_size=1 if are_batches else None if has_two_towers(base) else args.train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         recorded = state.stateful_callbacks.get(type(self).__name__)
@@ -341,10 +352,10 @@ def reading(base: nn.Module, keep: Keep, processor: Any) -> tuple[Sequence[Any],
     Raises:
         ValueError: If they are no samples, or no processor is known.
     """
-    if hasattr(keep.samples, "__len__") and len(keep.samples) and is_batch(keep.samples[0]):
-        return keep.samples, lambda batches: dict(batches[0]), True
-    samples = Numbered(keep.samples if hasattr(keep.samples, "__getitem__") else list(keep.samples), "keep")
+    samples = keep.samples if hasattr(keep.samples, "__getitem__") else list(keep.samples)
+    if len(samples) and is_batch(samples[0]):
+        return samples, lambda batches: dict(batches[0]), True
     collate = collator_for(base, processor or own_processor(base))
     if keep.kind is Kind.REPLAY and isinstance(collate, Collator):
         collate = replace(collate, with_labels=True, whole_texts=True)
-    return samples, collate, False
+    return Numbered(samples, "keep"), collate, False

@@ -66,7 +66,7 @@ class RunSummary:
     """What was kept, where the recipe has ``keep``."""
 
     drift: float | None
-    """That of the outputs on the context in the end, where the recipe has ``training.max_drift``."""
+    """That of the outputs on the context after the last step, where the recipe has ``training.max_drift``."""
 
     num_broken: int
     """How many samples were skipped, as their images could not be read."""
@@ -178,8 +178,9 @@ def _train_(trainer: Trainer, output: Path, resume: bool, keep: KeepCallback | N
     if checkpoint is not None and has_ended(checkpoint):
         restore_(trainer, checkpoint)
         if keep is not None:
-            keep.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-            keep.on_train_end(trainer.args, trainer.state, trainer.control)
+            with trainer.compute_loss_context_manager():  # in the precision that it was trained in
+                keep.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+                keep.on_train_end(trainer.args, trainer.state, trainer.control)
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import llama_config, tiny_llama, tiny_llava
+from families import build
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from recipes import write_recipe
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import corda_vlm
 from corda_core.lora import trained_tensors
-from corda_vlm import Keep, KeepCallback, context_kl
+from corda_vlm import Keep, KeepCallback, context_kl, keep_loss
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import keep as keeping
 from corda_vlm.training.divergence import base_outputs
@@ -155,6 +157,49 @@ def test_a_replay_needs_no_base(tokenizer: Any) -> None:
     assert callback.kept is None
     assert callback.keeper is not None
     assert callback.keeper.last is not None
+
+
+def test_dropout_is_no_divergence(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=22, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3)
+    model = corda_vlm.prepare(GPT2LMHeadModel(config), KEPT, processor=tokenizer, rank=4, batch_size=1).train()
+    batch = Collator(tokenizer)(KEPT[:1])
+    assert keep_loss(model, batch).item() == 0
+    assert all(module.training for module in model.modules())
+
+
+def test_an_adapter_of_any_name_is_kept(tokenizer: Any) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny_llama(), config, adapter_name="mine")
+    callback = tuned(model, tokenizer, Keep(KEPT, budget=0.0), steps=3)
+    assert callback is not None
+    batch = Collator(tokenizer)(KEPT)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, tiny_llama()(**batch).logits)
+
+
+def test_what_trains_beside_adapters_is_told(tokenizer: Any) -> None:
+    model = prepared(tokenizer)
+    norm = model.get_parameter("base_model.model.model.norm.weight").requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight of the base trains itself"):
+        tuned(model, tokenizer, Keep(KEPT))
+    norm.requires_grad_(False)
+    dora = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="lora_magnitude_vector.* trains, which a budget cannot take back"):
+        tuned(dora, tokenizer, Keep(KEPT, budget=0.1))
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_two_towers_are_steered_by_what_their_budget_limits(family: str) -> None:
+    base, batch = build(family)
+    model = corda_vlm.prepare(base, [batch], rank=2, num_samples=1)
+    for tensor, _ in trained_tensors(model):
+        nn.init.normal_(tensor, std=1.0)
+    keeper = Keeper(model, [batch] * 2, lambda batches: dict(batches[0]), KeepOptions(budget=0.1), batch_size=1, num_steps=4)
+    loss = keeper.loss(0)
+    assert loss is not None
+    assert keeper.last == pytest.approx(context_kl(model, [batch]), rel=1e-4)
+    assert loss.item() > 1.01 * keeper.weight * context_kl(model, [batch])  # which the distance of features is added to
 
 
 def test_every_sample_comes_once_in_a_round_and_held_out_ones_never(tokenizer: Any) -> None:
