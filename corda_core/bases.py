@@ -1,6 +1,7 @@
 """What an adapter relies on in its base beside the layers that it adapts: that it is all there, untouched, and still the same."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,8 @@ class Moved:
         return Moved(self.change + other.change, None if self.drift is None or other.drift is None else self.drift + other.drift)
 
 
-Step = dict[str, tuple[str, Moved]]
-"""What one merge changed: of each layer the digest of the weight that it had, and how far it moved."""
+Step = dict[str, tuple[str, str, Moved]]
+"""What one merge changed: of each layer the digests of its weight before and after, and how far it moved."""
 
 
 def check_untouched(base: nn.Module) -> None:
@@ -194,7 +195,10 @@ def ancestry_of(model: nn.Module) -> list[Step]:
     recorded = getattr(_holder(model), ANCESTRY, [])
     try:
         return [
-            {name: (str(digest), Moved(float(change), drift and float(drift))) for name, (digest, change, drift) in step.items()}
+            {
+                name: (str(before), str(after), Moved(float(change), drift and float(drift)))
+                for name, (before, after, change, drift) in step.items()
+            }
             for step in recorded
         ]
     except (AttributeError, TypeError, ValueError) as error:
@@ -207,14 +211,15 @@ def set_ancestry_(model: nn.Module, recorded: Sequence[Mapping[str, Any]]) -> No
 
 
 def ancestry_as_json(steps: Sequence[Step]) -> list[dict[str, list[Any]]]:
-    """Return merges as JSON values, of each layer ``[digest, change, drift]``."""
-    return [{name: [digest, moved.change, moved.drift] for name, (digest, moved) in step.items()} for step in steps]
+    """Return merges as JSON values, of each layer ``[digest before, digest after, change, drift]``."""
+    return [{name: [before, after, moved.change, moved.drift] for name, (before, after, moved) in step.items()} for step in steps]
 
 
 def moved_since(model: nn.Module, digest: str, weights: Mapping[str, str]) -> dict[str, Moved] | None:
     """Return how far layers have moved at most since their weights had this digest; None if the model and its ancestors never had it.
 
-    What several merges did is added up. Empty if the model has these very weights.
+    What several merges did is added up; infinite where a layer was changed between or after them, which nothing has recorded. Empty if the
+    model has these very weights.
 
     Args:
         model: The model.
@@ -226,8 +231,9 @@ def moved_since(model: nn.Module, digest: str, weights: Mapping[str, str]) -> di
         return moved
     for step in reversed(ancestry_of(model)):
         for name in digests.keys() & step.keys():
-            digests[name], last = step[name]
-            moved[name] = moved.get(name, Moved()).plus(last)
+            before, after, last = step[name]
+            moved[name] = moved.get(name, Moved()).plus(last if digests[name] == after else Moved(math.inf, None))
+            digests[name] = before
         if digest_of(digests) == digest:
             return moved
     return None

@@ -142,7 +142,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"{merged[0]} has its change in its weight already (merge_adapter); call unmerge_adapter first.")
-    starts, step = _starts(model, adapter_name), _step(model, alpha, adapter_name)
+    starts, moves = _starts(model, adapter_name), _moves(model, alpha, adapter_name)
     for name, (A, B) in changes.items():
         weight = weight_matrix(base, name).float() + B @ A
         if name in starts:  # "subtract": the base lacks what the change starts from
@@ -159,6 +159,8 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     plain: nn.Module = model.unload()
     _dequantize_rest_(plain)
     _untie_configs(plain)
+    after = weight_digests(plain, moves)
+    step: Step = {name: (before, after[name], moved) for name, (before, moved) in moves.items()}
     set_ancestry_(plain, ancestry_as_json([*ancestry_of(plain), step]))
     return plain
 
@@ -207,8 +209,8 @@ def _changes(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tup
     return changes
 
 
-def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
-    """Return what merging is about to change."""
+def _moves(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tuple[str, Moved]]:
+    """Return of each layer that merging is about to change the digest of its weight, and how far it will move."""
     layers, base = lora_layers(model, adapter_name), base_of(model)
     try:  # the base's own weights, whatever ``attach`` has made of them since
         digests = attachment_of(model, adapter_name).plan.provenance["weights"]
@@ -218,7 +220,7 @@ def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
         drift = DriftBound(model, 1.0, adapter_name=adapter_name).drifts()
     except ValueError:  # the plan does not know
         drift = {}
-    step = {
+    moves = {
         name: (digests[name], Moved(alpha * change, alpha * drift[name] if name in drift else None))
         for name, change in weight_change(model, adapter_name).items()
     }
@@ -228,8 +230,8 @@ def _step(model: nn.Module, alpha: float, adapter_name: str) -> Step:
             if isinstance(module, LINEAR_TYPES):
                 name, W = f"{prefix}.{key}".rstrip("."), weight_matrix(before, key).float()
                 change = alpha * float((weight_matrix(trained, key).float() - W).norm() / W.norm())
-                step[name] = (weight_digest({name: weight_matrix(before, key)}), Moved(change, None))
-    return step
+                moves[name] = (weight_digest({name: weight_matrix(before, key)}), Moved(change, None))
+    return moves
 
 
 def _starts(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

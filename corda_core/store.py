@@ -13,6 +13,7 @@ used with.
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -227,6 +228,12 @@ def _check_base(path: Path, collected: Collected, model: nn.Module, weights: Map
             f"{path} was made with other base weights: {collected.base_digest[:12]}…, but here is {digest_of(weights)[:12]}… "
             f"({next(model.parameters()).dtype}), nor was this model merged from such; use the base that it was made from, in the same "
             "dtype, or collect again."
+        )
+    unknown = next((name for name, move in moved.items() if math.isinf(move.change)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{path} was made from an ancestor of this model, but {unknown} was changed since the merge by something that is not recorded, "
+            "such as training it whole or another dtype; collect anew, or use the model as it was merged."
         )
     if moved:
         count = len(collected.places)

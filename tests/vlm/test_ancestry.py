@@ -100,7 +100,7 @@ def test_what_trains_whole_has_moved_too(processor: Any, samples: list[Any], tmp
                 parameter *= 1.5
     merged = corda_vlm.merge(adapted, alpha=0.5)
     (step,) = ancestry_of(merged)
-    assert step["model.multi_modal_projector.linear_1"][1].change == pytest.approx(0.25, rel=1e-3)
+    assert step["model.multi_modal_projector.linear_1"][2].change == pytest.approx(0.25, rel=1e-3)
     with pytest.warns(UserWarning, match=r"16 of its 28 layers have moved since, by at most 25\."):
         load_covariances(path, model=merged, options={})
 
@@ -126,6 +126,27 @@ def test_a_plain_lora_leaves_its_base_as_an_ancestor(processor: Any, samples: li
         UserWarning, match=r"14 of its 28 layers have moved since, by at most [\d.]+% \(mean [\d.]+%\) of their weights' norm; the"
     ):
         load_covariances(path, model=merged, options={})
+
+
+def test_weights_that_no_merge_left_are_refused(processor: Any, tmp_path: Path) -> None:
+    """Random ones, those trained whole since, and those trained whole between two merges, under the config of a merged model."""
+    path = keep(TEXTS, tmp_path / "general.safetensors", processor, model=tiny_llava())
+
+    def merged(base: nn.Module) -> Any:
+        adapted = corda_vlm.prepare(base, TEXTS, processor=processor, rank=4)
+        change_(adapted)
+        return corda_vlm.merge(adapted)
+
+    def moved_(model: Any) -> Any:
+        model.get_parameter("model.language_model.layers.0.mlp.up_proj.weight").data *= 1.01
+        return model
+
+    with pytest.warns(UserWarning, match="made from an ancestor of this model: 14 of its 14"):
+        load_covariances(path, model=merged(tiny_llava()), options={})
+    torch.manual_seed(1)
+    for other in (type(tiny_llava())(merged(tiny_llava()).config), moved_(merged(tiny_llava())), merged(moved_(merged(tiny_llava())))):
+        with pytest.raises(ValueError, match=r"but \S+ was changed since the merge by something that is not recorded.*; collect anew"):
+            load_covariances(path, model=other, options={})
 
 
 def test_an_ancestry_of_another_form_is_refused() -> None:
