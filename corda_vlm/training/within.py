@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from corda_core.linears import base_of
@@ -31,14 +33,21 @@ def alpha_within(
     Args:
         model: With a trained adapter, and perhaps modules trained whole.
         samples: As ``images_texts`` of ``prepare``, with a length: what is to be kept, and was not trained on.
-        max_kl: Nats a token (two towers: nats a pair, among 64); 0 gives alpha 0. It is used to a hundredth where the KL grows with alpha.
+        max_kl: Nats a token (two towers: nats a pair, among 64); 0 gives alpha 0. It is used to a twentieth where the KL grows with alpha.
         processor: As in ``prepare``.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; it must be the only active one.
 
     Raises:
-        ValueError: If there are no samples, the budget is no number of at least 0, or the base is not there without its adapter.
+        ValueError: If there are no samples, the budget is no number of at least 0, the base is not there without its adapter, or other
+            adapters are active than this one.
     """
     check_budget(max_kl, "max_kl")
+    active = _active_adapters(model)
+    if active != [adapter_name]:
+        raise ValueError(
+            f"The active adapters are {active}, but {adapter_name!r} is to be measured, alone; call model.set_adapter({adapter_name!r}) "
+            "first, outside of disable_adapter."
+        )
     base = base_of(model)
     samples, collate, are_batches = reading(base, Keep(samples), processor)
     if not len(samples):
@@ -57,6 +66,12 @@ def alpha_within(
             )
 
     return largest_alpha(kl_at, max_kl)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    """Return the adapters that take part in a forward pass."""
+    carriers = (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    return sorted({name for module in carriers if not module.disable_adapters for name in module.active_adapters})
 
 
 @contextmanager
