@@ -117,7 +117,7 @@ def collect(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe, whose context is collected on its base.")] = None,
     model: Annotated[str | None, typer.Option(help="The base, as model.path.")] = None,
-    data: Annotated[str | None, typer.Option(help="What is to be kept, as context.source: samples.")] = None,
+    data: Annotated[str | None, typer.Option(help="What is to be kept, as context: a source of samples, self, keep files.")] = None,
     add: Annotated[bool, typer.Option("--add", help="Add keep files up, as if their samples had been collected at once.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Write 16 bits a value instead of 32, which changes next to nothing.")] = False,
 ) -> None:

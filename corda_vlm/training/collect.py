@@ -9,14 +9,14 @@ from corda_core import save_covariances
 from corda_core.covariance import together
 from corda_core.layers import process_rank
 from corda_core.store import Collected, read_covariances, write_covariances
-from corda_vlm.context import KEEP_FILE, Sources
+from corda_vlm.context import KEEP_FILE, Sources, is_keep_file
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.outputs import processes
 from corda_vlm.prepare import collect_context, collection_options
 from corda_vlm.towers import select_layers
 from corda_vlm.training.contexts import entries, items_of, read_context, reads_data
 from corda_vlm.training.models import load_base, network_only_if
-from corda_vlm.training.recipe import Recipe
+from corda_vlm.training.recipe import SELF, Recipe
 from corda_vlm.yaml import from_mapping, overridden, read_yaml
 
 NO_DATA = "none"
@@ -29,7 +29,7 @@ def collection_recipe(config: Path | None, model: str | None, data: str | None, 
     Args:
         config: The file.
         model: ``model.path``, instead of the file's.
-        data: ``context.source``, instead of all of the file's context.
+        data: Instead of the file's context: a source of samples, or what else ``context`` takes, lists and options in brackets.
         overrides: ``key.key=value``.
         output: The keep file.
 
@@ -45,7 +45,9 @@ def collection_recipe(config: Path | None, model: str | None, data: str | None, 
         options = values.get("model")
         values["model"] = {**(options if isinstance(options, dict) else {}), "path": model}
     if data is not None:
-        values["context"] = {"source": data}
+        values["context"] = data if data == SELF or is_keep_file(data) else {"source": data}
+        if data.startswith(("[", "{")):
+            overrides = [f"context={data}", *overrides]
     values = overridden(values, overrides, source)
     if not values.get("model") or not (values.get("context") or values.get("data")):
         raise ValueError("There is no base, or nothing to collect; give --model and --data, or a recipe as --config.")
@@ -55,7 +57,7 @@ def collection_recipe(config: Path | None, model: str | None, data: str | None, 
 def collect_file(recipe: Recipe, path: Path, *, half: bool = False) -> str:
     """Write the covariances of a recipe's context as a keep file, and return a sentence that says what it holds.
 
-    Under ``accelerate launch`` the samples are shared out.
+    Under ``accelerate launch`` the samples are shared out. What the base made itself is written beside it, ``<name>.jsonl``.
 
     Args:
         recipe: Which base, context, layers and tokens; its other options do not matter.
@@ -75,7 +77,7 @@ def collect_file(recipe: Recipe, path: Path, *, half: bool = False) -> str:
             model.to(device)
         has_data = reads_data(recipe) and recipe.data.source != NO_DATA
         data = items_of(recipe.data, recipe, model, processor) if has_data else None
-        sources = read_context(recipe, model, processor, data, Path(recipe.output))
+        sources = read_context(recipe, model, processor, data, path.parent, file=path.with_name(f"{path.name}.jsonl"))
         covariances = collect_context(model, sources, corda, processor)
     selected = select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude)
     if process_rank() == 0:

@@ -53,7 +53,9 @@ def reads_data(recipe: Recipe) -> bool:
     return recipe.context is None or (not isinstance(recipe.context, DataConfig) and SELF in entries(recipe.context))
 
 
-def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path) -> Sources:
+def read_context(
+    recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path, *, file: Path | None = None
+) -> Sources:
     """Return what the recipe's context holds: ``files`` need no sample, and ``samples`` (None with files only) may be kept by a loss too.
 
     Args:
@@ -62,6 +64,7 @@ def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items |
         processor: The model's.
         data: The samples that are trained on: what a recipe without a context takes; None where it does not matter (``reads_data``).
         output: The run's folder, where a context that the base made is kept.
+        file: Where to write it anew instead; None writes it into ``output``, or reads it there where the run has begun.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,7 +75,7 @@ def read_context(recipe: Recipe, model: nn.Module, processor: Any, data: Items |
         return Sources((), data if context is None else items_of(context, recipe, model, processor))
     named = entries(context)
     parts = [
-        self_written(recipe, model, processor, data, output) if name == SELF else items_of(DataConfig(name), recipe, model, processor)
+        self_written(recipe, model, processor, data, output, file) if name == SELF else items_of(DataConfig(name), recipe, model, processor)
         for name in named
         if not is_keep_file(name)
     ]
@@ -95,18 +98,29 @@ def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any)
     return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
 
 
-def self_written(recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path) -> SelfWritten:
+def self_written(
+    recipe: Recipe, model: nn.Module, processor: Any, data: Items | None, output: Path, file: Path | None = None
+) -> SelfWritten:
     """Return what the base makes itself, as many samples as are drawn of a context; from the output where that run has begun.
+
+    Arguments are those of ``read_context``.
 
     Raises:
         FileNotFoundError: If the run has begun, and what it began with is gone.
-        ValueError: If what it began with is damaged, or the base cannot make samples.
+        ValueError: If what it began with is damaged or not what the recipe asks for, or the base cannot make samples.
     """
-    path = output / SELF_WRITTEN
-    if from_first_process((output / ATTACHMENT).exists()):
-        return read_self_context(path, () if data is None else data)
-    corda = recipe.corda
-    written = self_context(model, processor, data, count=corda.num_samples * corda.num_candidates, seed=corda.seed)
+    path = file or output / SELF_WRITTEN
+    count, seed = recipe.corda.num_samples * recipe.corda.num_candidates, recipe.corda.seed
+    if file is None and from_first_process((output / ATTACHMENT).exists()):
+        written = read_self_context(path, () if data is None else data)
+        held = written.options["count"], written.options["seed"]
+        if held != (count, seed):
+            raise ValueError(
+                f"{path} was made with count {held[0]} and seed {held[1]}, but the recipe asks for {count} and {seed}; put it back as it "
+                "was, or name another output to begin anew."
+            )
+        return written
+    written = self_context(model, processor, data, count=count, seed=seed)
     if process_rank() == 0:
         written.save(path)
     logger.info("The base made %d samples of context: %s", len(written), path)

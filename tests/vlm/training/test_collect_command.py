@@ -56,6 +56,13 @@ def test_files_in_a_recipe_stand_for_their_samples(recipe: Path, tmp_path: Path)
     for name, covariance in total.covariances().items():
         torch.testing.assert_close(covariance.matrix, whole.covariances()[name].matrix, rtol=1e-5, atol=1e-6)
         assert covariance.num_tokens == whole.covariances()[name].num_tokens
+    said = collect(
+        *options, "--data", f"[{tmp_path}/pictures.safetensors, {tmp_path}/texts.json]", "--output", tmp_path / "mixed.safetensors"
+    )
+    assert "Covariances of 26 layers over" in said
+    collect(*options, "--data", tmp_path / "mixed.safetensors", "--output", tmp_path / "copy.safetensors")
+    for name, covariance in read_covariances(tmp_path / "copy.safetensors").covariances().items():
+        torch.testing.assert_close(covariance.matrix, whole.covariances()[name].matrix, rtol=1e-5, atol=1e-6)
     for context in (["whole"], ["sum"], ["pictures", "texts"], ["texts", "pictures.json"]):
         names = [str(tmp_path / (name if "." in name else f"{name}.safetensors")) for name in context]
         written = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
@@ -91,6 +98,8 @@ def test_what_cannot_be_collected_or_added_is_said(recipe: Path, tmp_path: Path)
     assert "There is no base, or nothing to collect" in refused("--model", tmp_path / "base", "--output", texts)
     assert "nowhere.json" in refused("--model", tmp_path / "base", "--data", "nowhere.json", "--output", texts)
     assert "unknown option 'sauce'" in refused(*options, texts, "corda.sauce=1")
+    assert "reads pictures, but none of the 0 items has one" in refused("--model", tmp_path / "base", "--data", "self", "--output", texts)
+    assert "context: unknown option 'sauce'" in refused("--model", tmp_path / "base", "--data", "{sauce: 1}", "--output", texts)
     assert "--add takes at least two keep files; 1 given" in refused("--add", path, "--output", texts)
     assert "was given twice" in refused("--add", path, path, "--output", texts)
     assert "none.safetensors does not exist" in refused("--add", path, tmp_path / "none.safetensors", "--output", texts)
@@ -108,5 +117,5 @@ def test_what_cannot_be_collected_or_added_is_said(recipe: Path, tmp_path: Path)
     write_covariances(held.covariances(), texts, weights={**held.weights, name: "0" * 64}, **header)  # type: ignore[arg-type]
     said = refused("--add", path, texts, "--output", tmp_path / "sum.safetensors")
     assert f"{texts} is of another base than {path}: {name} has other weights" in said
-    collect("--add", texts, texts, "--output", tmp_path / "half.safetensors", "--half")
+    collect(*options, tmp_path / "half.safetensors", "corda.parts=[language]", "--half")
     assert (tmp_path / "half.safetensors").stat().st_size < 0.75 * texts.stat().st_size  # of which a third is the header

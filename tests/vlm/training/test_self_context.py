@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from recipes import write_recipe
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from corda_core.store import read_covariances
 from corda_vlm.cli import app
 from corda_vlm.selfwritten import read_self_context, self_context
 from corda_vlm.training import contexts
@@ -51,6 +53,28 @@ def test_what_a_start_that_failed_has_written_is_not_taken(processor: Any, tmp_p
     plan = prepare_recipe(read_recipe(path))
     assert len(read_self_context(tmp_path / "output" / "context.jsonl", [{}] * 24)) == 16
     assert plan.layers
+
+
+def test_a_collection_writes_anew_beside_its_file(processor: Any, tmp_path: Path) -> None:
+    """Whatever run or keep file lies where it is written: with the count and the seed that were asked for."""
+    path = recipe_of(tmp_path, processor)
+    prepare_recipe(read_recipe(path))
+    of_the_run = (tmp_path / "output" / "context.jsonl").read_bytes()
+    place = tmp_path / "output" / "general.safetensors"
+    asked = (["corda.num_samples=6", "corda.seed=7"], ["corda.num_samples=4", "corda.seed=0"])
+    for options, file in zip(asked, (place, place.with_name("second.safetensors")), strict=True):
+        done = CliRunner().invoke(app, ["collect", "--config", str(path), "--output", str(file), *options])
+        assert done.exit_code == 0, done.output
+    written = [read_self_context(place.with_name(f"{name}.safetensors.jsonl"), [{}] * 24) for name in ("general", "second")]
+    assert [(len(one), one.options["seed"]) for one in written] == [(6, 7), (4, 0)]
+    about = read_covariances(place).about
+    assert (about["context"], about["num_samples"], about["seed"]) == (["self"], 6, 7)
+    assert (tmp_path / "output" / "context.jsonl").read_bytes() == of_the_run
+    asked_later = replace(read_recipe(path), corda=replace(read_recipe(path).corda, seed=8))
+    with pytest.raises(
+        ValueError, match=r"context\.jsonl was made with count 16 and seed 0, but the recipe asks for 16 and 8; put it back"
+    ):
+        contexts.read_context(asked_later, torch.nn.Linear(1, 1), processor, [{}] * 24, tmp_path / "output")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged"])
