@@ -29,6 +29,13 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
     }
 
 
+def test_the_table_of_keeping_is_that_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, ["compare", "--config", "configs/compare_keep.yaml", "--only-report", "--output", str(tmp_path)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert (tmp_path / "study.md").read_text() == (ROOT / "eval/results/keep/study.md").read_text()
+
+
 def test_a_study_without_runs_says_so(tmp_path: Path) -> None:
     options = ["--config", str(ROOT / "configs/compare_lab.yaml"), f"results={tmp_path / 'none'}", "--only-report"]
     done = CliRunner().invoke(app, ["compare", *options, "--output", str(tmp_path / "out")])
