@@ -18,7 +18,7 @@ from corda_vlm.adapted import merge as merged
 from corda_vlm.context import image_reader
 from corda_vlm.data.items import load_items
 from corda_vlm.data.sources import DataConfig
-from corda_vlm.outputs import LOCK, locked
+from corda_vlm.outputs import LOCK, locked, processes
 from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import has_two_towers, is_open_clip
 from corda_vlm.training.budget import check_budget
@@ -87,7 +87,10 @@ def deploy(
         raise ValueError(
             f"--max-kl and {given} were both given, but the first says how much of the change, all of its ranks: leave one out."
         )
-    model, processor = load_base(_base_of(adapter, base, dtype, download=download, trust_remote_code=trust_remote_code))
+    config = _base_of(adapter, base, dtype, download=download, trust_remote_code=trust_remote_code)
+    model, processor = load_base(config)
+    if budget is not None and config.quantize is None:  # else it is there already
+        model.to(processes().device)
     samples = None if budget is None else _samples(budget, model, processor, download)
     adapted = load(model, adapter)
     alpha, held = 1.0 if alpha is None else alpha, ""

@@ -23,8 +23,9 @@ from corda_vlm.yaml import read_yaml
 logger = logging.getLogger(__name__)
 
 FREE = {
-    *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "model.download", "training.workers", "training.log_to"),
-    *("training.micro_batch_size", "training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
+    *("output", "data.on_broken", "context.on_broken", "evaluation.on_broken", "keep.samples.on_broken", "model.download"),
+    *("training.workers", "training.log_to", "training.micro_batch_size"),
+    *("training.keep_checkpoints", "training.save_every", "training.gradient_checkpointing"),
     *("corda.solver", "corda.normalize"),  # options of corda-vlm 0.1.0: the plan that they made is read, not made again
 }
 """Options that may change when a run is resumed: the losses stay the same, except for what is skipped, or up to rounding."""

@@ -27,7 +27,7 @@ from corda_vlm.cli import app
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import run
 from corda_vlm.training.recipe import read_model, read_recipe
-from corda_vlm.training.resume import last_whole
+from corda_vlm.training.resume import claim, last_whole
 from corda_vlm.training.train import parameter_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*reach the output", "ignore:.*larger than min")
@@ -413,6 +413,17 @@ def test_what_does_not_change_losses_may_change_on_resuming(processor: Any, tmp_
     assert CliRunner().invoke(app, ["prepare", "--config", str(path)]).exit_code == 0
     done = trained(path, "training.micro_batch_size=2", "data.on_broken=skip", "training.keep_checkpoints=3", resume=True)
     assert [loss for _, loss in done.losses] == pytest.approx([loss for _, loss in whole.losses], abs=1e-5)
+
+
+def test_any_source_may_skip_what_is_broken_on_resuming(processor: Any, tmp_path: Path) -> None:
+    source = str(tmp_path / "data.json")
+    path, output = write_recipe(tmp_path, processor, evaluation={"source": source}, keep={"samples": {"source": source}}), tmp_path / "run"
+    claim(read_recipe(path), output, resume=False)
+    (output / "corda.safetensors").touch()
+    skipping = [f"{name}.on_broken=skip" for name in ("data", "context", "evaluation", "keep.samples")]
+    claim(read_recipe(path, skipping), output, resume=True)
+    with pytest.raises(ValueError, match=r"has another keep\.samples\.limit"):
+        claim(read_recipe(path, ["keep.samples.limit=3"]), output, resume=True)
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_collected(processor: Any, tmp_path: Path) -> None:

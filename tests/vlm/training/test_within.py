@@ -17,6 +17,7 @@ import corda_vlm
 from corda_core.lora import trained_tensors
 from corda_vlm.cli import app
 from corda_vlm.data.samples import Collator
+from corda_vlm.outputs import processes
 from corda_vlm.training.budget import TOLERANCE
 from corda_vlm.training.divergence import context_kl
 from corda_vlm.training.within import alpha_within, at_alpha
@@ -186,3 +187,18 @@ def test_another_adapter_than_the_active_is_refused(tokenizer: Any) -> None:
         alpha_within(adapted, KEPT, 0.02, processor=tokenizer)
     with adapted.disable_adapter(), pytest.raises(ValueError, match=r"active adapters are \[\], but 'default' is"):
         alpha_within(adapted, KEPT, 0.02, processor=tokenizer)
+
+
+def test_a_budget_is_measured_where_the_machine_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[Any] = []
+
+    def moved(model: nn.Module, device: Any) -> nn.Module:
+        devices.append(device)
+        return model
+
+    monkeypatch.setattr(type(sharp_llama()), "to", moved)
+    done = exported(folder, "--max-kl", 0.02, "--on", folder / "kept.json")
+    assert done.exit_code == 0, done.output
+    assert devices == [processes().device]
+    assert exported(folder, "--alpha", 0.5).exit_code == 0
+    assert len(devices) == 1
