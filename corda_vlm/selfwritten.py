@@ -40,6 +40,9 @@ logo circle number word chart drawing document
 NOUNS = tuple(word.replace("-", " ") for word in THINGS.split())
 """Everyday things of which a picture may be a photo: general class prompts for models with two towers."""
 
+MAX_TOKENS = 128
+"""Length of a sample's own text, if nothing else is said."""
+
 
 @dataclass(frozen=True)
 class SelfWritten(Sequence[Item]):
@@ -107,7 +110,7 @@ def self_context(
     *,
     count: int = 256,
     seed: int = 0,
-    max_tokens: int = 128,
+    max_tokens: int = MAX_TOKENS,
     batch_size: int = 16,
 ) -> SelfWritten:
     """Return samples that the base makes itself: a context for ``prepare`` and for keeping where there are no old data.

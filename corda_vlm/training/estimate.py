@@ -17,10 +17,11 @@ from corda_vlm.data.items import load_items
 from corda_vlm.data.samples import read_sample
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.data.tokens import encode
+from corda_vlm.selfwritten import MAX_TOKENS
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
 from corda_vlm.training.contexts import entries
 from corda_vlm.training.models import describe_base, read_processor
-from corda_vlm.training.recipe import SELF, Recipe
+from corda_vlm.training.recipe import SELF, KeepConfig, Recipe
 
 TOKENS = 512
 """Tokens of a sample, where none can be read: an image of LLaVA's is 576."""
@@ -63,7 +64,7 @@ class Estimate:
     covariance_bytes: int
     """At once, half of each matrix."""
     context_flops: float
-    """Forward passes over the context, and the products X Xᵀ."""
+    """Forward passes over the context, and the products X Xᵀ; also those in which the base writes it."""
     decomposition_flops: float
     training_flops: float | None
     flops_per_second: float
@@ -98,10 +99,9 @@ def estimate(recipe: Recipe) -> Estimate:
     steps = training.steps or (None if samples is None else int(-(-samples * training.epochs // training.batch_size)))
     passes = 3 if training.gradient_checkpointing else 2
     step_flops: float = training.batch_size * length * (2 * num_base * passes + 6 * adapters)
-    if recipe.keep is not None:  # beside its own the base's forward pass, on samples of the context's length
-        kept = recipe.keep.batch_size or (training.batch_size if has_two_towers(model) else max(1, training.batch_size // 2))
+    if recipe.keep is not None:  # beside its own the base's forward pass
         more = passes + (recipe.keep.kind == "distill")
-        step_flops += kept * context_length * (2 * num_base * more + 6 * adapters) / recipe.keep.every
+        step_flops += _kept_tokens(recipe.keep, recipe, model, context_length) * (2 * num_base * more + 6 * adapters)
     inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
     return Estimate(
         model=type(model).__name__,
@@ -116,7 +116,8 @@ def estimate(recipe: Recipe) -> Estimate:
         base_bytes=int(num_base * bits / 8),
         training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
         covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62),
-        context_flops=corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs)),
+        context_flops=corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs))
+        + 2 * num_base * _num_written(recipe, model),
         # The products with C, and the iteration or factorisation: some multiples of them.
         decomposition_flops=sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
         training_flops=None if steps is None else steps * step_flops,
@@ -182,9 +183,26 @@ def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
     for name in entries(recipe.context):
         if is_keep_file(name):
             check_present(model, read_covariances(name).places, name)
-    looked_at = [(None, TOKENS) if name == SELF else _look_at(DataConfig(name), recipe, model) for name in named]
+    own = TOKENS if has_two_towers(model) else MAX_TOKENS
+    written = recipe.corda.num_samples * recipe.corda.num_candidates
+    looked_at = [(written, own) if name == SELF else _look_at(DataConfig(name), recipe, model) for name in named]
     counts = [count or 1 for count, _ in looked_at]
-    return round(sum(count * own for count, (_, own) in zip(counts, looked_at, strict=True)) / sum(counts)) if named else 0
+    return round(sum(count * length for count, (_, length) in zip(counts, looked_at, strict=True)) / sum(counts)) if named else 0
+
+
+def _kept_tokens(keep: KeepConfig, recipe: Recipe, model: nn.Module, context_length: int) -> float:
+    """Return on how many tokens a step is held to the base, on average."""
+    size = recipe.training.batch_size
+    length = context_length if keep.samples is None else _look_at(keep.samples, recipe, model)[1]
+    return (keep.batch_size or (size if has_two_towers(model) else max(1, size // 2))) * length / keep.every
+
+
+def _num_written(recipe: Recipe, model: nn.Module) -> int:
+    """Return how many tokens of context the base writes, each in a forward pass; with two towers it chooses captions instead."""
+    context = recipe.context
+    if context is None or isinstance(context, DataConfig) or SELF not in entries(context) or has_two_towers(model):
+        return 0
+    return recipe.corda.num_samples * recipe.corda.num_candidates * MAX_TOKENS
 
 
 def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | None, int]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from corda_core.linears import FourBit
 from corda_core.lora import Protect
 from corda_vlm.config import CordaConfig
+from corda_vlm.context import is_keep_file
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.options import LARGEST, Count, NotNegative, Options, Place, Positive, Seed, one_of
 from corda_vlm.training.keep import KeepOptions
@@ -185,6 +186,9 @@ class Recipe(Options):
             raise ValueError(
                 "keep has no samples, and there is no context of what is to be kept (corda.mode: kpm) to take them from; name keep.samples."
             )
+        names = [] if isinstance(self.context, DataConfig) else [self.context] if isinstance(self.context, str) else self.context or []
+        if self.keep is not None and self.keep.samples is None and names and all(map(is_keep_file, names)):
+            raise ValueError(f"keep needs samples, but the context is {names[0]}, which holds none; name keep.samples, or leave keep out.")
         if self.keep is not None and self.keep.kind == "distill" and self.corda.residual == "subtract":
             raise ValueError(
                 "keep compares with the base, but corda.residual: subtract writes the start into its weights, so it cannot be run without "

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from corda_core.store import read_covariances, read_plan, write_covariances
 from corda_vlm.cli import app
+from corda_vlm.training.estimate import estimate
 from corda_vlm.training.recipe import read_recipe
 from corda_vlm.training.run import prepare_recipe, run_recipe
 
@@ -79,6 +80,17 @@ def test_a_run_from_a_file_is_estimated_trained_and_resumed_without_it(recipe: P
     override = [f"context={path}"]
     told = CliRunner().invoke(app, ["train", "--config", str(recipe), "--dry-run", *override])
     assert "context: 0.0 TFLOP" in told.output
+    without, kept, more = (
+        estimate(read_recipe(recipe, [*override, *keep])).training_flops or 0
+        for keep in ([], [f"keep.samples.source={tmp_path / 'texts.json'}"], [f"keep.samples.source={tmp_path / 'pictures.json'}"])
+    )
+    assert 0 < without < kept < more
+    told = CliRunner().invoke(app, ["train", "--config", str(recipe), "--dry-run", *override, "keep={}"])
+    assert told.exit_code == 1
+    assert f"keep needs samples, but the context is {path}, which holds none; name keep.samples, or leave keep out" in told.output
+    written = estimate(read_recipe(recipe, ["context=self", "corda.num_samples=16"]))
+    assert written.num_context_tokens == 128
+    assert written.context_flops > 16 * 128 * 4 * written.num_base  # written, and read
     plan = prepare_recipe(read_recipe(recipe, override))
     path.unlink()
     done = run_recipe(read_recipe(recipe, override), resume=True)
