@@ -215,17 +215,9 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     if not from_first_process((output / ATTACHMENT).exists()) or (recipe.keep is not None and "keep" not in samples):
         context = read_context(recipe, model, processor, samples["data"], output)
     if recipe.keep is not None and "keep" not in samples:
-        samples["keep"] = _samples_of(context)
+        kept: Any = context.samples  # there are some: the recipe refuses files alone
+        samples["keep"] = kept
     return _adapted(model, processor, samples, context, recipe, output), processor, samples
-
-
-def _samples_of(context: Sources) -> Any:
-    """Return the samples of a context that the training is to be held to the base on."""
-    if context.samples is None:
-        raise ValueError(
-            f"keep needs samples, but the context is {context.files[0]}, which holds none; name keep.samples, or leave keep out."
-        )
-    return context.samples
 
 
 def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, samples: Mapping[str, Items]) -> None:
