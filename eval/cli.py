@@ -97,7 +97,7 @@ def compare_command(
         typer.echo(f"corda-vlm compare: {failure}", err=True)
     runs = {setting: done for setting in study.settings if (done := finished(study, setting))}
     if not runs:
-        raise ValueError(f"{study.results} holds no finished run of this study; make some (without --only-report), or name its results.")
+        raise ValueError(f"{study.results!r} holds no finished run of this study; make some (without --only-report), or name its results.")
     write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
     typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
     if failures:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from corda_core.layers import num_processes, process_rank, sum_over_processes_
 from corda_core.linears import base_of
 from corda_core.lora import active_adapter, lora_layers, shrink_, trained_tensors
-from corda_vlm.context import collator_for, is_batch, own_processor, share_out
+from corda_vlm.context import collator_for, is_batch, own_processor
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count, NotNegative, Options, Positive
@@ -133,7 +133,7 @@ class Keeper:
                 the adapter, or something trains that a budget cannot take back.
         """
         count, world = len(samples), num_processes()
-        least = world if options.budget is None else 2 * world
+        least = 1 if options.budget is None else 2
         if count < least:
             raise ValueError(f"keep has {count} sample(s); expected at least {least}: give samples of what the model is to keep.")
         self.model, self.samples, self.collate, self.options, self.seed = model, samples, collate, options, seed
@@ -145,7 +145,7 @@ class Keeper:
         self.adapter_name = active_adapter(model)
         self.num_steps = num_steps
         self.memory = 1 - 1 / min(7.0, max(2.0, num_steps / (9 * options.every)))
-        held = random.Random(f"held out {seed}").sample(range(count), max(world, min(HELD_OUT, count // 4) // world * world))
+        held = random.Random(f"held out {seed}").sample(range(count), max(1, min(HELD_OUT, count // 4)))
         self.measured = sorted(held)
         self.trained = sorted(set(range(count)) - set(held)) if options.budget is not None else list(range(count))
         self.weight = options.weight
@@ -245,8 +245,9 @@ class Keeper:
         """
         if self.options.kind is Kind.REPLAY:
             return None
-        groups = share_out(len(self.measured), self.micro_batch_size)  # of each process as many
-        batches = [self.collate([self.samples[self.measured[place]] for place in group]) for group in groups]
+        shared = len(self.measured) % num_processes() == 0  # else each measures all: as many passes in each, and the same mean
+        own, size = self.measured[process_rank() :: num_processes()] if shared else self.measured, self.micro_batch_size
+        batches = [self.collate([self.samples[place] for place in own[start : start + size]]) for start in range(0, len(own), size)]
         trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model, self.adapter_name)]
 
         def leave_(alpha: float) -> None:

@@ -40,5 +40,5 @@ def test_a_study_without_runs_says_so(tmp_path: Path) -> None:
     options = ["--config", str(ROOT / "configs/compare_lab.yaml"), f"results={tmp_path / 'none'}", "--only-report"]
     done = CliRunner().invoke(app, ["compare", *options, "--output", str(tmp_path / "out")])
     assert done.exit_code == 1
-    assert "none holds no finished run of this study; make some (without --only-report)" in done.output
+    assert "none' holds no finished run of this study; make some (without --only-report)" in done.output
     assert not (tmp_path / "out").exists()
