@@ -81,7 +81,7 @@ def export(
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
     whole = whole_modules(model, adapter_name)
     for name, wrapper in whole.items():
-        for key, value in _interpolated(wrapper, alpha, adapter_name).items():
+        for key, value in interpolated(wrapper, alpha, adapter_name).items():
             tensors[f"base_model.model.{name}.{key}"] = value.cpu().contiguous()
     peft_model: Any = unwrapped(model)
     trained = peft_model.peft_config[adapter_name]
@@ -151,7 +151,7 @@ def merge(model: PeftModel, *, alpha: float = 1.0, adapter_name: str = "default"
     for wrapper in whole_modules(model, adapter_name).values():
         own = wrapper.modules_to_save[adapter_name]  # a copy, written freely: other modules may have parts of the original
         places = own.state_dict(keep_vars=True)
-        for key, value in _interpolated(wrapper, alpha, adapter_name).items():
+        for key, value in interpolated(wrapper, alpha, adapter_name).items():
             places[key].data = value
         wrapper.original_module = own.requires_grad_(False)
         for name in wrapper.modules_to_save:  # which one PEFT keeps is its affair
@@ -245,8 +245,8 @@ def _starts(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {name: init.B0 @ init.A0 for name, init in attachment.plan.layers.items()}
 
 
-def _interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str) -> dict[str, Tensor]:
-    """Return a module's state, ``(1 − alpha) · base + alpha · trained``."""
+def interpolated(wrapper: ModulesToSaveWrapper, alpha: float, adapter_name: str) -> dict[str, Tensor]:
+    """Return a module's state, ``(1 − alpha) · base + alpha · trained``, in the order of its own."""
     base = wrapper.original_module.state_dict()
     trained = wrapper.modules_to_save[adapter_name].state_dict()
     return {

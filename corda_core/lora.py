@@ -10,13 +10,15 @@ from peft import LoraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from corda_core.decompose import shortened
-from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared, unwrapped
+from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared
 from corda_core.plan import AdapterInit
 
 
@@ -120,13 +122,19 @@ def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     return {name: wrapper for name, wrapper in wrappers if adapter_name in wrapper.modules_to_save}
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that take part in a forward pass."""
+    carriers = (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+    return sorted({name for module in carriers if not module.disable_adapters for name in module.active_adapters})
+
+
 def active_adapter(model: nn.Module) -> str:
     """Return the name of the adapter that is active.
 
     Raises:
         ValueError: If none or several are.
     """
-    names: list[str] = list(getattr(unwrapped(model), "active_adapters", ["default"]))
+    names = active_adapters(model)
     if len(names) != 1:
         raise ValueError(f"The adapters {names} are active; expected a single one: choose it with model.set_adapter.")
     return names[0]

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from corda_vlm.towers import image_tokens
+
 
 @dataclass(frozen=True)
 class TextLimits:
@@ -53,11 +55,10 @@ def limits_of(model: Any) -> TextLimits:
     own = next((table for table in tables if table.padding_idx is not None), None)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     counts_from_left = own is None and not _is_rotary(decoder)
-    images = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
     return TextLimits(
         max_tokens=num_positions(model) if own is None else own.num_embeddings - own.padding_idx - 1,
         num_embeddings=_num_embeddings(model),
-        image_tokens=tuple(token for token in images if isinstance(token, int)),
+        image_tokens=tuple(image_tokens(model)),
         padding_shifts=counts_from_left and not takes_positions and bool(tables),
         needs_positions=counts_from_left and takes_positions,
     )

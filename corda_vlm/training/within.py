@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from corda_core.export import interpolated
 from corda_core.linears import base_of
-from corda_core.lora import lora_layers, whole_modules
+from corda_core.lora import active_adapters, lora_layers, whole_modules
 from corda_vlm.context import progress_bar
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.budget import check_budget, largest_alpha
@@ -42,7 +41,7 @@ def alpha_within(
             adapters are active than this one.
     """
     check_budget(max_kl, "max_kl")
-    active = _active_adapters(model)
+    active = active_adapters(model)
     if active != [adapter_name]:
         raise ValueError(
             f"The active adapters are {active}, but {adapter_name!r} is to be measured, alone; call model.set_adapter({adapter_name!r}) "
@@ -68,12 +67,6 @@ def alpha_within(
     return largest_alpha(kl_at, max_kl)
 
 
-def _active_adapters(model: nn.Module) -> list[str]:
-    """Return the adapters that take part in a forward pass."""
-    carriers = (module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
-    return sorted({name for module in carriers if not module.disable_adapters for name in module.active_adapters})
-
-
 @contextmanager
 @torch.no_grad()
 def at_alpha(model: nn.Module, alpha: float, adapter_name: str = "default") -> Iterator[None]:
@@ -81,16 +74,17 @@ def at_alpha(model: nn.Module, alpha: float, adapter_name: str = "default") -> I
     layers = lora_layers(model, adapter_name).values()
     scalings = [layer.scaling[adapter_name] for layer in layers]
     trained = [
-        (value, value.clone(), wrapper.original_module.state_dict()[key])
+        (value, value.clone(), part)
         for wrapper in whole_modules(model, adapter_name).values()
-        for key, value in wrapper.modules_to_save[adapter_name].state_dict().items()
-        if value.is_floating_point()
+        for value, part in zip(
+            wrapper.modules_to_save[adapter_name].state_dict().values(), interpolated(wrapper, alpha, adapter_name).values(), strict=True
+        )
     ]
     try:
         for layer, scaling in zip(layers, scalings, strict=True):
             layer.scaling[adapter_name] = alpha * scaling
-        for value, whole, before in trained:
-            value.copy_(torch.lerp(before.to(whole), whole, alpha).to(before.dtype))
+        for value, _, part in trained:
+            value.copy_(part)
         yield
     finally:
         for layer, scaling in zip(layers, scalings, strict=True):
