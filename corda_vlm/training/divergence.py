@@ -34,8 +34,6 @@ RECOMPUTES = ("gradient_checkpointing", "activation_checkpointing", "grad_checkp
 """What says of a module that it computes its activations again in the backward pass."""
 WRITES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How names of PEFT's ways to start begin that change the base's own weights."""
-
-
 NOTHING = "There are no samples to keep with a text token that is predicted from others; give some, or longer ones."
 
 
@@ -122,7 +120,7 @@ def keep_loss(model: nn.Module, batch: Mapping[str, Any], *, kind: Kind | str = 
     count = num_kept(model, batch, Kind(kind))
     if not count:
         raise ValueError(NOTHING)
-    return kept_sum(model, batch, Kind(kind))[0] / count
+    return kept_sum(model, batch, Kind(kind), count)[0] / count
 
 
 def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
@@ -141,15 +139,15 @@ def num_kept(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> int:
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum() if replayed else _predicted(base, batch).sum())
 
 
-def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind) -> tuple[Tensor, float]:
-    """Return ``keep_loss`` times ``num_kept``, and the same of what it measures: the KL alone, of a replay its loss.
+def kept_sum(model: nn.Module, batch: Mapping[str, Any], kind: Kind, count: int) -> tuple[Tensor, float]:
+    """Return ``keep_loss`` times ``count``, the batch's ``num_kept``, and the same of what it measures: the KL alone, of a replay its loss.
 
     0 where nothing counts, by a pass all the same, in which sharded models take part together.
 
     Raises:
         ValueError: As ``keep_loss``.
     """
-    base, count = base_of(model), num_kept(model, batch, kind)
+    base = base_of(model)
     inputs = model_inputs(base, False, batch)
     with _without_dropout(model):
         if has_two_towers(base):

@@ -23,7 +23,7 @@ from corda_vlm.data.samples import Collator
 from corda_vlm.options import Count, NotNegative, Options, Positive
 from corda_vlm.towers import has_two_towers
 from corda_vlm.training.budget import largest_alpha
-from corda_vlm.training.divergence import Kind, context_kl, keep_loss, kept_sum, num_kept
+from corda_vlm.training.divergence import NOTHING, Kind, context_kl, keep_loss, kept_sum, num_kept
 
 HELD_OUT = 32
 """At most so many samples, and at most a quarter, are held out to measure the divergence on."""
@@ -166,7 +166,9 @@ class Keeper:
                 f"keep has {count} pair(s) for batches of {self.batch_size}, in which each is told from the others; give more."
             )
         batches = (self.collate([self.samples[place]]) for place in self.measured)
-        batch = next((batch for batch in batches if num_kept(self.model, batch, kind)), self.collate([self.samples[0]]))
+        batch = next((batch for batch in batches if num_kept(self.model, batch, kind)), None)
+        if batch is None:
+            raise ValueError(NOTHING)
         keep_loss(self.model, batch, kind=kind)
         known = {tensor for tensor, _ in trained_tensors(self.model, self.adapter_name)}
         known |= {layer.lora_A[self.adapter_name].weight for layer in lora_layers(self.model, self.adapter_name).values()}
@@ -200,10 +202,11 @@ class Keeper:
         size = self.micro_batch_size
         parts = [places[start : start + size] for start in range(0, len(places), size)]
         batches = [self.collate([self.samples[place] for place in part]) for part in parts]
-        sums = torch.tensor([0.0, sum(num_kept(self.model, batch, self.options.kind) for batch in batches)], dtype=torch.float64)
+        counts = [num_kept(self.model, batch, self.options.kind) for batch in batches]
+        sums = torch.tensor([0.0, sum(counts)], dtype=torch.float64)
         sum_over_processes_(sums)
-        for batch in batches:
-            total_loss, measured = kept_sum(self.model, batch, self.options.kind)
+        for batch, count in zip(batches, counts, strict=True):
+            total_loss, measured = kept_sum(self.model, batch, self.options.kind, count)
             sums[0] += measured / max(1.0, float(sums[1]))
             yield self.weight * self.options.every * num_processes() / max(1.0, float(sums[1])) * total_loss
         total = sums[:1].clone()
@@ -248,6 +251,8 @@ class Keeper:
         shared = len(self.measured) % num_processes() == 0  # else each measures all: as many passes in each, and the same mean
         own, size = self.measured[process_rank() :: num_processes()] if shared else self.measured, self.micro_batch_size
         batches = [self.collate([self.samples[place] for place in own[start : start + size]]) for start in range(0, len(own), size)]
+        if self.options.budget is None:
+            return Kept(context_kl(self.model, batches), len(self.measured), False, 1.0, self.weight)
         trained = [(tensor, tensor.detach().clone()) for tensor, _ in trained_tensors(self.model, self.adapter_name)]
 
         def leave_(alpha: float) -> None:
@@ -260,9 +265,9 @@ class Keeper:
             leave_(alpha)
             return context_kl(self.model, batches)
 
-        alpha, kl = (1.0, kl_at(1.0)) if self.options.budget is None else largest_alpha(kl_at, self.options.budget)
+        alpha, kl = largest_alpha(kl_at, self.options.budget)
         leave_(alpha)
-        return Kept(kl, len(self.measured), self.options.budget is not None, alpha, self.weight)
+        return Kept(kl, len(self.measured), True, alpha, self.weight)
 
 
 @lru_cache(maxsize=4)

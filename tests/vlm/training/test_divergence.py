@@ -154,6 +154,6 @@ def test_text_without_anything_predicted_is_told(llama: Any, tokenizer: Any) -> 
     batch = Collator(tokenizer)([{"text": "the circle is in this shape"}])
     assert context_kl(model, [{"input_ids": torch.tensor([[5]])}, batch]) == context_kl(model, [batch])  # beside others it counts nothing
     for kind in divergence.Kind:
-        total, _ = divergence.kept_sum(model, {"input_ids": torch.tensor([[5]])}, kind)
+        total, _ = divergence.kept_sum(model, {"input_ids": torch.tensor([[5]])}, kind, 0)
         total.backward()
         assert total.item() == 0
