@@ -8,8 +8,26 @@ import torch
 import yaml
 from conftest import tiny_llava
 from PIL import Image
+from safetensors.torch import save_file
 
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 30), "blue": (20, 30, 220)}
+
+
+def write_open_clip(folder: Path) -> Any:
+    """Write a tiny random CLIP of open_clip into a new folder, as ``local-dir:`` reads it, and return the model."""
+    import open_clip
+
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"size": 16}}))
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**shape)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return model
 
 
 def write_recipe(folder: Path, processor: Any, **changes: Any) -> Path:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import tiny_llava
 from peft import PeftModel
-from recipes import write_recipe
+from recipes import write_open_clip, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from typer.testing import CliRunner
@@ -349,17 +349,8 @@ def test_losses_go_to_tensorboard(processor: Any, tmp_path: Path) -> None:
 def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(processor: Any, tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
     path = write_recipe(tmp_path, processor)
-    shape = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
     folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"size": 16}}))
-    torch.manual_seed(0)
-    base = open_clip.model.CLIP(**{key: value for key, value in shape.items()})
-    save_file({key: value.contiguous() for key, value in base.state_dict().items()}, folder / "open_clip_model.safetensors")
+    base = write_open_clip(folder)
     rows = [{"image": f"{number}.png", "text": f"a picture of {['red', 'green', 'blue'][number % 3]}"} for number in range(24)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     overrides = [f"{part}.source={tmp_path / 'pairs.json'}" for part in ("data", "context")]

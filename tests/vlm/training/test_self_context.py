@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import write_recipe
-from safetensors.torch import save_file
+from recipes import write_open_clip, write_recipe
 from typer.testing import CliRunner
 
 from corda_core.store import read_covariances
@@ -106,18 +105,9 @@ def test_candidates_are_drawn_from_as_many_samples_as_they_take(processor: Any, 
 
 
 def test_a_clip_keeps_its_pictures_with_captions_of_its_own_choice(processor: Any, tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip")
-    shape = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
+    pytest.importorskip("open_clip")
     folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {"size": 16}}))
-    torch.manual_seed(0)
-    base = open_clip.model.CLIP(**shape)
-    save_file({key: value.contiguous() for key, value in base.state_dict().items()}, folder / "open_clip_model.safetensors")
+    write_open_clip(folder)
     rows = [{"image": f"{number}.png", "text": f"a picture of {['red', 'green', 'blue'][number % 3]}"} for number in range(24)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     path = recipe_of(tmp_path, processor, keep={"batch_size": 4}, corda={"num_samples": 16, "parts": None, "train_fully": []})
