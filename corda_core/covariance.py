@@ -111,6 +111,11 @@ class Symmetric:
             product[start:end].addmm_(panel[:start].T, X[:start])
         return product
 
+    def energy(self, rows: Tensor) -> Tensor:
+        """Return ``‖X S^(1/2)‖_F² = tr(X S Xᵀ)`` of rows X (m, n), in their type."""
+        columns = rows.T.contiguous()
+        return (self.times(columns) * columns).sum()
+
     def _times_rows(self, rows: Tensor) -> Tensor:
         """Return ``rows S`` (b, n): on CPUs a fifth faster than ``S X`` for few columns in float64, slower for many and in float32."""
         product = torch.zeros_like(rows)

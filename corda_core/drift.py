@@ -34,9 +34,9 @@ def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapt
     drift = {}
     for name, layer in lora_layers(model, adapter_name).items():
         A, B = change_factors(layer, adapter_name)
-        C, transposed = covariances[name].packed, weight_matrix(base_of(model), name).float().T.contiguous()
+        C, weight = covariances[name].packed, weight_matrix(base_of(model), name).float()
         changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
-        drift[name] = float(changed.clamp(min=0).sqrt() / (C.times(transposed) * transposed).sum().sqrt())
+        drift[name] = float(changed.clamp(min=0).sqrt() / C.energy(weight).sqrt())
     return drift
 
 
@@ -212,7 +212,7 @@ def _collected(model: nn.Module, covariances: Mapping[str, Covariance], adapter_
 
 
 def _collected_gauge(C: Symmetric, weight: Tensor, layer: LoraLayer, adapter_name: str) -> _Gauge:
-    columns, moves = weight.float().T.contiguous(), adapter_name in getattr(layer, "lora_A0", {})
+    moves = adapter_name in getattr(layer, "lora_A0", {})
 
     def measure() -> Tensor:
         A, B = change_factors(layer, adapter_name)
@@ -224,7 +224,7 @@ def _collected_gauge(C: Symmetric, weight: Tensor, layer: LoraLayer, adapter_nam
         both, last = _trace(outer[:, :r], inner[:, r:]), _trace(outer[:r, :r], inner[r:, r:])
         return torch.stack([whole, whole - 2 * both + last, both - last, last])
 
-    return _Gauge(layer, measure, float((C.times(columns) * columns).sum()), sums_own_rows=False)
+    return _Gauge(layer, measure, float(C.energy(weight.float())), sums_own_rows=False)
 
 
 def _root(p: float, pq: float, q: float, alpha: float) -> float:

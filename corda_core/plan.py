@@ -157,8 +157,8 @@ def energy_of(weight: Tensor, A: Tensor, covariance: Covariance) -> Energy:
         The rows' in float64: those that hardly meet the context have energies below the rounding errors of float32.
     """
     C = covariance.packed.to(off_mps(weight).device)
-    rows, columns = in_float64(A).to(C.device), weight.to(C.device).float().T.contiguous()
-    return Energy((rows @ C.times(rows.T.contiguous())).float().cpu(), float((C.times(columns) * columns).sum()))
+    rows = in_float64(A).to(C.device)
+    return Energy((rows @ C.times(rows.T.contiguous())).float().cpu(), float(C.energy(weight.to(C.device).float())))
 
 
 def _warn_of_clipping(layers: Mapping[str, AdapterInit], rank: int) -> None:

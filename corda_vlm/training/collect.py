@@ -14,7 +14,7 @@ from corda_vlm.data.sources import DataConfig
 from corda_vlm.outputs import processes
 from corda_vlm.prepare import collect_context, collection_options
 from corda_vlm.towers import select_layers
-from corda_vlm.training.contexts import entries, items_of, read_context, reads_data
+from corda_vlm.training.contexts import items_of, read_context, reads_data
 from corda_vlm.training.models import load_base, network_only_if
 from corda_vlm.training.recipe import SELF, Recipe
 from corda_vlm.yaml import from_mapping, overridden, read_yaml
@@ -159,7 +159,7 @@ def _fingerprint(sources: Sources) -> str:
 def _names(recipe: Recipe) -> list[str]:
     """Return what the context's sources are called, without the folders of this machine."""
     context = recipe.data if recipe.context is None else recipe.context
-    return [Path(name).name for name in ([context.source] if isinstance(context, DataConfig) else entries(context))]
+    return [Path(name).name for name in ([context.source] if isinstance(context, DataConfig) else recipe.context_names)]
 
 
 def _sentence(covariances: Any, path: Path) -> str:

@@ -50,7 +50,7 @@ class Joined(Sequence[Any]):
 
 def reads_data(recipe: Recipe) -> bool:
     """Return whether what a context holds may depend on the samples that are trained on."""
-    return recipe.context is None or (not isinstance(recipe.context, DataConfig) and SELF in entries(recipe.context))
+    return recipe.context is None or SELF in recipe.context_names
 
 
 def read_context(
@@ -73,7 +73,7 @@ def read_context(
     context = recipe.context
     if context is None or isinstance(context, DataConfig):
         return Sources((), data if context is None else items_of(context, recipe, model, processor))
-    named = entries(context)
+    named = recipe.context_names
     parts = [
         self_written(recipe, model, processor, data, output, file) if name == SELF else items_of(DataConfig(name), recipe, model, processor)
         for name in named
@@ -81,11 +81,6 @@ def read_context(
     ]
     files = tuple(Path(name) for name in named if is_keep_file(name))
     return Sources(files, None if not parts else parts[0] if len(parts) == 1 else Joined(parts))
-
-
-def entries(context: str | Sequence[str]) -> list[str]:
-    """Return the names in a context that is given by names."""
-    return [context] if isinstance(context, str) else list(context)
 
 
 def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -> Items:

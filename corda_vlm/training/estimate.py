@@ -19,7 +19,7 @@ from corda_vlm.data.sources import DataConfig
 from corda_vlm.data.tokens import encode
 from corda_vlm.selfwritten import MAX_TOKENS
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
-from corda_vlm.training.contexts import entries
+from corda_vlm.training.keep import default_batch_size
 from corda_vlm.training.models import describe_base, read_processor
 from corda_vlm.training.recipe import SELF, KeepConfig, Recipe
 
@@ -179,8 +179,8 @@ def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
     """
     if recipe.context is None or isinstance(recipe.context, DataConfig):
         return length if recipe.context is None else _look_at(recipe.context, recipe, model)[1]
-    named = [name for name in entries(recipe.context) if not is_keep_file(name)]
-    for name in entries(recipe.context):
+    named = [name for name in recipe.context_names if not is_keep_file(name)]
+    for name in recipe.context_names:
         if is_keep_file(name):
             check_present(model, read_covariances(name).places, name)
     own = TOKENS if has_two_towers(model) else MAX_TOKENS
@@ -192,15 +192,14 @@ def _context_length(recipe: Recipe, model: nn.Module, length: int) -> int:
 
 def _kept_tokens(keep: KeepConfig, recipe: Recipe, model: nn.Module, context_length: int) -> float:
     """Return on how many tokens a step is held to the base, on average."""
-    size = recipe.training.batch_size
+    size = keep.batch_size or default_batch_size(model, recipe.training.batch_size)
     length = context_length if keep.samples is None else _look_at(keep.samples, recipe, model)[1]
-    return (keep.batch_size or (size if has_two_towers(model) else max(1, size // 2))) * length / keep.every
+    return size * length / keep.every
 
 
 def _num_written(recipe: Recipe, model: nn.Module) -> int:
     """Return how many tokens of context the base writes, each in a forward pass; with two towers it chooses captions instead."""
-    context = recipe.context
-    if context is None or isinstance(context, DataConfig) or SELF not in entries(context) or has_two_towers(model):
+    if SELF not in recipe.context_names or has_two_towers(model):
         return 0
     return recipe.corda.num_samples * recipe.corda.num_candidates * MAX_TOKENS
 

@@ -310,7 +310,7 @@ class KeepCallback(TrainerCallback, ExportableState):
             samples,
             collate,
             self.keep,
-            batch_size=world if are_batches else world * (share if has_two_towers(base) else -(-share // 2)),
+            batch_size=world if are_batches else world * default_batch_size(base, share),
             num_steps=max(1, state.max_steps),
             micro_batch_size=1 if are_batches else None if has_two_towers(base) else args.train_batch_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -350,6 +350,11 @@ class KeepCallback(TrainerCallback, ExportableState):
     def _keeper(self) -> Keeper:
         assert self.keeper is not None, "the Trainer calls on_train_begin first"
         return self.keeper
+
+
+def default_batch_size(base: nn.Module, batch_size: int) -> int:
+    """Return how many samples are kept at a time beside a training's batch: half of it, for two towers all."""
+    return batch_size if has_two_towers(base) else -(-batch_size // 2)
 
 
 def reading(base: nn.Module, keep: Keep, processor: Any) -> tuple[Sequence[Any], Callable[[Sequence[Any]], dict[str, Any]], bool]:

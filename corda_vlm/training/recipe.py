@@ -180,13 +180,13 @@ class Recipe(Options):
             raise ValueError(
                 "corda.mode is kpm, but there is no context: name samples of what the model is to keep, or set corda.mode to ipm."
             )
-        if self.context == "" or (isinstance(self.context, list | tuple) and (not self.context or "" in self.context)):
+        names = self.context_names
+        if "" in names or (not names and isinstance(self.context, list | tuple)):
             raise ValueError(f"context is {self.context!r}; expected options of samples, {SELF}, or at least one file.")
         if self.keep is not None and self.keep.samples is None and (self.context is None or self.corda.mode == "ipm"):
             raise ValueError(
                 "keep has no samples, and there is no context of what is to be kept (corda.mode: kpm) to take them from; name keep.samples."
             )
-        names = [] if isinstance(self.context, DataConfig) else [self.context] if isinstance(self.context, str) else self.context or []
         if self.keep is not None and self.keep.samples is None and names and all(map(is_keep_file, names)):
             raise ValueError(f"keep needs samples, but the context is {names[0]}, which holds none; name keep.samples, or leave keep out.")
         if self.keep is not None and self.keep.kind == "distill" and self.corda.residual == "subtract":
@@ -203,6 +203,13 @@ class Recipe(Options):
             raise ValueError(
                 f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."
             )
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """What the context is where it is given by names: keep files, sources, "self"; nothing where it is None or options."""
+        if self.context is None or isinstance(self.context, DataConfig):
+            return ()
+        return (self.context,) if isinstance(self.context, str) else tuple(self.context)
 
 
 def read_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
