@@ -70,6 +70,7 @@ def attach(
       is ``s B A0``, an ordinary LoRA with half the trainable parameters.
     - ``protect="whitened"``: the change is ``s B Ã P``, P ∝ (C + λI)^(−1/2). Ã trains from ``A0 P⁻¹``, which is strict's start, and B
       from 0; whatever they become, ``‖ΔW (C + λI)^(1/2)‖_F ≈ s √μ₀ ‖B Ã‖_F`` is small where the factors are.
+    - ``protect="none"``: A trains from A0 and B from 0; the change is ``s B A``, an ordinary LoRA in every way.
 
     In "start", A0 and B0 are the plan's divided by √s each, so that ``s B0 A0`` is the planned component whatever alpha is.
 
@@ -77,7 +78,8 @@ def attach(
         model: The base that the plan was made from, or an equal copy; or one that carries other adapters, which stay and become inactive.
         plan: As from ``corda_core.plan``.
         alpha: LoRA's alpha; None takes the rank, so s = 1.
-        protect: "start", "strict" or "whitened"; the latter two need a plan in KPM, "whitened" one made with ``whiten=True``.
+        protect: "start", "strict", "whitened" or "none"; the second and third need a plan in KPM, "whitened" one made with
+            ``whiten=True``; a plan of ``random_plan`` takes "none".
         residual: "offset" leaves the base weights alone. "subtract" writes ``W`` less the planned component into them, the papers' form:
             one product less per step, but equal to the base only up to rounding.
         quantize: "nf4" or "fp4": bitsandbytes holds the adapted layers' base weights in 4 bits from here on. With
@@ -143,7 +145,7 @@ def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> Peft
         layers = lora_layers(peft_model, adapter_name)
     for name, layer in layers.items():
         fill(layer, plan.layers[name], adapter_name, attachment.protect, offset=residual is Residual.OFFSET)
-    if attachment.protect is not Protect.STRICT:
+    if attachment.protect in (Protect.START, Protect.WHITENED):
         peft_model.peft_config[adapter_name].init_lora_weights = NOT_PLAIN
     peft_model.peft_config[adapter_name].corda = attachment  # no field of PEFT's config: it is not written to its JSON
     return peft_model
@@ -203,7 +205,12 @@ def check_options(mode: Mode, protect: Protect, residual: Residual) -> None:
     Raises:
         ValueError: If there is nothing to protect, or nothing to subtract.
     """
-    if protect is not Protect.START and (mode is not Mode.KPM or residual is Residual.SUBTRACT):
+    if (mode is Mode.LORA and protect is not Protect.NONE) or (protect is Protect.NONE and residual is Residual.SUBTRACT):
+        raise ValueError(
+            f'mode={str(mode)!r}, protect={str(protect)!r} and residual={str(residual)!r} do not go together: mode="lora" starts with B '
+            'at zero, where there is nothing to protect or to subtract; it goes with protect="none" and residual="offset".'
+        )
+    if protect in (Protect.STRICT, Protect.WHITENED) and (mode is not Mode.KPM or residual is Residual.SUBTRACT):
         raise ValueError(
             f'protect="{protect}" goes with mode="kpm" and residual="offset", not with {str(mode)!r} and {str(residual)!r}: '
             "else there is no direction to keep, or nothing to subtract."

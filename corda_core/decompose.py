@@ -24,9 +24,17 @@ class Mode(StrEnum):
     """Knowledge-preserved: those that matter least for the context, which is what to keep."""
     IPM = "ipm"
     """Instruction-previewed: those that matter most for the context, which is what to learn."""
+    LORA = "lora"
+    """None: A is random and B zero, as LoRA's (``corda_core.plan.random_plan``)."""
 
     def components(self, k: int, rank: int) -> slice:
-        """Return which of k components in descending order are taken; empty for rank 0."""
+        """Return which of k components in descending order are taken; empty for rank 0.
+
+        Raises:
+            ValueError: If the mode takes none.
+        """
+        if self is Mode.LORA:
+            raise ValueError('mode="lora" starts at random and decomposes nothing; expected "kpm" or "ipm" here.')
         return slice(k - rank, k) if self is Mode.KPM else slice(0, rank)
 
 

@@ -166,7 +166,7 @@ def _planned(model: nn.Module, adapter_name: str) -> dict[str, _Gauge]:
     attachment = find_attachment(model, adapter_name)
     if attachment is None:
         raise ValueError(f"max_drift needs to know the context, which the plain LoRA {adapter_name!r} does not; {cure}.")
-    if attachment.protect is Protect.START:
+    if attachment.protect in (Protect.START, Protect.NONE):
         raise ValueError(f'max_drift needs to know the whole context where A moves as in protect="start"; {cure}.')
     unknown = next((name for name, init in attachment.plan.layers.items() if init.energy is None), None)
     if unknown is not None:

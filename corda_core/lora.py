@@ -31,6 +31,8 @@ class Protect(StrEnum):
     """A and B train (as published)."""
     WHITENED = "whitened"
     """A trains where the context is short, and B."""
+    NONE = "none"
+    """A and B train, B from zero: an ordinary LoRA."""
 
 
 NOT_PLAIN = "a CorDA adapter in training is no plain LoRA: write it with corda_core.export, and load what that wrote"
@@ -232,7 +234,7 @@ def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protec
         assert init.whitening is not None, "checked by attach"
         A = init.whitening.undo(init.A0)
         frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
-    else:
+    elif protect is Protect.STRICT:
         # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
         layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
         weight_a.requires_grad_(False)
@@ -243,7 +245,7 @@ def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protec
             setattr(layer, key, BufferDict({}, persistent=True))
             layer.other_param_names = (*layer.other_param_names, key)  # what PEFT's delete_adapter takes away
         getattr(layer, key)[adapter_name] = value
-    if offset:
+    if offset and protect is not Protect.NONE:
         layer.lora_variant[adapter_name] = ContextLora()
 
 

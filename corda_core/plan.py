@@ -1,11 +1,13 @@
 """The adapter as a value, before it touches any model: where it starts, layer by layer, and what it was made from."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from corda_core.allocate import Choice
@@ -13,6 +15,7 @@ from corda_core.bases import digest_of, weight_digests
 from corda_core.covariance import Covariance, in_float64, off_mps
 from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
 from corda_core.layers import Progress, no_progress, over_layers
+from corda_core.linears import weight_shape
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class AdapterInit:
     """Which of the k components these are."""
 
     num_tokens: int
-    """How many tokens of context the covariance was taken over."""
+    """How many tokens of context the covariance was taken over; 0 of a random start."""
 
     whitening: Whitening | None = None
     """The coordinates that A trains in, for ``protect="whitened"``."""
@@ -114,9 +117,7 @@ def plan(
     Raises:
         ValueError: If a rank is below 1, ``ranks`` or ``choices`` lack a layer, or a layer cannot be decomposed (the text names it).
     """
-    for what, asked in (("rank", rank), *((f"the rank of {name}", own) for name, own in (ranks or {}).items())):
-        if asked < 1:
-            raise ValueError(f"{what} is {asked}; expected at least 1 for each layer.")
+    _check_ranks(rank, ranks or {})
     mode, split = Mode(mode), Split(split)
 
     def start(part: Mapping[str, Covariance], name: str, weight: Tensor) -> tuple[AdapterInit, bool]:
@@ -145,9 +146,45 @@ def plan(
         del part  # else it would stay while the next is collected
     if ranks is None:
         _warn_of_clipping(layers, rank)
-    weights = weight_digests(model, layers)
-    provenance = {"base_digest": digest_of(weights), "weights": weights, "damping": damping, "split": str(split), "fallbacks": fallbacks}
-    return AdapterPlan(layers, mode, rank, provenance)
+    return AdapterPlan(layers, mode, rank, _base_of(model, layers) | {"damping": damping, "split": str(split), "fallbacks": fallbacks})
+
+
+def random_plan(model: nn.Module, names: Iterable[str], rank: int, *, seed: int = 0) -> AdapterPlan:
+    """Return a plan that knows no context: A0 uniform in ``±1/√n`` (PEFT's Kaiming) and B0 = 0, for ``attach(protect="none")``: plain LoRA.
+
+    A layer's A0 depends on the seed, its name and its shape only.
+
+    Args:
+        model: The base model; only read.
+        names: The layers to adapt, by full name.
+        rank: r; clipped to min(m, n) where a layer is smaller, with one warning.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: If the rank is below 1.
+    """
+    _check_ranks(rank, {})
+    layers = {}
+    for name in names:
+        m, n = weight_shape(model, name)
+        r = min(rank, m, n)
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]))
+        A0 = (2 * torch.rand(r, n, generator=generator) - 1) / n**0.5
+        layers[name] = AdapterInit(A0, torch.zeros(m, r), torch.zeros(r, dtype=torch.float64), slice(0, r), num_tokens=0)
+    _warn_of_clipping(layers, rank)
+    return AdapterPlan(layers, Mode.LORA, rank, _base_of(model, layers) | {"seed": seed})
+
+
+def _check_ranks(rank: int, ranks: Mapping[str, int]) -> None:
+    for what, asked in (("rank", rank), *((f"the rank of {name}", own) for name, own in ranks.items())):
+        if asked < 1:
+            raise ValueError(f"{what} is {asked}; expected at least 1 for each layer.")
+
+
+def _base_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a plan tells of the weights that it is for."""
+    weights = weight_digests(model, names)
+    return {"base_digest": digest_of(weights), "weights": weights}
 
 
 def energy_of(weight: Tensor, A: Tensor, covariance: Covariance) -> Energy:

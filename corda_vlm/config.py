@@ -28,7 +28,8 @@ class CordaConfig(Options):
     """How an adapter is prepared: the keywords of ``corda_vlm.prepare``, and ``corda`` in a recipe."""
 
     mode: Mode = Mode.KPM
-    """"kpm": keep what the context shows; "ipm": learn faster what the context shows."""
+    """"kpm": keep what the context shows; "ipm": learn faster what the context shows; "lora": start at random, as plain LoRA does, to
+    train beside ``keep`` or to compare with."""
 
     rank: Count = 128
     """r of every layer, clipped where a layer is smaller; 128 is the papers', we measured 16 to 64."""
@@ -63,7 +64,8 @@ class CordaConfig(Options):
     protect: Protect | None = None
     """"strict": A stays frozen at the directions that the context uses least, B trains from 0 (half the parameters); "start": A and B
     train, as published; "whitened": both train from where strict starts, A in coordinates in which the context's directions are short.
-    The first and the last are for KPM in offset form; None is "strict" there and "start" elsewhere."""
+    The first and the last are for KPM in offset form; "none": A trains too, B from 0, an ordinary LoRA. None is "strict" for KPM in
+    offset form, "start" elsewhere, and "none" for ``mode: lora``."""
 
     variant: Variant = Variant.CORDA
     """"corda"; or "corda++": five candidates and a budget of what ``rank`` costs everywhere, where those options are None."""
@@ -95,7 +97,7 @@ class CordaConfig(Options):
     """Samples in one forward pass; does not change the result."""
 
     seed: Seed = 0
-    """Seed of the draw of samples, where there are more than ``num_samples``."""
+    """Seed of the draw of samples, where there are more than ``num_samples``, and of a random start."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be right.
@@ -118,6 +120,8 @@ class CordaConfig(Options):
             raise ValueError(f"min_rank is {self.min_rank} and max_rank {self.max_rank}; expected min_rank <= max_rank.")
         if self.damping == 0 and (self.assesses or self.protect is Protect.WHITENED):
             raise ValueError('damping is 0; candidates, budget and protect="whitened" need it positive: a covariance may be singular.')
+        if self.mode is Mode.LORA and (self.assesses or self.tokens != "all"):
+            raise ValueError("mode is lora, which starts at random and reads no context; leave out candidates, variant, budget and tokens.")
         if not self.spreads and (self.min_rank, self.max_rank) != (1, None):
             raise ValueError(
                 f'min_rank is {self.min_rank} and max_rank {self.max_rank}, but there is no budget to spread; set budget="rank".'
@@ -126,6 +130,8 @@ class CordaConfig(Options):
     @property
     def protection(self) -> Protect:
         """``protect``, or what stands for None: "strict" where it can be, as it forgets least and does no harm at LoRA's rates."""
+        if self.mode is Mode.LORA:
+            return self.protect or Protect.NONE
         can_be_strict = self.mode is Mode.KPM and self.residual is Residual.OFFSET
         return self.protect or (Protect.STRICT if can_be_strict else Protect.START)
 

@@ -12,11 +12,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from corda_core import AdapterPlan, Choice, Covariance, allocate, attach, choose, collect, plan
+from corda_core import AdapterPlan, Choice, Covariance, Mode, allocate, attach, choose, collect, plan
 from corda_core.collect import split_layers
 from corda_core.covariance import on_cpu, together
 from corda_core.linears import unwrapped, weight_shape
 from corda_core.lora import Protect
+from corda_core.plan import random_plan
 from corda_core.store import Collected, check_collected, read_covariances
 from corda_vlm.attention import split_attention
 from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
@@ -52,6 +53,7 @@ def prepare(
     ``W x`` becomes ``W x + s B A0 x``, s = alpha / r (``protect="strict"``, the default for "kpm"): A0 is frozen at the directions of W
     that the context in ``images_texts`` uses least, and B trains from zero. With ``protect="start"``, the default for "ipm", it becomes
     ``W x + s (B A − B0 A0) x``: A and B train from components A0, B0 of W, those that matter most for the context with "ipm".
+    With "lora" it is ``W x + s B A x``, A random and B zero.
 
     Args:
         model: A vision-language model of LLaVA's kind, a CLIP-type model, a vision tower or a causal language model of transformers; or an
@@ -63,7 +65,8 @@ def prepare(
             Ready batches are all used, or ``num_samples`` of them for each candidate; under ``torch.distributed`` each process brings its
             own. A keep file of ``corda-vlm collect`` (its path, ending in .safetensors), or several in a list, stand for the samples that
             they were made of, also beside samples: ``[Path("general.safetensors"), *samples]``.
-        mode: "kpm" or "ipm".
+        mode: "kpm" or "ipm"; or "lora" for a plain LoRA on the same layers, of whose context one sample alone is looked at, to see which
+            layers can learn.
         processor: Reads the samples: a processor, a tokenizer for a language model, ``OpenClipPairs(preprocess, tokenizer)`` for open_clip.
             None looks beside the model's own files on this disk.
         further_contexts: Each as ``images_texts``. Each layer takes the one context of all that suits it best, and does not see the
@@ -118,6 +121,8 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Any], config: CordaConfig
     model = checked_base(model)
     sources = [sources_of(context) for context in contexts]
     names, ready = _layers_and_contexts(model, sources, config, processor)
+    if config.mode is Mode.LORA:
+        return random_plan(model, names, config.rank, seed=config.seed)
     budget = config.total_budget(weight_shape(model, name) for name in names)
     collect_of = partial(_collect, model, ready, config)
     parts = _parts(model, ready, names, config)

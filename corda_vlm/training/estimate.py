@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from corda_core import Mode
 from corda_core.allocate import budget_of_rank
 from corda_core.linears import check_present, weight_shape
 from corda_core.store import read_covariances
@@ -93,6 +94,7 @@ def estimate(recipe: Recipe) -> Estimate:
     trained = adapters if corda.protection != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
     whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     num_base = sum(parameter.numel() for parameter in model.parameters())
+    collects = corda.mode is not Mode.LORA
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
     context_length = _context_length(recipe, model, length)
@@ -115,11 +117,11 @@ def estimate(recipe: Recipe) -> Estimate:
         steps=steps,
         base_bytes=int(num_base * bits / 8),
         training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
-        covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62),
-        context_flops=corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs))
+        covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62) if collects else 0,
+        context_flops=collects * corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs))
         + 2 * num_base * _num_written(recipe, model),
         # The products with C, and the iteration or factorisation: some multiples of them.
-        decomposition_flops=sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
+        decomposition_flops=collects * sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
         training_flops=None if steps is None else steps * step_flops,
         flops_per_second=_speed(getattr(torch, recipe.model.dtype)),
     )

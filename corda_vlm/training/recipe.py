@@ -138,7 +138,7 @@ class KeepConfig(KeepOptions):
     """What the training is held to the base on, and how: ``keep`` in a recipe."""
 
     samples: DataConfig | None = None
-    """Samples of what is to be kept; None takes ``context``, for kpm only."""
+    """Samples of what is to be kept; None takes ``context``, not for ipm."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Recipe(Options):
 
     context: DataConfig | Place | Sequence[Place] | None = None
     """What is to be kept (``corda.mode: kpm``), or learned (ipm): options of samples; "self" for samples that the base makes; a keep file
-    of ``corda-vlm collect`` (.safetensors); or several of such and of sources of samples in a list. None takes ``data``, for ipm only."""
+    of ``corda-vlm collect`` (.safetensors); or several of such and of sources of samples in a list. None takes ``data``, not for kpm."""
 
     evaluation: DataConfig | None = None
     """Held-out samples whose loss is measured: the mean over tokens, then over samples; for CLIP over batches."""
@@ -183,9 +183,23 @@ class Recipe(Options):
         names = self.context_names
         if "" in names or (not names and isinstance(self.context, list | tuple)):
             raise ValueError(f"context is {self.context!r}; expected options of samples, {SELF}, or at least one file.")
+        self._check_keeping(names)
+        if self.training.max_drift is not None and self.corda.protection in (Protect.START, Protect.NONE):
+            raise ValueError(
+                f"training.max_drift is {self.training.max_drift}, but corda.protect: {self.corda.protection} moves A, so that the plan does "
+                "not tell how far outputs drift; set corda.protect to strict or whitened, or leave max_drift out."
+            )
+        if self.evaluation is None and self.training.evaluate_every is not None:
+            raise ValueError(
+                f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."
+            )
+
+    def _check_keeping(self, names: tuple[str, ...]) -> None:
+        """Refuse keeping without samples or a base; ``names`` are the context's."""
         if self.keep is not None and self.keep.samples is None and (self.context is None or self.corda.mode == "ipm"):
             raise ValueError(
-                "keep has no samples, and there is no context of what is to be kept (corda.mode: kpm) to take them from; name keep.samples."
+                "keep has no samples, and there is no context of what is to be kept (corda.mode: kpm or lora) to take them from; name "
+                "keep.samples."
             )
         if self.keep is not None and self.keep.samples is None and names and all(map(is_keep_file, names)):
             raise ValueError(f"keep needs samples, but the context is {names[0]}, which holds none; name keep.samples, or leave keep out.")
@@ -193,15 +207,6 @@ class Recipe(Options):
             raise ValueError(
                 "keep compares with the base, but corda.residual: subtract writes the start into its weights, so it cannot be run without "
                 "the adapter; leave residual out, or set keep.kind to replay."
-            )
-        if self.training.max_drift is not None and self.corda.protection is Protect.START:
-            raise ValueError(
-                f"training.max_drift is {self.training.max_drift}, but corda.protect: start moves A, so that the plan does not tell how "
-                "far outputs drift; set corda.protect to strict or whitened, or leave max_drift out."
-            )
-        if self.evaluation is None and self.training.evaluate_every is not None:
-            raise ValueError(
-                f"training.evaluate_every is {self.training.evaluate_every}, but there is no evaluation: name held-out samples."
             )
 
     @property

@@ -9,13 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from corda_core import AdapterPlan, attach, change_factors, collect, context_drift, export, lora_layers, plan, select_linears, weight_change
+from corda_core import (
+    AdapterPlan,
+    attach,
+    change_factors,
+    collect,
+    context_drift,
+    export,
+    load,
+    lora_layers,
+    plan,
+    save,
+    select_linears,
+    weight_change,
+)
 from corda_core.bases import base_digest
+from corda_core.plan import random_plan
 
 RANK = 6
 IDS = torch.arange(2, 20).reshape(2, 9)
@@ -109,6 +123,42 @@ def test_strict_trains_b_only_even_after_switching_adapters() -> None:
         assert not layer.lora_A["default"].weight.requires_grad
         assert layer.lora_B["default"].weight.abs().max() > 0
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == sum(i.B0.numel() for i in made.layers.values())
+
+
+def test_a_random_start_is_pefts_plain_lora(tmp_path: Path) -> None:
+    """With the same A it takes the very steps that PEFT's takes, its folder is one that plain PEFT reads, and ours reads it again."""
+    model, names = tiny_llama(), select_linears(tiny_llama())
+    adapted = attach(model, random_plan(model, names, RANK, seed=3), protect="none", alpha=2 * RANK)
+    assert torch.equal(logits(adapted), logits(tiny_llama()))
+    peer = get_peft_model(tiny_llama(), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(names)))
+    for name, layer in lora_layers(peer).items():
+        start = lora_layers(adapted)[name].lora_A["default"].weight
+        assert float(start.abs().max()) <= layer.in_features**-0.5
+        assert float(start.std()) == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.25)
+        layer.lora_A["default"].weight.data.copy_(start)
+    trained(adapted)
+    trained(peer)
+    for name, layer in lora_layers(peer).items():
+        for mine, other in ((getattr(lora_layers(adapted)[name], key), getattr(layer, key)) for key in ("lora_A", "lora_B")):
+            assert torch.equal(mine["default"].weight, other["default"].weight)
+    save(adapted, tmp_path)
+    assert torch.equal(logits(load(tiny_llama(), tmp_path).eval()), logits(peer))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), logits(peer))
+
+
+def test_a_random_start_depends_on_seed_and_name_and_protects_nothing() -> None:
+    model, names = tiny_llama(), select_linears(tiny_llama())
+    first, same, other = (random_plan(model, some, 4, seed=seed) for some, seed in ((names, 0), (names[3:], 0), (names, 1)))
+    assert all(torch.equal(same.layers[name].A0, first.layers[name].A0) for name in same.layers)
+    assert not any(torch.equal(other.layers[name].A0, first.layers[name].A0) for name in names)
+    assert len({init.A0.flatten()[0].item() for init in first.layers.values()}) == len(names)
+    for protect in ("strict", "start", "whitened"):
+        with pytest.raises(ValueError, match="nothing to protect or to subtract"):
+            attach(model, first, protect=protect)
+    with pytest.raises(ValueError, match='mode="lora" starts at random and decomposes nothing'):
+        planned(model, "lora")
+    with pytest.raises(ValueError, match="rank is 0"):
+        random_plan(model, names, 0)
 
 
 def test_whitened_starts_where_strict_does_and_trains_in_short_coordinates() -> None:

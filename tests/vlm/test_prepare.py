@@ -33,7 +33,7 @@ def logits(model: nn.Module, processor: Any, items: list[Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [None, ALL_PARTS])
-@pytest.mark.parametrize("protect", ["start", "strict", "whitened"])
+@pytest.mark.parametrize("protect", ["start", "strict", "whitened", "none"])
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")
 def test_llava_is_bit_identical_and_its_base_untouched(dtype: Any, parts: Any, protect: str, processor: Any, samples: list[Any]) -> None:
     model = tiny_llava().to(dtype)
@@ -63,6 +63,20 @@ def test_the_default_trains_no_protected_direction(processor: Any, samples: list
     adapted = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
     assert attachment_of(adapted).protect == "strict"
     assert {name.split(".")[-3] for name, parameter in adapted.named_parameters() if parameter.requires_grad} == {"lora_B"}
+
+
+@pytest.mark.filterwarnings("ignore:.*reach the output", "ignore:.*saw .* tokens")
+def test_lora_takes_the_same_layers_and_reads_no_context(llava: Any, processor: Any, samples: list[Any]) -> None:
+    expected = logits(llava, processor, samples)
+    names = attachment_of(corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4, parts=ALL_PARTS)).plan.layers
+    adapted = corda_vlm.prepare(llava, samples, "lora", processor=processor, rank=4, parts=ALL_PARTS)
+    assert torch.equal(logits(adapted, processor, samples), expected)
+    made = attachment_of(adapted)
+    assert (list(made.plan.layers), made.protect, {init.num_tokens for init in made.plan.layers.values()}) == (list(names), "none", {0})
+    losses = corda_vlm.fine_tune(adapted, samples, processor, steps=20, batch_size=6, learning_rate=2e-2, seed=0)
+    assert losses[-1][1] < losses[0][1]
+    with pytest.raises(ValueError, match="mode is lora, which starts at random and reads no context; leave out candidates"):
+        corda_vlm.prepare(tiny_llava(), samples, "lora", processor=processor, variant="corda++")
 
 
 @pytest.mark.filterwarnings("ignore:.*saw .* tokens")

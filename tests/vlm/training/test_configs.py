@@ -107,3 +107,6 @@ def test_the_estimate_counts_what_attach_makes(stand_ins: Path) -> None:
     frozen = sum(buffer.numel() for name, buffer in adapted.named_buffers() if "lora_A0" in name or "lora_B0" in name)
     assert estimated.training_bytes == 4 * (4 * estimated.num_trainable + frozen)
     assert torch.tensor(estimated.flops_per_second) > 1e8
+    plain = estimate(read_recipe(CONFIGS / "llama2_metamath_kpm.yaml", [*overrides, "corda.mode=lora", "corda.protect=null"]))
+    assert (plain.covariance_bytes, plain.context_flops, plain.decomposition_flops) == (0, 0, 0)
+    assert plain.training_bytes == 4 * 4 * plain.num_trainable

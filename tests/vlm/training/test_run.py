@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,30 @@ def test_a_run_learns_and_leaves_an_adapter_that_loads_anywhere(processor: Any, 
     with torch.no_grad():
         torch.testing.assert_close(lora(**batch).logits, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(plain(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_plain_lora_is_a_recipe_too_and_resumes_and_keeps(processor: Any, tmp_path: Path) -> None:
+    """LoRA held to the base: what the recipe needs of the context is its samples; the folder is one that plain PEFT reads."""
+    options = {"mode": "lora", "protect": None, "train_fully": []}
+    path = write_recipe(tmp_path, processor, corda=options, keep={"every": 2}, training={"learning_rate": 2e-2})
+    whole = trained(path, f"output={tmp_path / 'whole'}")
+    assert whole.kept is not None
+    trained(path, "training.steps=8")
+    shutil.rmtree(tmp_path / "output" / "checkpoint-8")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "training.json"):
+        (tmp_path / "output" / file).unlink()
+    again = trained(path, resume=True)
+    assert again.losses == whole.losses
+    base, batch = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "base"),
+        Collator(processor)([{"question": "what color is this ?"}]),
+    )
+    with torch.no_grad():
+        expected = corda_core.load(base, whole.output).eval()(**batch).logits
+        plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), again.output).eval()
+        assert torch.equal(plain(**batch).logits, expected)
+    with pytest.raises(ValueError, match="max_drift is 0.02, but corda.protect: none moves A"):
+        read_recipe(path, ["training.max_drift=0.02"])
 
 
 @pytest.mark.slow
