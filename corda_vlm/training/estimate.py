@@ -12,6 +12,7 @@ from corda_core import Mode
 from corda_core.allocate import budget_of_rank
 from corda_core.linears import check_present, weight_shape
 from corda_core.store import read_covariances
+from corda_vlm.config import CordaConfig
 from corda_vlm.context import is_keep_file
 from corda_vlm.coverage import Coverage, coverage
 from corda_vlm.data.items import load_items
@@ -94,7 +95,6 @@ def estimate(recipe: Recipe) -> Estimate:
     trained = adapters if corda.protection != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
     whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     num_base = sum(parameter.numel() for parameter in model.parameters())
-    collects = corda.mode is not Mode.LORA
     bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
     context_length = _context_length(recipe, model, length)
@@ -104,7 +104,7 @@ def estimate(recipe: Recipe) -> Estimate:
     if recipe.keep is not None:  # beside its own the base's forward pass
         more = passes + (recipe.keep.kind == "distill")
         step_flops += _kept_tokens(recipe.keep, recipe, model, context_length) * (2 * num_base * more + 6 * adapters)
-    inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
+    covariance_bytes, context_flops, decomposition_flops = _preparation(corda, shapes, context_length, num_base)
     return Estimate(
         model=type(model).__name__,
         num_base=num_base,
@@ -117,14 +117,26 @@ def estimate(recipe: Recipe) -> Estimate:
         steps=steps,
         base_bytes=int(num_base * bits / 8),
         training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
-        covariance_bytes=min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62) if collects else 0,
-        context_flops=collects * corda.num_samples * corda.num_candidates * context_length * (2 * num_base + sum(n * n for _, n in inputs))
-        + 2 * num_base * _num_written(recipe, model),
-        # The products with C, and the iteration or factorisation: some multiples of them.
-        decomposition_flops=collects * sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values()),
+        covariance_bytes=covariance_bytes,
+        context_flops=context_flops + 2 * num_base * _num_written(recipe, model),
+        decomposition_flops=decomposition_flops,
         training_flops=None if steps is None else steps * step_flops,
         flops_per_second=_speed(getattr(torch, recipe.model.dtype)),
     )
+
+
+def _preparation(
+    corda: CordaConfig, shapes: Mapping[str, tuple[int, int]], context_length: float, num_base: int
+) -> tuple[int, float, float]:
+    """Return the bytes of the covariances and the products of collecting and of decomposing; nothing where the start is random."""
+    if corda.mode is Mode.LORA:
+        return 0, 0.0, 0.0
+    inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
+    num_bytes = min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62)
+    tokens = corda.num_samples * corda.num_candidates * context_length
+    # The products with C, and the iteration or factorisation: some multiples of them.
+    decomposing = sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values())
+    return num_bytes, tokens * (2 * num_base + sum(n * n for _, n in inputs)), decomposing
 
 
 def describe(estimate: Estimate) -> str:

@@ -186,8 +186,8 @@ class Recipe(Options):
         self._check_keeping(names)
         if self.training.max_drift is not None and self.corda.protection in (Protect.START, Protect.NONE):
             raise ValueError(
-                f"training.max_drift is {self.training.max_drift}, but corda.protect: {self.corda.protection} moves A, so that the plan does "
-                "not tell how far outputs drift; set corda.protect to strict or whitened, or leave max_drift out."
+                f"training.max_drift is {self.training.max_drift}, but corda.protect: {self.corda.protection} moves A, so that the plan "
+                "does not tell how far outputs drift; set corda.protect to strict or whitened, or leave max_drift out."
             )
         if self.evaluation is None and self.training.evaluate_every is not None:
             raise ValueError(
