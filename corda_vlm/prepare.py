@@ -24,8 +24,9 @@ from corda_vlm.checks import check_image_token, checked_base, warn_of_resized
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import Context, Sources, context_batches, draw_contexts, progress_bar, sources_of
 from corda_vlm.coverage import coverage, tell
+from corda_vlm.masks import token_weights
 from corda_vlm.options import first_unknown
-from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, reach_of, select_layers, token_weights
+from corda_vlm.towers import is_open_clip, learnable_layers, modules_of, reach_of, select_layers
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
-"""Where the parts of a model live, family by family, and what that means for its layers and their tokens."""
+"""Where the parts of a model live, as transformers says and where it does not, and which of their layers are adapted."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from corda_core import TokenWeights, select_linears
-from corda_core.collect import attention_mask_of
+from corda_core import select_linears
 from corda_core.layers import gathered
+from corda_core.linears import LINEAR_TYPES
 from corda_vlm.probe import Reach, probe
 
 KINDS = {
@@ -48,63 +50,78 @@ class Family:
         return max(hits)[1] if hits else None
 
 
-LLAVA = Family(("model.vision_tower",), ("model.multi_modal_projector",), ("model.language_model",))
-QWEN_VL = Family(("model.visual",), ("model.visual.merger", "model.visual.deepstack_merger_list"), ("model.language_model",))
-IDEFICS = Family(("model.vision_model",), ("model.connector",), ("model.text_model",))
+BOTH = ("vision", "language")
 TWO_TOWERS = Family(
-    vision=("vision_model", "visual_projection"), language=("text_model", "text_projection"), default=("vision", "language")
+    vision=("vision_model", "visual_projection", "vision_projection", "video_model"),
+    language=("text_model", "text_projection", "qformer"),  # BLIP-2 reads text with the Q-former that it reads images with
+    default=BOTH,
 )
-OPEN_CLIP = Family(
-    vision=("visual",),
-    language=("transformer", "text", "text_decoder", "token_embedding", "text_projection"),
-    default=("vision", "language"),
-)
+OPEN_CLIP = Family(vision=("visual",), language=("transformer", "text", "text_decoder", "token_embedding", "text_projection"), default=BOTH)
 WHOLE_LANGUAGE = Family(language=("",))
 WHOLE_VISION = Family(vision=("",), default=("vision",))
 
-FAMILIES: dict[str, Family] = {
-    "aya_vision": LLAVA,
-    "clip": TWO_TOWERS,
-    "clip_vision_model": WHOLE_VISION,
-    "gemma3": LLAVA,
-    "glm4v": QWEN_VL,
-    "idefics2": IDEFICS,
-    "idefics3": IDEFICS,
-    "internvl": LLAVA,
-    "llava": LLAVA,
-    "llava_next": LLAVA,
-    "llava_next_video": LLAVA,
-    "llava_onevision": LLAVA,
-    "mistral3": LLAVA,
-    "paligemma": LLAVA,
-    "qwen2_5_vl": QWEN_VL,
-    "qwen2_vl": QWEN_VL,
-    "qwen3_vl": QWEN_VL,
-    "siglip": TWO_TOWERS,
-    "siglip2": TWO_TOWERS,
-    "siglip2_vision_model": WHOLE_VISION,
-    "siglip_vision_model": WHOLE_VISION,
-    "smolvlm": IDEFICS,
-    "vipllava": LLAVA,
+EXCEPTIONS: dict[str, Family] = {
+    # Two vision towers, of two resolutions; transformers names the lower.
+    "deepseek_vl_hybrid": Family(
+        ("model.vision_model", "model.high_res_vision_model"),
+        ("model.aligner", "model.high_res_vision_neck", "model.high_res_vision_proj"),
+        ("model.language_model",),
+    ),
+    # No vision tower: patches are embedded by one layer.
+    "fuyu": Family((), ("model.vision_embed_tokens",), ("model.language_model",)),
+    # The tower is called an image encoder, and the language model is what holds it.
+    "git": Family(("git.image_encoder",), ("git.visual_projection",), ("git",)),
+    "idefics": Family(("model.vision_model",), ("model.perceiver_resampler",), ("model",)),
+    # It draws too, with parts that no image passes which is read.
+    "janus": Family(("model.vision_model",), ("model.aligner",), ("model.language_model",)),
+    # A vision-language model within one that acts.
+    "pi0": Family(("model.vlm.vision_tower",), ("model.vlm.multi_modal_projector",), ("model.vlm.language_model", "model.dit")),
+    # The tower stands in the text's encoder.
+    "t5gemma2": Family(
+        ("model.encoder.vision_tower",), ("model.encoder.multi_modal_projector",), ("model.encoder.text_model", "model.decoder")
+    ),
+    # Text and patches share one encoder.
+    "udop": Family(language=("encoder", "decoder")),
 }
-"""``config.model_type`` -> where its parts live. A causal language model is one part; other models that are not listed too, and the user is
-told what was taken."""
+"""``config.model_type`` -> where its parts live, if it is not where ``get_encoder`` and ``get_decoder`` of transformers say."""
 
 PARTS = ("vision", "projector", "language")
 
+MEDIA = ("image", "video", "audio")
+"""What tokens of the text may stand for."""
+SEES = re.compile(r"pixel_values|flattened_patches")
+"""Arguments of a model's forward that are images."""
+TOWERS = re.compile(r"(image|vision|video)_(tower|model|encoder)")
+"""Names of vision towers beside that which transformers names."""
+EARS = re.compile(r".*(audio|speech|sound).*")
+"""Names of what hears: of no part."""
+BRIDGES = re.compile(r"(deepstack_)?merger(_list)?|vision_adapter|.*projector")
+"""Names of projectors that stand within a vision tower."""
+
 
 def family_of(model: nn.Module) -> Family:
-    """Return where the model's parts live; prefixes are those of this model, with or without an output layer on top."""
-    known = _listed(model)
-    if known is None:
-        return WHOLE_LANGUAGE
-    prefixes = {part: tuple(_existing(model, prefix) for prefix in known.prefixes(part)) for part in PARTS}
-    return Family(prefixes["vision"], prefixes["projector"], prefixes["language"], default=known.default)
+    """Return where the model's parts live, as it has them; of a model that is not known all is language."""
+    return known_family(model) or WHOLE_LANGUAGE
+
+
+def known_family(model: nn.Module) -> Family | None:
+    """Return the parts of a model of transformers or of open_clip; None for others."""
+    if is_open_clip(model):
+        return _present(model, OPEN_CLIP)
+    if not hasattr(model, "config"):
+        return None
+    if has_two_towers(model):
+        return _present(model, TWO_TOWERS)
+    if is_text_only(model) or is_vision_only(model):
+        return WHOLE_LANGUAGE if is_text_only(model) else WHOLE_VISION
+    listed = EXCEPTIONS.get(getattr(model.config, "model_type", ""))
+    return _borrowed(model) if listed is None else _present(model, listed)
 
 
 def has_two_towers(model: nn.Module) -> bool:
     """Return whether the model compares an image tower with a text tower, as CLIP does."""
-    return _listed(model) in (TWO_TOWERS, OPEN_CLIP)
+    kinds = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return is_open_clip(model) or any(kind.__name__ in kinds for kind in type(model).__mro__)
 
 
 def is_open_clip(model: nn.Module) -> bool:
@@ -113,13 +130,21 @@ def is_open_clip(model: nn.Module) -> bool:
 
 
 def is_text_only(model: nn.Module) -> bool:
-    """Return whether the model is a causal language model."""
-    return _listed(model) is WHOLE_LANGUAGE
+    """Return whether the model reads text and no images."""
+    return not _sees(model) and _reads(model)
 
 
 def is_vision_only(model: nn.Module) -> bool:
     """Return whether the model is a vision tower by itself."""
-    return _listed(model) is WHOLE_VISION
+    return _sees(model) and not _reads(model)
+
+
+def image_tokens(model: nn.Module) -> list[int]:
+    """Return the ids of the tokens that stand for pieces of images, videos and sound."""
+    config: Any = getattr(model, "config", None)
+    configs = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
+    tokens = [getattr(each, key, None) for each in configs for kind in MEDIA for key in (f"{kind}_token_id", f"{kind}_token_index")]
+    return sorted({token for token in tokens if isinstance(token, int) and token >= 0})
 
 
 def image_dtype(model: Any) -> torch.dtype:
@@ -208,7 +233,7 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
     for left_out, reason in ((reach.unused, "ran, but what they compute does not reach the output"), (reach.not_run, "never ran")):
         if left_out:
             warnings.warn(f"{len(left_out)} layer(s) {reason}, such as {left_out[0]}: left out.", stacklevel=3)
-    if _listed(model) is None:
+    if known_family(model) is None:
         kinds = sorted({name.rpartition(".")[2] for name in reach.learnable})
         warnings.warn(
             f"{type(model).__name__} is of no family that corda_vlm knows: took all {len(reach.learnable)} linear layers that can learn "
@@ -218,102 +243,63 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
     return reach.learnable
 
 
-def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeights:
-    """Return how much each token counts for each layer.
+def _sees(model: nn.Module) -> bool:
+    return hasattr(model, "config") and any(SEES.match(name) for name in inspect.signature(type(model).forward).parameters)
 
-    In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in a text tower of open_clip
-    what comes behind the token that is read counts nothing; in a vision tower neither do patches that only fill an image up; in a
-    projector all tokens count alike.
+
+def _reads(model: nn.Module) -> bool:
+    return hasattr(model, "config") and bool({"input_ids", "decoder_input_ids"} & inspect.signature(type(model).forward).parameters.keys())
+
+
+def _present(model: nn.Module, family: Family) -> Family:
+    """Return the prefixes that this model has; models without an output layer lack the leading "model."."""
+    names = {name for name, _ in model.named_modules()}
+
+    def own(part: str) -> tuple[str, ...]:
+        prefixes = (prefix if hasattr(model, "model") else prefix.removeprefix("model.") for prefix in family.prefixes(part))
+        return tuple(prefix for prefix in prefixes if prefix in names)
+
+    return Family(own("vision"), own("projector"), own("language"), default=family.default)
+
+
+def _borrowed(model: Any) -> Family | None:
+    """Return the parts of a vision-language model as transformers finds them; None if it finds no language model.
+
+    Vision tower and language model are the largest modules that hold the one and not the other. What stands beside them is a projector,
+    unless its name says that it is a further tower, or hears; what merges patches within a tower too.
     """
-    placeholders, two_towers = image_tokens(model), has_two_towers(model)
-    family, unlisted, decoder = family_of(model), _listed(model) is None, _decoder_prefix(model)
-    if weights["image"] != weights["text"] and not placeholders:
-        raise ValueError(
-            f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
-        )
-
-    def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        part = family.part_of(name)
-        if part == "vision":
-            return _patch_mask(model, name, batch)
-        if unlisted and not name.startswith(decoder):
-            return None
-        if part != "language" or (two_towers and not re.search(r"\.(encoder|resblocks)\.", name)):  # a tower's head reads one token
-            return None
-        mask = _caption_mask(model, batch) if is_open_clip(model) else attention_mask_of(name, batch)
-        if weights["image"] == weights["text"]:
-            return mask
-        is_image = torch.isin(batch["input_ids"], torch.tensor(placeholders, device=batch["input_ids"].device))
-        return torch.where(is_image, weights["image"], weights["text"]) * (1 if mask is None else mask)
-
-    return weigh
+    if not hasattr(model, "get_decoder"):
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    decoder, tower = names.get(model.get_decoder(), ""), names.get(model.get_encoder(modality="image"), "")
+    if not tower or f"{decoder}.".startswith(f"{tower}."):  # an encoder of images, such as Pix2Struct's
+        tower = names.get(model.get_encoder(), "")
+    if not decoder or not tower or f"{decoder}.".startswith(f"{tower}."):
+        return Family(language=(decoder,)) if decoder else None
+    decoder, tower = _widest(decoder, tower), _widest(tower, decoder)
+    beside = [name for child, name in names.items() if _is_beside(name, decoder) and name != tower and _is_adaptable(model, child)]
+    towers = [name for name in beside if TOWERS.fullmatch(name.rpartition(".")[2])]
+    bridges = [name for name in names.values() if name.rpartition(".")[0] == tower and BRIDGES.fullmatch(name.rpartition(".")[2])]
+    return Family((tower, *towers), (*bridges, *(name for name in beside if name not in towers)), (decoder,))
 
 
-def _listed(model: nn.Module) -> Family | None:
-    """Return the family of the table; that of a causal language model for what generates text from text alone."""
-    config: Any = getattr(model, "config", None)
-    listed = FAMILIES.get(getattr(config, "model_type", ""))
-    if listed is not None:
-        return listed
-    if is_open_clip(model):
-        return OPEN_CLIP
-    is_text = config is not None and hasattr(config, "vocab_size") and not hasattr(config, "vision_config")
-    return WHOLE_LANGUAGE if is_text else None
+def _is_beside(name: str, other: str) -> bool:
+    """Return whether two modules are different children of one."""
+    return name not in ("", other) and name.rpartition(".")[0] == other.rpartition(".")[0] and not EARS.fullmatch(name.rpartition(".")[2])
 
 
-def _existing(model: nn.Module, prefix: str) -> str:
-    """Return the prefix as this model has it: models without an output layer lack the leading "model."."""
-    headless = prefix.removeprefix("model.")
-    return headless if headless != prefix and not hasattr(model, "model") else prefix
+def _is_adaptable(model: Any, module: nn.Module) -> bool:
+    """Return whether a module has linear layers and is neither the output layer nor what holds all else."""
+    inside = any(isinstance(part, LINEAR_TYPES) for part in module.modules())
+    return inside and module is not model.get_output_embeddings() and module is not model.base_model
+
+
+def _widest(name: str, other: str) -> str:
+    """Return the outermost module around ``name`` that does not hold ``other``."""
+    steps = name.split(".")
+    around = (".".join(steps[:count]) for count in range(1, len(steps) + 1))
+    return next(prefix for prefix in around if not f"{other}.".startswith(f"{prefix}."))
 
 
 def _pattern(patterns: str | Sequence[str] | None) -> str | Sequence[str] | None:
     return KINDS.get(patterns, patterns) if isinstance(patterns, str) else patterns
-
-
-def _decoder_prefix(model: Any) -> str:
-    """Return where the language model of an unlisted model lives, as far as transformers knows; else a name that no layer has."""
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if find is not None else None
-    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "\0")
-
-
-def image_tokens(model: nn.Module) -> list[int]:
-    """Return the ids of the tokens that stand for pieces of images and videos."""
-    config: Any = getattr(model, "config", None)
-    tokens = [getattr(config, key, None) for key in ("image_token_id", "image_token_index", "video_token_id")]
-    return [token for token in tokens if isinstance(token, int)]
-
-
-def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which patches are part of an image (images, patches), for layers that read patches one by one; None if all are.
-
-    SigLIP 2 gives the mask by patch; Idefics and SmolVLM by pixel (samples, images, H, W), with images of zeros that fill a sample up.
-    """
-    mask = batch.get("pixel_attention_mask")
-    if mask is None or ".encoder." not in name:
-        return None
-    if mask.ndim == 2:
-        return mask
-    config: Any = model.config
-    size = config.vision_config.patch_size
-    pixels = batch["pixel_values"].flatten(0, 1)
-    real = mask.flatten(0, 1)[pixels.flatten(1).any(1)]
-    patches = real.unfold(1, size, size).unfold(2, size, size)
-    return (patches.sum((-1, -2)) > 0).flatten(1)
-
-
-def _caption_mask(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which tokens of open_clip's captions (batch, tokens) can reach the one that is read; None if all can.
-
-    With causal attention that is read at its end-of-text token, the largest id, all behind it is padding.
-    """
-    tower = getattr(model, "text", model)
-    kind = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    pad_id = getattr(getattr(tower, "config", None), "pad_token_id", None)  # a text tower of transformers masks its padding
-    if pad_id is not None:
-        return batch["text"] != pad_id
-    if kind != "argmax" or getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
-        return None
-    text = batch["text"]
-    return torch.arange(text.shape[1], device=text.device) <= text.argmax(-1, keepdim=True)

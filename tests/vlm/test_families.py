@@ -146,14 +146,13 @@ def test_an_unknown_family_takes_what_can_learn_and_says_so() -> None:
     assert torch.equal(adapted(**batch), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*of no family")
-def test_an_unknown_vision_language_model_has_its_own_masks() -> None:
+def test_a_vision_language_model_that_nobody_listed_has_its_parts_and_masks() -> None:
     """Its vision tower sees patches, which the attention mask says nothing about."""
     model, batch = build("llava")
     model.config.model_type = "unheard_of"
     batch["attention_mask"][0, :3] = 0
-    covariances = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig())
-    assert {family_of(model).part_of(name) for name in covariances} == {"language"}  # one part, which is the whole model
+    covariances = corda_vlm.collect_context(model, [batch], corda_vlm.CordaConfig(parts=PARTS))
+    assert {family_of(model).part_of(name) for name in covariances} == set(PARTS)
     tokens = {name.split(".")[1]: covariance.num_tokens for name, covariance in covariances.items()}
     assert tokens == {"vision_tower": 2 * 5, "multi_modal_projector": 2 * 4, "language_model": int(batch["attention_mask"].sum())}
 
