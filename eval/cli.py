@@ -9,7 +9,7 @@ import typer
 
 from corda_vlm.cli import DOWNLOAD, TRUST, app, command
 from corda_vlm.outputs import alone_in, processes
-from corda_vlm.training.recipe import ModelConfig
+from corda_vlm.training.recipe import ModelConfig, read_recipe, write_recipe
 from corda_vlm.yaml import read_config
 
 
@@ -78,20 +78,43 @@ def eval_command(
 
 @command("compare", "the same command makes the runs that are missing")
 def compare_command(
-    config: Annotated[Path, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Options of the study to change, such as seeds=1.", metavar="[OPTION=VALUE]...")
+        list[str] | None,
+        typer.Argument(help="Options of the study or the recipe to change, such as seeds=1.", metavar="[OPTION=VALUE]..."),
     ] = None,
+    config: Annotated[Path | None, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Your own task instead: the recipe of `train` that is to be decided.")] = None,
+    rates: Annotated[str | None, typer.Option(help="For --recipe: LoRA's rates, 1e-4,3e-4,1e-3; by default three around its own.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="For --recipe: optimiser steps of each run.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="For --recipe: of each arm and rate.")] = 1,
+    max_kl: Annotated[
+        float, typer.Option(min=0, help="For --recipe: what may be forgotten, nats of KL to the base on the context.")
+    ] = 0.02,
     output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
     only_report: Annotated[bool, typer.Option("--only-report", help="Run nothing: report on the runs that are finished.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="For --recipe: only print the runs and what they cost; reads no weights.")
+    ] = False,
 ) -> None:
     """Run methods at several rates and seeds on tasks with kept tasks: which forgets less at equal gain? Finished runs are kept."""
     # Imported here: the evaluation's packages are extras, and take seconds.
     from corda_eval.study.grid import StudyConfig, check, complete, finished
+    from corda_eval.study.own import OwnTask
     from corda_eval.study.report import write_study
 
-    study = read_config(config, StudyConfig, overrides or [])
-    check(study)
+    if (config is None) == (recipe is None):
+        raise ValueError("compare takes either --config (a study) or --recipe (your own task); give one of the two.")
+    own = None
+    if recipe is not None:
+        own = OwnTask.of(read_recipe(recipe, overrides or []), output / "runs", steps, _rates(rates), seeds)
+        if dry_run:
+            typer.echo(own.cost())
+            return
+        own.write_recipe()
+        study = own.study
+    else:
+        study = read_config(config, StudyConfig, overrides or [])  # type: ignore[arg-type]
+        check(study)
     failures = [] if only_report else complete(study, typer.echo)
     for failure in failures:
         typer.echo(f"corda-vlm compare: {failure}", err=True)
@@ -100,8 +123,31 @@ def compare_command(
         raise ValueError(f"{study.results!r} holds no finished run of this study; make some (without --only-report), or name its results.")
     write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
     typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
+    if own is not None:
+        text, best = own.advice(next(iter(runs.values())), max_kl)
+        typer.echo(text)
+        if best is not None:
+            write_recipe(best, output / "best.yaml")
+            typer.echo(f"Train it: corda-vlm train --config {output / 'best.yaml'}")
     if failures:
         raise typer.Exit(1)
+
+
+def _rates(text: str | None) -> list[float]:
+    """Return the rates that were typed, none where none were.
+
+    Raises:
+        ValueError: If one is no number above 0.
+    """
+    rates = []
+    for part in text.split(",") if text else []:
+        try:
+            rates.append(float(part))
+        except ValueError:
+            rates.append(-1.0)
+        if not 0 < rates[-1] < float("inf"):
+            raise ValueError(f"--rates has {part!r}; expected numbers above 0 between commas, such as 1e-4,3e-4,1e-3.")
+    return rates
 
 
 def _typed() -> str:

@@ -1,12 +1,16 @@
 """A training run as a value: which model, data and adapter, how it is trained, where it is written; ``configs/`` has examples."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import yaml
 from pydantic import Field
 
+from corda_core.files import write_whole
 from corda_core.linears import FourBit
 from corda_core.lora import Protect
 from corda_vlm.config import CordaConfig
@@ -225,6 +229,17 @@ def read_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> Reci
         ValueError: If an option is unknown, missing or has an impossible value.
     """
     return read_config(path, Recipe, overrides)
+
+
+def values_of(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as values of JSON, all its options."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), sort_keys=True))
+    return values
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe whole, all its options, as ``read_recipe`` reads it."""
+    write_whole(path, yaml.safe_dump(values_of(recipe)).encode())
 
 
 def read_model(path: Path) -> ModelConfig:

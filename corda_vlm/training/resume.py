@@ -1,23 +1,20 @@
 """A run's output folder: whose it is, and which of its checkpoints are whole, so that a run can resume from them."""
 
-import dataclasses
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-import yaml
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from corda_core import attachment_of
-from corda_core.files import flush, read_json, write_whole
+from corda_core.files import flush, read_json
 from corda_core.layers import from_first_process, process_rank
 from corda_core.store import ATTACHMENT, check_saved_together, put_weights_, read_adapter, read_attachment, save_attachment
 from corda_vlm.outputs import clear_partial, processes
-from corda_vlm.training.recipe import RECIPE, Recipe
+from corda_vlm.training.recipe import RECIPE, Recipe, values_of, write_recipe
 from corda_vlm.yaml import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -41,7 +38,6 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
         FileExistsError: If there is another run, or what another program wrote.
         ValueError: If the run to resume has another recipe.
     """
-    wanted = json.loads(json.dumps(dataclasses.asdict(recipe), sort_keys=True))
     has_begun = from_first_process((output / ATTACHMENT).exists() and (output / RECIPE).exists())
     foreign = from_first_process(
         sorted(file.name for file in output.glob("*") if file.name.startswith(("checkpoint-", "adapter_", "corda.")))
@@ -49,14 +45,14 @@ def claim(recipe: Recipe, output: Path, resume: bool) -> None:
     if has_begun and not resume:
         raise FileExistsError(f"{output} holds a run already; resume it (--resume), or name another output.")
     if has_begun:
-        _check_same_recipe(output / RECIPE, wanted)
+        _check_same_recipe(output / RECIPE, values_of(recipe))
     elif foreign:
         raise FileExistsError(f"{output} holds {foreign[0]}, which no run of a recipe left there; name another output.")
     elif resume:
         logger.warning("%s holds no run to resume: starting one.", output)
     processes().wait_for_everyone()
     if process_rank() == 0:
-        write_whole(output / RECIPE, yaml.safe_dump(wanted).encode())
+        write_recipe(recipe, output / RECIPE)
         for checkpoint in list(output.glob("checkpoint-*")):
             clear_partial(checkpoint)
             _put_away_if_not_whole(checkpoint)

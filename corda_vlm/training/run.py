@@ -11,14 +11,14 @@ import errno
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from corda_core import AdapterPlan, attachment_of, lora_layers, save
 from corda_core.files import write_whole
@@ -91,8 +91,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
     start = time.time()
     with _own_output(recipe, resume) as (output, arguments):
         adapted, processor, samples = _prepare(recipe, arguments, output)
-        keep = _keep(recipe, samples, processor)
-        trainer = _trainer(adapted, processor, samples, recipe, arguments, keep)
+        keep = keeping(recipe, samples.get("keep"), processor)
+        trainer = recipe_trainer(
+            adapted, processor, samples, recipe, arguments, [*([] if keep is None else [keep]), WholeCheckpoints(adapted)]
+        )
         with _naming_what_is_kept(trainer, output):
             _train_(trainer, output, resume, keep)
             if "evaluation" in samples and recipe.training.evaluate_every is None:
@@ -139,27 +141,32 @@ def _own_output(recipe: Recipe, resume: bool) -> Iterator[tuple[Path, TrainingAr
             yield output, arguments
 
 
-def _keep(recipe: Recipe, samples: Mapping[str, Items], processor: Any) -> KeepCallback | None:
-    """Return what holds the training to the base, if the recipe asks for it."""
+def keeping(recipe: Recipe, samples: Any, processor: Any) -> KeepCallback | None:
+    """Return what holds the training to the base on these samples, if the recipe asks for it."""
     if recipe.keep is None:
         return None
     options = {field.name: getattr(recipe.keep, field.name) for field in dataclasses.fields(KeepOptions)}
-    return KeepCallback(Keep(samples["keep"], **options), processor)
+    return KeepCallback(Keep(samples, **options), processor)
 
 
-def _trainer(
+def recipe_trainer(
     adapted: PeftModel,
     processor: Any,
-    samples: Mapping[str, Items],
+    samples: Mapping[str, Any],
     recipe: Recipe,
     arguments: TrainingArguments,
-    keep: KeepCallback | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
+    """Return the Trainer of a recipe, for the samples "data" and perhaps "evaluation"; with these callbacks and the recipe's own bound.
+
+    Raises:
+        ValueError: If there are fewer pairs than one batch.
+    """
     options = recipe.training
     if not has_two_towers(base_of(adapted)):  # the mean over samples, whatever batches they come in; a contrastive loss is one of batches
         arguments.per_device_eval_batch_size = 1
     rates = {"projector": options.projector_learning_rate, "vision": options.vision_learning_rate}
-    holding = [*([] if keep is None else [keep]), *([] if options.max_drift is None else [DriftCallback(options.max_drift)])]
+    bounding = [] if options.max_drift is None else [DriftCallback(options.max_drift)]
     set_seed(recipe.seed)  # preparing draws too, and is left out on resuming
     return trainer_for(
         adapted,
@@ -168,7 +175,7 @@ def _trainer(
         arguments,
         evaluation=samples.get("evaluation"),
         rates={part: rate for part, rate in rates.items() if rate is not None},
-        callbacks=[*holding, WholeCheckpoints(adapted)],
+        callbacks=[*bounding, *callbacks],
     )
 
 
@@ -208,7 +215,7 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     model, processor = load_base(recipe.model)
     sources = {"data": recipe.data, "evaluation": recipe.evaluation, "keep": None if recipe.keep is None else recipe.keep.samples}
     samples = {name: items_of(source, recipe, model, processor) for name, source in sources.items() if source is not None}
-    _check_fits(model, recipe, arguments, samples)
+    check_fits(model, recipe, arguments, samples)
     if recipe.model.quantize is None:  # else it is there already
         model.to(arguments.device)
     context = Sources((), None)
@@ -220,8 +227,12 @@ def _prepare(recipe: Recipe, arguments: TrainingArguments, output: Path) -> tupl
     return _adapted(model, processor, samples, context, recipe, output), processor, samples
 
 
-def _check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, samples: Mapping[str, Items]) -> None:
-    """Refuse, before hours of preparation, what would fail or silently train something else after it."""
+def check_fits(model: nn.Module, recipe: Recipe, arguments: TrainingArguments, samples: Mapping[str, Any]) -> None:
+    """Refuse, before hours of preparation, what would fail or silently train something else after it.
+
+    Raises:
+        ValueError: If options do not go together, or a batch has more pairs than there are.
+    """
     corda, options = recipe.corda, recipe.training
     modules_of(model, corda.train_fully)
     if has_two_towers(model):
@@ -261,13 +272,18 @@ def _adapted(model: nn.Module, processor: Any, samples: Mapping[str, Items], con
         adapted = attach_plan(model, plan, recipe.corda)
         if process_rank() == 0:
             save_attachment(attachment_of(adapted), output / ATTACHMENT)
-    if recipe.training.bf16:  # what trains whole gets float32 copies, as PEFT gives adapters
-        for wrapper in whole_modules(adapted).values():
-            wrapper.modules_to_save.float()
+    raise_what_trains_whole_(adapted, recipe)
     logger.info(
         "%d adapters, %d parameters train", len(lora_layers(adapted)), sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     )
     return adapted
+
+
+def raise_what_trains_whole_(adapted: PeftModel, recipe: Recipe) -> None:
+    """Give what trains whole float32 copies where the recipe computes in bfloat16, as PEFT gives adapters."""
+    if recipe.training.bf16:
+        for wrapper in whole_modules(adapted).values():
+            wrapper.modules_to_save.float()
 
 
 def _check_same_samples(recorded: Mapping[str, str] | None, present: Mapping[str, str], output: Path) -> None:

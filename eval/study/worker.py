@@ -19,6 +19,8 @@ from corda_eval.records import library_versions, peak_memory_gb, write_sealed
 from corda_eval.study.change import interpolated, kl_from_base, linear_copies, relative_changes
 from corda_eval.study.methods import METHODS
 from corda_eval.study.named import options_of
+from corda_eval.study.own_arms import KIND, arm_of
+from corda_eval.study.own_run import run_own
 from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Adapted, Score, Task
 from corda_eval.study.train import train
@@ -50,6 +52,10 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         ValueError: If setting or method are unknown, or their options wrong.
     """
     torch.manual_seed(spec.seed)
+    if spec.setting.get("kind") == KIND:
+        arm = None if spec.method is None else arm_of(spec.method)
+        versions = {"python": platform.python_version(), **library_versions()}
+        return {"spec": dataclasses.asdict(spec), "versions": versions, **run_own(spec.setting, arm, spec.rate, spec.seed, cache)}
     task = options_of(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     versions = {"python": platform.python_version(), **library_versions()}
     about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions}
