@@ -115,8 +115,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object of JSON with a digest of it, which ``read_sealed`` checks."""
-    write_whole(path, (json.dumps({**value, DIGEST: json_digest(value)}, indent=1) + "\n").encode())
+    """Write an object of JSON with a digest of it, which ``read_sealed`` checks; a list of numbers is one line."""
+    text = json.dumps({**value, DIGEST: json_digest(value)}, indent=1)
+    # Only what has a line break: none is inside of a string.
+    text = re.sub(r"\[\n[-+\d.eE,\s]+\]", lambda numbers: "".join(numbers[0].split()), text)
+    write_whole(path, f"{text}\n".encode())
 
 
 def read_sealed(path: Path, cure: str) -> dict[str, Any]:

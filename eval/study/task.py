@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,6 +31,17 @@ class Score:
 
     accuracy: float | None = None
     """In percent, where there are answers."""
+
+    losses: Sequence[float] | None = None
+    """Of each item (a picture, an answer, a window), in nats, always in one order; ``loss`` is their mean."""
+
+    right: Sequence[bool] | None = None
+    """Whether each item's answer is right; ``accuracy`` is the percentage."""
+
+    @staticmethod
+    def of(losses: Sequence[float] | None, right: Sequence[bool] | None = None) -> "Score":
+        """Return the score of items that all count alike."""
+        return Score(None if losses is None else fmean(losses), None if right is None else 100 * fmean(right), losses, right)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,9 @@ class Task:
     guessing: float = math.inf
     """The loss of what is learned, in nats, of a guesser who knows the form of an answer: gains count from there where the
     base is worse, or a method that taught the form alone would look as good as one that taught the thing."""
+
+    kept_guessing: Mapping[str, float] = field(default_factory=dict)
+    """The loss, in nats, of a guesser of each thing that is to be kept and has one: classes, choices; texts have none."""
 
     written: Callable[[], Sequence[Batch]] | None = None
     """Returns the context ``WRITTEN``, as those of ``contexts``: what the base itself writes; None where the setting has no such thing."""

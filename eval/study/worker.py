@@ -62,7 +62,8 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     if spec.method is None:
         scores = _plain(task.measure(task.model))
         measured = {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
-        return about | measured | {"guessing": task.guessing if math.isfinite(task.guessing) else None}
+        guessing = task.guessing if math.isfinite(task.guessing) else None
+        return about | measured | {"guessing": guessing, "kept_guessing": dict(task.kept_guessing)}
     originals = linear_copies(task.model, task.layers)
     kept = task.covariances(*task.default_context("kpm"))  # of the base: cannot be collected once it is adapted
     start = time.perf_counter()
@@ -89,7 +90,7 @@ def _measured(
     between = {}
     for alpha in alphas:
         with interpolated(adapted.model, originals, alpha):
-            between[str(alpha)] = _plain(task.measure(adapted.model)) | {"validation": task.validate(adapted.model)}
+            between[str(alpha)] = _plain(task.measure(adapted.model), items=False) | {"validation": task.validate(adapted.model)}
     on_context, plain = relative_changes(adapted.model, originals, kept)
     measured = {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
     with task.casting():
@@ -97,8 +98,15 @@ def _measured(
     return measured | ({"kl": kl} if kl else {})
 
 
-def _plain(scores: Mapping[str, Score]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(score) for name, score in scores.items()}
+def _plain(scores: Mapping[str, Score], *, items: bool = True) -> dict[str, Any]:
+    """Return scores for JSON: ``losses`` in thousandths of a nat and ``right`` as 0 or 1, where there are such and they are asked for."""
+    plain: dict[str, dict[str, Any]] = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
+    for name, score in scores.items() if items else ():
+        if score.losses is not None and all(map(math.isfinite, score.losses)):
+            plain[name]["losses"] = [round(1000 * loss) for loss in score.losses]
+        if score.right is not None:
+            plain[name]["right"] = [int(right) for right in score.right]
+    return plain
 
 
 def main(spec: Path, result: Path, cache: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from corda_eval.records import add_line, code, escaped, read_lines, table, timed_log, write_json
+from corda_eval.records import add_line, code, escaped, read_lines, read_sealed, table, timed_log, write_json, write_sealed
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,13 @@ def test_a_log_begins_anew_and_tells_the_time(tmp_path: Path) -> None:
     for _ in range(2):
         timed_log(path)(step=1, loss=0.5)
     assert read_lines(path) == [{"seconds": 0, "step": 1, "loss": 0.5}]
+
+
+def test_numbers_of_a_sealed_object_are_one_line_and_texts_as_they_are(tmp_path: Path) -> None:
+    value = {"losses": [1, -2.5, 1e-9], "pairs": [[0, 1.5]], "text": "[\n 1,\n 2\n]", "names": ["1, 2"], "none": []}
+    write_sealed(tmp_path / "value.json", value)
+    assert '"losses": [1,-2.5,1e-09],\n' in (tmp_path / "value.json").read_text()
+    assert read_sealed(tmp_path / "value.json", "remove it") == value
 
 
 def test_json_has_no_infinity(tmp_path: Path) -> None:

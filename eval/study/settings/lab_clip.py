@@ -180,7 +180,7 @@ def class_score(model: nn.Module, data: Prepared) -> Score:
     with evaluating(model):
         classifier = ZeroShotClassifier(model, data.head)
         logits = torch.cat([classifier(images)["logits"] for images in data.images.split(64)])
-    return Score(F.cross_entropy(logits, data.labels).item(), 100 * (logits.argmax(-1) == data.labels).double().mean().item())
+    return Score.of(F.cross_entropy(logits, data.labels, reduction="none").tolist(), (logits.argmax(-1) == data.labels).tolist())
 
 
 def digits(split: str) -> list[LabelledImage]:

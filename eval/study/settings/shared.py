@@ -17,7 +17,7 @@ from corda_core.bases import base_digest
 from corda_core.linears import evaluating
 from corda_eval.study.task import Batch, Score
 from corda_eval.text.facts import facts_task
-from corda_eval.text.perplexity import mean_loss, text_windows
+from corda_eval.text.perplexity import text_windows, window_losses
 from corda_vlm.data.rows import Item
 from corda_vlm.data.samples import Collator
 from corda_vlm.options import LARGEST
@@ -57,6 +57,8 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
 def answer_score(model: nn.Module, batches: Sequence[Batch]) -> Score:
     """Return the mean loss (nats) of the labelled tokens, and the percentage of answers that are right in every token.
 
+    An answer's own loss is the sum over its tokens over how many an answer has in the mean: so their mean is that over tokens.
+
     An answer is a run of labels: right if each of its tokens is the likeliest after those before it, which is when a model that always
     takes the likeliest token would give this answer. Nothing is generated.
 
@@ -65,18 +67,22 @@ def answer_score(model: nn.Module, batches: Sequence[Batch]) -> Score:
         batches: Arguments of the model, with ``labels`` (batch, tokens): -100 where nothing is to be predicted. With ``logits_to_keep``
             they are those of the logits kept.
     """
-    losses, right, answers = [], 0, 0
+    losses: list[Tensor] = []
+    right: list[bool] = []
+    num_tokens = 0
     with evaluating(model), casting():
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             logits, wanted = model(**inputs, use_cache=False).logits[:, :-1].float(), batch["labels"][:, 1:]
             asked = wanted >= 0
-            losses.append(F.cross_entropy(logits[asked], wanted[asked], reduction="none"))
+            of_tokens = F.cross_entropy(logits[asked], wanted[asked], reduction="none").double()
             numbers = (asked & ~F.pad(asked, (1, 0))[:, :-1]).flatten().cumsum(0)[asked.flatten()] - 1  # of the answer that a token is in
-            wrong = torch.unique(numbers[logits[asked].argmax(-1) != wanted[asked]])
-            answers += int(numbers[-1]) + 1
-            right += int(numbers[-1]) + 1 - len(wrong)
-    return Score(torch.cat(losses).double().mean().item(), 100 * right / answers)
+            count = int(numbers[-1]) + 1
+            num_tokens += len(numbers)
+            losses.append(torch.zeros(count, dtype=torch.double).index_add(0, numbers, of_tokens))
+            wrong = logits[asked].argmax(-1) != wanted[asked]
+            right += (torch.zeros(count).index_add(0, numbers, wrong.float()) == 0).tolist()
+    return Score.of((torch.cat(losses) * (len(right) / num_tokens)).tolist(), right)
 
 
 def text_context(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:
@@ -96,10 +102,10 @@ def kept_scores(
 ) -> dict[str, Score]:
     """Return the loss on each domain's windows, and under "facts" the accuracy on the first ``facts`` facts, unless that is 0."""
     with casting():
-        scores = {name: Score(mean_loss(model, of_domain, batch_size=8)) for name, of_domain in windows.items()}
+        scores = {name: Score.of(window_losses(model, of_domain, batch_size=8)) for name, of_domain in windows.items()}
         if facts:
             hits = facts_task(model, tokenizer, batch_size=32, limit=facts).scores
-            scores["facts"] = Score(None, 100 * sum(hits) / len(hits))
+            scores["facts"] = Score.of(None, [hit > 0 for hit in hits])
     return scores
 
 

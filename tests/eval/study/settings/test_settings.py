@@ -322,9 +322,11 @@ def test_answer_score_counts_runs() -> None:
             return type("Output", (), {"logits": 20 * F.one_hot(said, 4).float()})
 
     said = torch.tensor([[1, 2, 0, 0, 0], [1, 2, 3, 0, 0]])
-    result = answer_score(Says(), [{"said": said, "labels": labels}])
+    result = answer_score(Says(), [{"said": said[:1], "labels": labels[:1]}, {"said": said[1:], "labels": labels[1:]}])
     assert result.accuracy == pytest.approx(200 / 3)
+    assert result.right == [True, False, True]
     assert result.loss == pytest.approx(20 / 7, abs=1e-4)
+    assert result.losses == pytest.approx([0, 20 / (7 / 3), 0], abs=1e-4)
 
 
 def test_drawn_goes_over_all_before_any_comes_again() -> None:
@@ -380,7 +382,10 @@ def test_a_run_with_an_empty_cache_leaves_the_covariances_of_the_base_there(tmp_
     setting = {"kind": "lab_clip_classes", **options}
     result = run(RunSpec(setting, {"method": "lora", "rank": 2}, rate=0.1, seed=0, alphas=[0.0]), tmp_path / "ours")
     base = run(RunSpec(setting, None, rate=0.0, seed=0, alphas=[]), tmp_path / "ours")
-    assert result["interpolated"]["0.0"] == base["scores"] | {"validation": base["validation"]} != result["scores"]
+    without_items = {name: {key: score[key] for key in ("loss", "accuracy")} for name, score in base["scores"].items()}
+    assert result["interpolated"]["0.0"] == without_items | {"validation": base["validation"]}
+    assert result["scores"]["shapes"].keys() == base["scores"]["shapes"].keys() == {"loss", "accuracy", "losses", "right"}
+    assert result["scores"]["shapes"]["losses"] != base["scores"]["shapes"]["losses"]
     assert result["change_on_context"] > 0.01
     task = LabClipClasses(**options).task(0, tmp_path / "fresh")
     ours = replace(task, cache=tmp_path / "ours").covariances("shapes")
