@@ -157,12 +157,14 @@ def shrink_(model: nn.Module, alpha: float, adapter_name: str = "default") -> No
     """
     for trained, start in trained_tensors(model, adapter_name):
         _shrink_(trained, start, alpha)
+    torch.clear_autocast_cache()  # within one autocast context the weights would stay what they were
 
 
 def shrink_layer_(layer: LoraLayer, alpha: float, adapter_name: str = "default") -> None:
     """Take what was trained in one layer back towards its start, as ``shrink_`` does."""
     for trained, start in _trained_factors(layer, adapter_name):
         _shrink_(trained, start, alpha)
+    torch.clear_autocast_cache()
 
 
 def _shrink_(trained: Tensor, start: Tensor | None, alpha: float) -> None:

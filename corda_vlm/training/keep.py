@@ -258,6 +258,7 @@ class Keeper:
         def leave_(alpha: float) -> None:
             for tensor, value in trained:
                 tensor.copy_(value)
+            torch.clear_autocast_cache()  # which holds the weights of before, if this runs within one autocast context
             if alpha < 1:
                 shrink_(self.model, alpha, self.adapter_name)
 

@@ -85,9 +85,11 @@ def at_alpha(model: nn.Module, alpha: float, adapter_name: str = "default") -> I
             layer.scaling[adapter_name] = alpha * scaling
         for value, _, part in trained:
             value.copy_(part)
+        torch.clear_autocast_cache()
         yield
     finally:
         for layer, scaling in zip(layers, scalings, strict=True):
             layer.scaling[adapter_name] = scaling
         for value, whole, _ in trained:
             value.copy_(whole)
+        torch.clear_autocast_cache()

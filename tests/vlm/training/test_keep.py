@@ -88,6 +88,22 @@ def test_a_budget_is_never_exceeded(protect: str, rate: float, tokenizer: Any) -
         assert callback.kept.kl >= 0.95 * 0.02
 
 
+def test_a_budget_holds_within_one_autocast_context(tokenizer: Any) -> None:
+    """Where weights cast to bfloat16 are kept until its end: those of before are not to be measured again."""
+    model = prepared(tokenizer, "none")
+    for trained, _ in trained_tensors(model):
+        nn.init.normal_(trained, std=20.0)
+    keeper = Keeper(model, KEPT, Collator(tokenizer), KeepOptions(budget=0.003), batch_size=2, num_steps=4)
+    batches = [Collator(tokenizer)([KEPT[place]]) for place in keeper.measured]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert context_kl(model, batches) > 2 * 0.003
+        kept = keeper.finish_()
+    assert kept is not None
+    assert 0.9 * 0.003 <= kept.kl <= 0.003
+    with torch.autocast("cpu", torch.bfloat16):
+        assert context_kl(model, batches) == pytest.approx(kept.kl, rel=1e-2)
+
+
 @pytest.mark.parametrize("protect", ["strict", "start", "whitened"])
 def test_a_budget_of_nothing_gives_the_base_back(protect: str, tokenizer: Any) -> None:
     model, batch = prepared(tokenizer, protect), Collator(tokenizer)(LEARNED)
