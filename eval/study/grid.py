@@ -24,6 +24,7 @@ from pydantic import Field
 
 from corda_eval.lab.base import cache_root
 from corda_eval.records import read_sealed
+from corda_eval.study import sequence
 from corda_eval.study.frontier import BASE, BASELINE, Run, base_run, gain_of, gain_to_match, matched_rate, tuned_rate
 from corda_eval.study.methods import METHODS
 from corda_eval.study.named import options_of
@@ -210,7 +211,7 @@ def check(config: StudyConfig) -> None:
     if not isinstance(config.seeds, int) or config.seeds < 1:
         raise ValueError(f"The study asks for {config.seeds!r} seeds; expected a whole number of at least 1.")
     for options in config.settings.values():
-        options_of(_without(options, OF_SETTINGS), "kind", SETTINGS, "setting")
+        options_of(_without(options, OF_SETTINGS), "kind", SETTINGS | {sequence.KIND: sequence.InTurn}, "setting")
     for options in config.arms.values():
         options_of(_without(options, OF_ARMS), "method", METHODS, "method")
     as_declared(StudyConfig, vars(config))  # names that files are called by, numbers of processes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from corda_core import Covariance, collect, data_digest, load_covariances, save_covariances
 from corda_core.bases import base_digest
+from corda_core.covariance import together
 from corda_core.linears import LINEAR_TYPES
 
 Batch = Mapping[str, Any]
@@ -20,6 +21,8 @@ TARGET = "target"
 """The name of what is learned among the contexts and the scores; all other scores are of what is to be kept."""
 WRITTEN = "self"
 """The name of the context that the base wrote itself, without old data."""
+FILES = "files"
+"""The name of the context of which covariances alone are left: that of the base, and of past tasks."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Task:
     kept_guessing: Mapping[str, float] = field(default_factory=dict)
     """The loss, in nats, of a guesser of each thing that is to be kept and has one: classes, choices; texts have none."""
 
-    written: Callable[[], Sequence[Batch]] | None = None
+    written: Callable[[nn.Module], Sequence[Batch]] | None = None
     """Returns the context ``WRITTEN``, as those of ``contexts``: what the base itself writes; None where the setting has no such thing."""
 
     held_out: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
@@ -101,6 +104,9 @@ class Task:
     """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a
     classifier its own predictions; None where the setting has no such loss."""
 
+    remembered: tuple[Mapping[str, Covariance], ...] = ()
+    """Covariances of what is to be kept and can be run through no model again (``FILES``)."""
+
     def default_context(self, mode: str) -> tuple[str, ...]:
         """Return the domains that covariances are usually taken from: what is learned for IPM, all that is kept for KPM."""
         return (TARGET,) if mode == "ipm" else tuple(domain for domain in self.contexts if domain not in (TARGET, *self.learned))
@@ -112,7 +118,7 @@ class Task:
             ValueError: If the setting has no such domain.
         """
         if domain == WRITTEN and self.written is not None:
-            return self.written()
+            return self.written(self.model)
         if domain not in self.contexts:
             raise ValueError(f"The context {domain} is not one of this setting's: {', '.join(self.contexts)}.")
         return self.contexts[domain]
@@ -128,6 +134,9 @@ class Task:
             ValueError: If a domain is unknown, the domains do not reach all layers, ``first`` is below 1, or the model carries adapters
                 already.
         """
+        if domains == (FILES,) and self.remembered:
+            total = together(self.remembered)
+            return {name: total[name] for name in self.layers}
         if not domains:
             raise ValueError(f"A method names no context; expected some of this setting's: {', '.join(self.contexts)}.")
         if first is not None and first < 1:

@@ -16,10 +16,10 @@ import torch
 from corda_core import Covariance
 from corda_core.bases import base_digest
 from corda_eval.records import library_versions, peak_memory_gb, write_sealed
+from corda_eval.study import own_arms, sequence
 from corda_eval.study.change import interpolated, kl_from_base, linear_copies, relative_changes
 from corda_eval.study.methods import METHODS
 from corda_eval.study.named import options_of
-from corda_eval.study.own_arms import KIND, arm_of
 from corda_eval.study.own_run import run_own
 from corda_eval.study.settings import SETTINGS
 from corda_eval.study.task import Adapted, Score, Task
@@ -52,13 +52,11 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         ValueError: If setting or method are unknown, or their options wrong.
     """
     torch.manual_seed(spec.seed)
-    if spec.setting.get("kind") == KIND:
-        arm = None if spec.method is None else arm_of(spec.method)
-        versions = {"python": platform.python_version(), **library_versions()}
-        return {"spec": dataclasses.asdict(spec), "versions": versions, **run_own(spec.setting, arm, spec.rate, spec.seed, cache)}
+    kind = spec.setting.get("kind")
+    if kind in (own_arms.KIND, sequence.KIND):
+        return {"spec": dataclasses.asdict(spec), "versions": _versions(), **_of_another_kind(spec, cache)}
     task = options_of(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
-    versions = {"python": platform.python_version(), **library_versions()}
-    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": versions}
+    about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": _versions()}
     if spec.method is None:
         scores = _plain(task.measure(task.model))
         measured = {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
@@ -80,6 +78,19 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
         **({"finish": dict(trained.finish)} if trained.finish else {}),
     }
     return result if trained.diverged else result | _measured(adapted, task, originals, kept, spec.alphas)
+
+
+def _of_another_kind(spec: RunSpec, cache: Path) -> dict[str, Any]:
+    """Return what a run found on a user's own task, or on tasks in a row."""
+    if spec.setting["kind"] == own_arms.KIND:
+        arm = None if spec.method is None else own_arms.arm_of(spec.method)
+        return run_own(spec.setting, arm, spec.rate, spec.seed, cache)
+    setting = options_of(spec.setting, "kind", {sequence.KIND: sequence.InTurn}, "setting")
+    return sequence.run_in_turn(setting, spec.method, spec.rate, spec.seed, cache)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **library_versions()}
 
 
 def _measured(

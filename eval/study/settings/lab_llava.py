@@ -98,7 +98,7 @@ class LabLlavaDigits:
             cache=cache,
             seed=seed,
             guessing=math.log(10) / 2,  # a digit, and the turn's end
-            written=partial(self_written, model, processor, training, count=self.self_samples, seed=seed, cache=cache),
+            written=partial(self_written, processor=processor, items=training, count=self.self_samples, seed=seed, cache=cache),
             held_out={"easy_vqa": asked["easy_vqa"][:2], "docs": [{"input_ids": torch.stack(windows["docs"][:COMPARED])}]},
             casting=casting,
             kept_loss=partial(text_loss, image_token=model.config.image_token_id),

@@ -98,7 +98,7 @@ class SmolLm2Lines:
             seed=seed,
             learned=tuple(parts),
             guessing=mean(guessing(kind) for kind in self.lines),
-            written=partial(self_written, model, tokenizer, (), count=self.self_samples, seed=seed, cache=cache),
+            written=partial(self_written, processor=tokenizer, items=(), count=self.self_samples, seed=seed, cache=cache),
             held_out={name: [{"input_ids": torch.stack(windows[:COMPARED])}] for name, windows in kept.items()},
             casting=casting,
             kept_loss=text_loss,

@@ -125,7 +125,7 @@ def test_what_the_base_wrote_is_kept_and_written_once(tmp_path: Path, processor:
     again = written()
     assert file.stat().st_mtime_ns == before
     assert all(torch.equal(new["input_ids"], old["input_ids"]) for new, old in zip(again, first, strict=True))
-    task = replace(task, written=lambda: texts)
+    task = replace(task, written=lambda model: texts)
     assert task.covariances("self").keys() == set(task.layers)
     _, run = trained(task, context=["self"])
     assert run.finish["num_samples"] == 2
