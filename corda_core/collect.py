@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from corda_core.covariance import Covariance, SecondMoment, Symmetric, in_float64, mean_of_
+from corda_core.covariance import HALVES, Covariance, SecondMoment, Symmetric, in_float64, mean_of_, multiplies_halves
 from corda_core.layers import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
 from corda_core.linears import evaluating, unwrapped, weight_shape
 
@@ -26,6 +26,8 @@ Moments = dict[tuple[str, ...], SecondMoment]
 """By the layers that read the same inputs."""
 PRECISION = torch.float32
 """Of products and sums, whatever the model's own."""
+FEW = 4
+"""So many different weights are summed up apart from each other: those of modalities are two."""
 NO_BATCHES = "There are no batches: the covariances need at least one sample."
 
 
@@ -88,8 +90,10 @@ def collect(
     may_stop, number = False, 0
     with evaluating(bare):
         for number, batch in enumerate(batches, 1):
-            moment = partial(_moment, number, partial(token_weights, batch=batch), scaling)
+            seen = _Seen(number)
+            moment = partial(_moment, seen, partial(token_weights, batch=batch), scaling)
             ran = _run(bare, batch, names, moment, add, may_stop=may_stop)
+            seen.check_finite()
             may_stop = (number == 1 or may_stop) and sorted(ran) == sorted(names) and not is_distributed()
     if number == 0:
         raise ValueError(NO_BATCHES)
@@ -145,24 +149,88 @@ def _readers(model: nn.Module, batches: Batches, names: Sequence[str], max_memor
     return groups
 
 
-def moment_of(x: Tensor, weights: Tensor | None = None) -> SecondMoment:
-    """Return ``Σ w x xᵀ``, ``Σ w`` and the number of tokens that count, in float32.
+class _Weights(NamedTuple):
+    """What weights of tokens say, read off their device once for all layers that they are given for."""
 
-    Args:
-        x: Inputs (..., n), of any floating type.
-        weights: w (...) >= 0; None counts each token once.
-    """
-    counts = None if weights is None or bool((weights > 0).all()) else weights > 0
-    rows = (x.reshape(-1, x.shape[-1]) if counts is None else x[counts]).to(PRECISION)
-    total = float(len(rows))
-    if weights is not None and bool((weights[weights > 0] != 1).any()):
-        kept = (weights.reshape(-1) if counts is None else weights[counts]).to(rows)
-        rows, total = rows * kept.sqrt()[:, None], float(in_float64(kept).sum())
+    counts: Tensor | None
+    """Which tokens count (...); None where all do."""
+    kept: Tensor | None
+    """The weights of those that do (t,); None where all are 1."""
+    total: float | None
+    """Their sum; None where all are 1."""
+    values: tuple[float, ...]
+    """What is found among them, if it is little; nothing where all are 1."""
+
+    @staticmethod
+    def of(weights: Tensor) -> "_Weights":
+        """Read weights w (...) >= 0."""
+        counts = None if bool((weights > 0).all()) else weights > 0
+        kept = weights.reshape(-1) if counts is None else weights[counts]
+        if bool((kept == 1).all()):
+            return _Weights(counts, None, None, ())
+        values = kept.unique()
+        return _Weights(counts, kept, float(in_float64(kept).sum()), tuple(values.tolist()) if len(values) <= FEW else ())
+
+
+def moment_of(x: Tensor, weights: _Weights | None) -> SecondMoment:
+    """Return ``Σ w x xᵀ``, ``Σ w`` and the number of tokens that count of inputs (..., n), in float32."""
+    rows = x.reshape(-1, x.shape[-1]) if weights is None or weights.counts is None else x[weights.counts]
+    rows = rows if rows.dtype in HALVES else rows.to(PRECISION)
     with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
-        return SecondMoment(Symmetric.gram(rows), total, len(rows))
+        if weights is None or weights.kept is None or weights.total is None:
+            return SecondMoment(Symmetric.gram(rows), float(len(rows)), len(rows))
+        return SecondMoment(_weighted_gram(rows, weights.kept, weights.values), weights.total, len(rows))
 
 
-def _moment(number: int, weights_of: Callable[[str], Tensor | None], normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
+def _weighted_gram(rows: Tensor, kept: Tensor, values: Sequence[float]) -> Symmetric:
+    """Return ``Σ w x xᵀ`` of rows (t, n) with weights (t,).
+
+    Where halves are multiplied as they are, a sum for each value and then these together: rows times √w would be rounded.
+    """
+    if not values or not multiplies_halves(rows):
+        rows = rows.to(PRECISION)
+        return Symmetric.gram(rows * kept.to(rows).sqrt()[:, None])
+    total: Symmetric | None = None
+    for value in values:
+        part = Symmetric.gram(rows[kept == value])
+        part.multiply_(value)
+        if total is None:
+            total = part
+        else:
+            total.add_(part)
+    assert total is not None, "there are values"
+    return total
+
+
+class _Seen:
+    """What is known of a batch: its weights as they were read, and which layers' inputs are still to be checked."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.weights: dict[int, tuple[Tensor, _Weights]] = {}
+        self.finite: dict[str, Tensor] = {}
+
+    def read(self, weights: Tensor) -> _Weights:
+        """Return what weights say; reading waits for the device, so those that several layers are given are read once."""
+        if id(weights) not in self.weights:
+            self.weights[id(weights)] = weights, _Weights.of(weights)
+        return self.weights[id(weights)][1]
+
+    def check_finite(self) -> None:
+        """Refuse inputs that were not finite; once a batch, as this too waits for the device."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for finite in self.finite.values():
+            by_device.setdefault(finite.device, []).append(finite)
+        if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
+            return
+        name = next(name for name, finite in self.finite.items() if not finite)
+        raise ValueError(
+            f"{name}: batch {self.number} feeds it values that are not finite, or whose squares are not; look at that sample "
+            "or run the model in float32."
+        )
+
+
+def _moment(seen: _Seen, weights_of: Callable[[str], Tensor | None], normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
     """Return the moment of what one batch feeds one layer."""
     x, weights = x.detach(), weights_of(name)
     if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
@@ -172,16 +240,13 @@ def _moment(number: int, weights_of: Callable[[str], Tensor | None], normalize: 
             f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
             "give `token_weights` weights for this layer's own tokens, or None for all alike."
         )
+    read = None if weights is None else seen.read(weights)
     if normalize is None:
-        moment = moment_of(x, weights)
+        moment = moment_of(x, read)
     else:
         scaled, samples = _scaled_by_sample(x.to(PRECISION), weights)
-        moment = replace(moment_of(scaled, weights), weight=float(samples))
-    if not torch.isfinite(moment.total.diagonal()).all():
-        raise ValueError(
-            f"{name}: batch {number} feeds it values that are not finite, or whose squares are not; look at that sample "
-            "or run the model in float32."
-        )
+        moment = replace(moment_of(scaled, read), weight=float(samples))
+    seen.finite[name] = torch.isfinite(moment.total.diagonal()).all()
     return moment
 
 

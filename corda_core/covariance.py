@@ -10,6 +10,16 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)
+"""Types whose products are exact in float32."""
+KNOWS_OUT_TYPE = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this torch multiplies such types into float32."""
+
+
+def multiplies_halves(rows: Tensor) -> bool:
+    """Return whether the device of a tensor multiplies it as it is and sums in float32: half precision on CUDA, on tensor cores."""
+    return rows.dtype in HALVES and rows.is_cuda and KNOWS_OUT_TYPE
+
 
 @dataclass(frozen=True)
 class Symmetric:
@@ -24,7 +34,16 @@ class Symmetric:
 
     @staticmethod
     def gram(rows: Tensor) -> "Symmetric":
-        """Return ``XᵀX`` of rows X (t, n), with little more than half the products."""
+        """Return ``XᵀX`` of rows X (t, n), with little more than half the products; of half precision in float32.
+
+        Products of two such values are exact in float32. Where a device multiplies them so by itself (``multiplies_halves``) nothing but
+        the order of the sum is lost; elsewhere X is converted first.
+        """
+        if multiplies_halves(rows):
+            return Symmetric(
+                tuple(torch.mm(rows[:, :end].T, rows[:, start:end], out_dtype=torch.float32) for start, end in _bounds(rows.shape[1]))
+            )
+        rows = rows.float() if rows.dtype in HALVES else rows
         return Symmetric(tuple(rows[:, :end].T @ rows[:, start:end] for start, end in _bounds(rows.shape[1])))
 
     @staticmethod
@@ -75,6 +94,11 @@ class Symmetric:
     def mixed(self, own: float, other: "Symmetric", others: float) -> "Symmetric":
         """Return ``own · S + others · T`` with another T of the same size."""
         return Symmetric(tuple(own * left + others * right for left, right in zip(self.panels, other.panels, strict=True)))
+
+    def multiply_(self, factor: float) -> None:
+        """Multiply in place."""
+        for panel in self.panels:
+            panel *= factor
 
     def scaled(self, lengths: Tensor) -> "Symmetric":
         """Return ``diag(l) S diag(l)`` in the type of the lengths l (n,)."""

@@ -1,5 +1,7 @@
 """Covariances against dense float64 references: chunked, padded, shared, masked."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from corda_core import collect
 from corda_core.collect import split_layers
 from corda_core.covariance import Symmetric
 from corda_core.linears import evaluating
+
+collecting = sys.modules["corda_core.collect"]  # the name in the package is the function
 
 
 class Toy(nn.Module):
@@ -160,6 +164,23 @@ def test_weights_count_tokens_by_parts() -> None:
     rows, w = x.reshape(-1, 6).double(), weights.reshape(-1, 1).double()
     torch.testing.assert_close(found["q"].matrix.double(), (rows * w).T @ rows / w.sum(), rtol=1e-5, atol=1e-6)
     assert found["q"].num_tokens == 7
+
+
+def test_weights_of_halves_round_nothing_where_halves_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum for each weight: rows times √w would have to be rounded to bfloat16 again."""
+    asked = []
+
+    def multiplies_halves(rows: Tensor) -> bool:
+        asked.append(rows.dtype)
+        return rows.dtype == torch.bfloat16
+
+    monkeypatch.setattr(collecting, "multiplies_halves", multiplies_halves)
+    x, weights = torch.randn(3, 7, 6).bfloat16(), torch.tensor([0.0, 0.2, 1.0, 0.2, 1.0, 1.0, 0.2]).expand(3, 7)
+    found = collect(Toy().bfloat16(), [{"x": x}], ("q",), token_weights=lambda name, batch: weights)
+    rows, w = x.reshape(-1, 6).double(), weights.reshape(-1, 1).double()
+    torch.testing.assert_close(found["q"].matrix.double(), (rows * w).T @ rows / w.sum(), rtol=1e-6, atol=1e-6)
+    assert torch.bfloat16 in asked
+    assert (found["q"].num_tokens, found["q"].weight) == (18, pytest.approx(3 * 3.6))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from corda_core import covariance
 from corda_core.covariance import Covariance, Symmetric, together
 
 SIZES = [1, 5, 96, 97, 200, 1100]
@@ -61,3 +62,29 @@ def test_layers_that_share_share_the_sum_and_what_saw_nothing_adds_nothing() -> 
     torch.testing.assert_close(total["q"].matrix, 2 * torch.eye(3))
     assert total["up"] is first
     assert total["vision"] is third
+
+
+def test_halves_are_multiplied_in_float32_by_whatever_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(40, 200).bfloat16()
+    exact = rows.double().T @ rows.double()
+    assert Symmetric.gram(rows).panels[0].dtype == torch.float32
+    torch.testing.assert_close(Symmetric.gram(rows).dense().double(), exact, rtol=1e-5, atol=1e-4)
+    asked = []
+
+    def into_float32(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        asked.append((left.dtype, right.dtype))
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    monkeypatch.setattr(covariance, "multiplies_halves", lambda rows: True)
+    monkeypatch.setattr(torch, "mm", into_float32)
+    torch.testing.assert_close(Symmetric.gram(rows).dense().double(), exact, rtol=1e-5, atol=1e-4)
+    assert set(asked) == {(torch.bfloat16, torch.bfloat16)}
+
+
+@pytest.mark.gpu
+def test_tensor_cores_lose_nothing_but_the_order_of_the_sum() -> None:
+    rows = torch.randn(4096, 1024, device="cuda") * torch.logspace(-2, 2, 1024, device="cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        exact = rows.to(dtype).double().T @ rows.to(dtype).double()
+        error = (Symmetric.gram(rows.to(dtype)).dense().double() - exact).abs() / exact.diagonal().sqrt().outer(exact.diagonal().sqrt())
+        assert float(error.max()) < 1e-5
