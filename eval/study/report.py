@@ -11,44 +11,48 @@ from urllib.parse import quote
 
 from corda_core.files import write_whole
 from corda_eval.records import code, escaped, table, write_json
-from corda_eval.study.figure import draw
+from corda_eval.study.figure import arms_to_name, draw, draw_sizes
 from corda_eval.study.frontier import (
     BASE,
     BASELINE,
-    NEARLY,
     Run,
     Summary,
     base_run,
-    gain_of,
+    between,
+    forgettable,
+    kept_losses,
     steps_at_equal_rates,
     summaries,
-    unmatched,
     with_interpolations,
 )
-from corda_eval.study.headline import TITLE, headline, ratio_text, spread_text
+from corda_eval.study.headline import LEGEND, TITLE, headline, reading_text, spread_text
 from corda_eval.study.rates import RATES_TITLE, rate_table
+from corda_eval.study.reading import FRACTIONS, ArmReading, Reading, baseline_gain, read_study, worth_showing
+from corda_eval.study.sizes import Sized, sentence, sizes_of
 from corda_vlm.pages import address_of, page, require_extra
 
-COLUMNS = (
+READ_COLUMNS = (
     "arm",
-    "rate",
-    "seeds",
-    "gain",
-    "right",
+    "learns",
+    "at LoRA's gain",
+    *(f"at {100 * fraction:.0f} %" for fraction in FRACTIONS[1:]),
     "forgetting",
-    "against LoRA",
-    "at its own gain",
-    "steps",
+    "KL",
+    "right",
     "change on context",
-    "parameters",
-    "time",
-    "memory",
+    "read at rates",
+    "seeds",
 )
+COLUMNS = ("arm", "rate", "seeds", "gain", "right", "forgetting", "steps", "change on context", "parameters", "time", "memory")
+KEPT = "kept: rise of the loss"
 PAGE_TITLE = "Which method forgets less at equal gain?"
-TITLES = {
-    "matched": f"forgetting at matched gain (each arm's smallest rate that learns at least {NEARLY:.0%} of what LoRA does at its best)",
-    "tuned": "each arm at its tuned rate",
-}
+READ_TITLE = "what each arm forgets of what LoRA forgets at the same gain"
+TUNED_TITLE = "each arm at its tuned rate"
+READ_NOTE = (
+    "What an arm learns is its largest gain, of LoRA's; forgetting and KL (nats, means over what is kept), the percent right, the change "
+    "and the rates are at the largest of the three gains that it reaches, or at its own largest. Interpolations with the base (α) stand "
+    "here where they forget less than their arm does at that gain."
+)
 STEPS_TITLE = "part of LoRA's steps after which the validation loss is at LoRA's final one, both at the same rate"
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -59,36 +63,55 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 class SettingReport:
     """What is reported of one setting."""
 
-    tables: dict[str, list[Summary]]
-    """By the choice of rates, "matched" or "tuned": the arms by rising forgetting."""
+    gain: float
+    """LoRA's, nats."""
 
-    unmatched: dict[str, float]
-    """The arms that never learn nearly as much as LoRA, and what part of its best gain they reach."""
+    readings: list[ArmReading]
+    """Those that tables show, in order."""
 
-    shortfalls: str
+    tuned: list[Summary]
+    """The same arms at their tuned rates, by rising forgetting."""
+
+    sized: list[Sized]
+    notes: list[str]
+    """Sentences."""
+
     steps: dict[str, dict[float, float]]
     """As ``steps_at_equal_rates``."""
 
     rates: Table
     """As ``rate_table``."""
 
-    figure: bytes
+    figures: dict[str, bytes]
+    """By what they show: "gain" and, where runs tell their size, "size"."""
 
     def as_values(self) -> dict[str, Any]:
         """Return what ``study.json`` holds of it."""
-        tables = {kind: [dataclasses.asdict(summary) for summary in summaries] for kind, summaries in self.tables.items()}
         steps = {arm: {f"{rate:g}": part for rate, part in rates.items()} for arm, rates in self.steps.items()}
-        return tables | {"shortfalls": self.shortfalls, "steps_at_equal_rates": steps}
+        lists = {kind: [dataclasses.asdict(entry) for entry in entries] for kind, entries in self._lists()}
+        return {"lora_gain": self.gain, **lists, "notes": self.notes, "steps_at_equal_rates": steps}
+
+    def _lists(self) -> list[tuple[str, Sequence[Any]]]:
+        return [("readings", self.readings), ("tuned", self.tuned), ("sizes", self.sized)]
 
 
 def report_of(setting: str, runs: Sequence[Run]) -> SettingReport:
     """Return the report of a setting's runs, the base's among them."""
     base = next(run for run in runs if run.arm == BASE)
-    tuned, matched = summaries(with_interpolations(runs), base)
-    never = unmatched(runs, base)
-    tables = {"matched": _ordered(matched), "tuned": _ordered(tuned)}
+    every = with_interpolations(runs)
+    gain, readings = read_study(every, base)
+    shown, named, sized = worth_showing(readings), arms_to_name(runs, readings), sizes_of(every, base)
+    tuned = {arm: summary for arm, summary in summaries(every, base).items() if arm in shown}
+    figures = {"gain": draw(setting, every, base, named, gain), **({"size": draw_sizes(setting, sized, named)} if sized else {})}
     return SettingReport(
-        tables, never, shortfalls(runs, never), steps_at_equal_rates(runs), rate_table(runs, base), draw(setting, runs, base)
+        gain,
+        [readings[arm] for arm in shown],
+        sorted(tuned.values(), key=lambda summary: summary.forgetting[0]),
+        sized,
+        [note for note in (_no_knowledge(base), _diverged(runs), sentence(sized, named)) if note],
+        steps_at_equal_rates(runs),
+        rate_table(runs, base),
+        figures,
     )
 
 
@@ -102,7 +125,8 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
 
     Raises:
         ModuleNotFoundError: If matplotlib or jinja2 are not installed.
-        ValueError: If no setting has a measurement of the base and a run of LoRA that learned something; those without are left out.
+        ValueError: If no setting has a measurement of the base, which must know something to keep, and a run of LoRA that learned
+            something; those without are left out.
     """
     require_extra()
     output.mkdir(parents=True, exist_ok=True)
@@ -115,19 +139,24 @@ def write_study(runs: Mapping[str, Sequence[Run]], facts: Mapping[str, str], out
     reports = {setting: report_of(setting, of_setting) for setting, of_setting in ready.items()}
     values = {setting: result.as_values() for setting, result in reports.items()}
     names = meanings(ready)
-    matched = {setting: result.tables["matched"] for setting, result in reports.items()}
-    heading = headline(matched, {setting: result.unmatched for setting, result in reports.items()})
+    heading = headline({setting: result.readings for setting, result in reports.items()})
     for setting, result in reports.items():
-        write_whole(output / f"{setting}.png", result.figure)
+        for kind, figure in result.figures.items():
+            write_whole(output / figure_name(setting, kind), figure)
     write_json(output / "study.json", _without_infinities({"facts": dict(facts), "settings": values}))
     write_whole(output / "study.md", (markdown(heading, reports) + glossary(names)).encode())
     write_whole(output / "study.html", html(heading, reports, {**names, "What was run": facts}).encode())
     return values
 
 
+def figure_name(setting: str, kind: str) -> str:
+    """Return what a setting's figure is called."""
+    return f"{setting}.png" if kind == "gain" else f"{setting}.{kind}.png"
+
+
 def _can_be_reported(runs: Sequence[Run]) -> bool:
     base = base_run(runs)
-    return base is not None and any(gain_of(run, base) > 0 for run in runs if run.arm == BASELINE)
+    return base is not None and bool(forgettable(base)) and baseline_gain(runs, base) > 0
 
 
 def _versions(runs: Mapping[str, Sequence[Run]]) -> str:
@@ -137,12 +166,20 @@ def _versions(runs: Mapping[str, Sequence[Run]]) -> str:
     return "; ".join([*distinct, *(["not noted"] if None in noted else [])])
 
 
-def shortfalls(runs: Sequence[Run], reached: Mapping[str, float]) -> str:
-    """Return a sentence on the arms that ``unmatched`` found, with what they reach, and one on the runs whose loss was not finite."""
-    parts = [f"{arm} ({part:.0%})" for arm, part in reached.items()]
-    diverged = [f"{run.arm} at {run.rate:g} (seed {run.seed})" for run in runs if run.diverged]
-    never = f"These never learn {NEARLY:.0%} of LoRA's best gain (in brackets what they reach): {', '.join(parts)}." if parts else ""
-    return f"{never} {'Not finite: ' + ', '.join(diverged) + '.' if diverged else ''}".strip()
+def _no_knowledge(base: Run) -> str:
+    """Return a sentence on the kept things of which the base knows no more than a guesser."""
+    unknown = kept_losses(base).keys() - forgettable(base).keys()
+    parts = [
+        f"{name} ({base.result['scores'][name]['loss']:.2f}, a guesser {base.result['kept_guessing'][name]:.2f})"
+        for name in sorted(unknown)
+    ]
+    return f"Not in the mean, for the base's loss is no lower than a guesser's (nats): {', '.join(parts)}." if parts else ""
+
+
+def _diverged(runs: Sequence[Run]) -> str:
+    """Return a sentence on the runs whose loss was not finite."""
+    parts = [f"{run.arm} at {run.rate:g} (seed {run.seed})" for run in runs if run.diverged]
+    return f"Not finite: {', '.join(parts)}." if parts else ""
 
 
 def meanings(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str]]:
@@ -168,19 +205,21 @@ def _options(options: Mapping[str, Any]) -> str:
 
 
 def markdown(heading: Table, reports: Mapping[str, SettingReport]) -> str:
-    """Return the headline, and of each setting its figure and tables: one a choice of rates, of the steps at equal rates, of all rates."""
-    lines = [f"### {TITLE}", "", *table(*heading)]
+    """Return the headline, and of each setting its readings, figures, tuned arms, steps at equal rates, and all rates."""
+    lines = [f"### {TITLE}", "", *table(*heading), LEGEND, ""]
     for setting, result in reports.items():
-        lines += [f"![Gain against forgetting in the setting {escaped(setting)}]({quote(setting)}.png)", ""]
-        for kind, arms in result.tables.items():
-            rows = [[*cells(arm), _signed(arm.kept)] for arm in arms]
-            lines += [f"### {escaped(setting)}: {TITLES[kind]}", "", *table([*COLUMNS, "kept: rise of the loss"], rows)]
-        lines += [escaped(result.shortfalls), ""] if result.shortfalls else []
+        name = escaped(setting)
+        lines += [f"### {name}: {READ_TITLE}", "", escaped(_gain_text(result)), ""]
+        lines += [*table(READ_COLUMNS, [reading_cells(arm) for arm in result.readings]), READ_NOTE, ""]
+        for kind in result.figures:
+            lines += [f"![{_alternative(kind)} in the setting {name}]({quote(figure_name(setting, kind))})", ""]
+        lines += [line for note in result.notes for line in (escaped(note), "")]
+        lines += [f"### {name}: {TUNED_TITLE}", "", *table([*COLUMNS, KEPT], [[*cells(arm), _signed(arm.kept)] for arm in result.tuned])]
         head, rows = step_table(result.steps)
         if rows:
-            lines += [f"### {escaped(setting)}: {STEPS_TITLE}", "", *table(head, rows)]
+            lines += [f"### {name}: {STEPS_TITLE}", "", *table(head, rows)]
         if result.rates[1]:
-            lines += [f"### {escaped(setting)}: {RATES_TITLE}", "", *table(*result.rates)]
+            lines += [f"### {name}: {RATES_TITLE}", "", *table(*result.rates)]
     return "\n".join(lines)
 
 
@@ -188,21 +227,58 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
     """Return a page that loads nothing from anywhere, with lists of names and what they mean at the end."""
     settings = {
         setting: {
-            "figure": address_of(result.figure, "png"),
-            "tables": {TITLES[kind]: [_row(arm) for arm in arms] for kind, arms in result.tables.items()},
-            "shortfalls": result.shortfalls,
+            "gain": _gain_text(result),
+            "figures": {_alternative(kind): address_of(figure, "png") for kind, figure in result.figures.items()},
+            "readings": [(reading_cells(arm), between(arm.arm) is None) for arm in result.readings],
+            "tuned": [(cells(arm), _signed(arm.kept), _signed(arm.accuracy_drops, 1), between(arm.arm) is None) for arm in result.tuned],
+            "notes": result.notes,
             "steps": step_table(result.steps),
             "rates": result.rates,
         }
         for setting, result in reports.items()
     }
-    texts = {"headline_title": TITLE, "columns": COLUMNS, "steps_title": STEPS_TITLE, "rates_title": RATES_TITLE}
-    return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts}, lists)
+    titles = {"headline_title": TITLE, "read_title": READ_TITLE, "tuned_title": TUNED_TITLE, "steps_title": STEPS_TITLE}
+    texts = {**titles, "rates_title": RATES_TITLE, "legend": LEGEND, "read_note": READ_NOTE, "kept": KEPT}
+    columns = {"read_columns": READ_COLUMNS, "columns": COLUMNS}
+    return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts, **columns}, lists)
 
 
-def _row(arm: Summary) -> tuple[list[str], str, str, bool]:
-    """Return a row of the page: cells, the kept things' rises and lost points, and whether the arm is none between base and another."""
-    return cells(arm), _signed(arm.kept), _signed(arm.accuracy_drops, 1), "," not in arm.arm
+def _gain_text(result: SettingReport) -> str:
+    rates = next(summary.rate for summary in result.tuned if summary.arm == BASELINE)
+    return f"LoRA's gain: {result.gain:.3f} nats on the test samples, at its tuned rate {rates:g}."
+
+
+def _alternative(kind: str) -> str:
+    return {"gain": "Forgetting against gain", "size": "Forgetting against the size of the change"}[kind]
+
+
+def reading_cells(arm: ArmReading) -> list[str]:
+    """Return a row of what an arm's curve says."""
+    first = arm.readings[0] if arm.readings else None
+    return [
+        arm.arm,
+        f"{100 * arm.learned:.1f} %",
+        *(_reading_cell(arm, arm.at(fraction)) for fraction in FRACTIONS),
+        *(["" for _ in READ_COLUMNS[5:]] if first is None else _details(first)),
+    ]
+
+
+def _reading_cell(arm: ArmReading, reading: Reading | None) -> str:
+    if reading is None:
+        return "not reached"
+    return "1" if arm.arm == BASELINE else reading_text(reading)
+
+
+def _details(reading: Reading) -> list[str]:
+    rates = " … ".join(f"{rate:g}" for rate in reading.rates)
+    return [
+        f"{'' if reading.resolved else '< '}{reading.forgetting:.4f}",
+        "" if reading.kl is None else f"{reading.kl:.4f}",
+        "" if reading.right is None else f"{reading.right:.1f} %",
+        _change(reading.change_on_context),
+        rates if len(reading.rates) > 1 or not reading.below else f"below {rates}",
+        str(reading.num_seeds),
+    ]
 
 
 def step_table(steps: Mapping[str, Mapping[float, float]]) -> tuple[list[str], list[list[str]]]:
@@ -218,7 +294,6 @@ def _part(value: float) -> str:
 
 def cells(arm: Summary) -> list[str]:
     """Return a row's cells as people read them: means, and (lowest … highest) over the seeds."""
-    ratio = "" if arm.ratio is None else " " if arm.arm == BASELINE else ratio_text(arm.ratio)
     return [
         arm.arm,
         f"{arm.rate:g}",
@@ -226,14 +301,16 @@ def cells(arm: Summary) -> list[str]:
         spread_text(arm.gain, 3),
         "" if arm.accuracy is None else f"{arm.accuracy:.1f} %",
         spread_text(arm.forgetting, 4),
-        ratio,
-        "" if arm.ratio_at_gain is None or arm.arm == BASELINE else f"{arm.ratio_at_gain:.2f}",
         _part(arm.steps_to_baseline),
-        f"{arm.change_on_context:.2%}",
+        _change(arm.change_on_context),
         f"{arm.parameters:,}",
         f"{arm.seconds:.0f} s",
         f"{arm.memory_gb:.1f} GB",
     ]
+
+
+def _change(change: float | None) -> str:
+    return "" if change is None else f"{change:.2%}"
 
 
 def _signed(rises: Mapping[str, float], digits: int = 3) -> str:
@@ -247,8 +324,3 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_infinities(part) for part in value]
     return None if value == math.inf else value
-
-
-def _ordered(arms: Mapping[str, Summary]) -> list[Summary]:
-    """Return the summaries by rising forgetting."""
-    return sorted(arms.values(), key=lambda arm: arm.forgetting[0])

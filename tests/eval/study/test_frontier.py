@@ -11,21 +11,21 @@ import pytest
 
 from corda_eval.study.frontier import (
     Run,
-    forgetting_at,
+    between,
+    curve_of,
+    forgettable,
     forgetting_of,
     gain_of,
     gain_on_test,
-    gains_and_forgetting,
     gains_by_rate,
+    kept_losses,
     matched_rate,
-    pareto,
     steps_at_equal_rates,
     summaries,
     tuned_rate,
-    unmatched,
     with_interpolations,
 )
-from corda_eval.study.report import shortfalls, write_study
+from corda_eval.study.report import write_study
 
 BASE = Run(
     "base",
@@ -83,7 +83,6 @@ def test_gain_and_forgetting() -> None:
     assert gain_of(RUNS[2], BASE) == pytest.approx(0.97)
     assert gain_of(RUNS[-1], BASE) == -math.inf
     assert forgetting_of(RUNS[2].result["scores"], BASE) == pytest.approx(0.2)
-    assert forgetting_of(RUNS[2].result["scores"], BASE, ["code"]) == pytest.approx(0.3)
     better = run("lora", 1e-4, 0, 0.6, -0.4, 0.2)
     assert forgetting_of(better.result["scores"], BASE) == pytest.approx(0.1)  # what got better makes up for nothing
 
@@ -96,26 +95,19 @@ def test_gains_count_from_a_guesser_where_the_base_is_worse() -> None:
     assert gain_on_test(RUNS[2], Run("base", 0.0, 0, {**BASE.result, "guessing": 9.0})) == pytest.approx(0.97)
 
 
-def test_forgetting_between_points() -> None:
-    points = gains_and_forgetting([item for item in RUNS if item.arm == "lora"], BASE)
-    assert points == [pytest.approx((0.6, 0.05)), pytest.approx((0.96, 0.25)), pytest.approx((1.0, 0.5))]
-    assert forgetting_at(0.96, points) == pytest.approx(0.25)
-    assert forgetting_at(0.98, points) == pytest.approx((0.25 * 0.5) ** 0.5)
-    assert forgetting_at(0.3, points) == pytest.approx(0.025)
-    assert forgetting_at(2.0, points) == pytest.approx(0.5)
-    assert forgetting_at(-1.0, points) == 0
-    assert forgetting_at(0.5, [(0.0, 0.0), (1.0, 0.2)]) == pytest.approx(0.1)
-    # A rate beyond the largest gain is no part of the line.
-    assert gains_and_forgetting([run("a", 1e-3, 0, 1.0, 0.1, 0.1), run("a", 3e-3, 0, 0.5, 3.0, 3.0)], BASE) == [pytest.approx((1.0, 0.1))]
+def test_what_the_base_knows_no_better_than_a_guesser_is_not_forgotten() -> None:
+    guessed = Run("base", 0.0, 0, {**BASE.result, "kept_guessing": {"docs": 4.0, "code": 1.0}})
+    assert forgettable(guessed) == {"docs": 3.0}
+    assert forgetting_of(RUNS[2].result["scores"], guessed) == pytest.approx(0.1)
+    assert kept_losses(guessed) == {"docs": 3.0, "code": 1.0}
 
 
-def test_arms_that_fall_short_are_told() -> None:
-    assert unmatched(RUNS, BASE) == {"weak": pytest.approx(0.2)}
-    assert unmatched([*RUNS[:5], Run("gone", 1e-3, 0, {"diverged": True})], BASE) == {"gone": 0}
-    told = shortfalls(RUNS, unmatched(RUNS, BASE))
-    assert "weak (20%)" in told
-    assert "Not finite: weak at 0.003 (seed 0)." in told
-    assert shortfalls(RUNS[:5], unmatched(RUNS[:5], BASE)) == ""
+def test_a_curve_ends_at_its_largest_gain() -> None:
+    curve = curve_of([item for item in RUNS if item.arm == "lora"], BASE)
+    assert curve.gains == pytest.approx((0.6, 0.96, 1.0))
+    assert [len(seeds) for seeds in curve.runs] == [1, 2, 1]
+    assert curve_of([run("a", 1e-3, 0, 1.0, 0.1, 0.1), run("a", 3e-3, 0, 0.5, 3.0, 3.0)], BASE).gains == pytest.approx((1.0,))
+    assert curve_of([RUNS[-1]], BASE).gains == ()
 
 
 def test_seeds_that_diverged_stop_no_report(tmp_path: Path) -> None:
@@ -141,22 +133,18 @@ def test_rates() -> None:
     assert matched_rate([run("kpm", 1e-4, 0, 0.93, 0.1, 0.1)], BASE, [*of["lora"], *unlucky]) == 1e-4
 
 
-def test_summaries_hold_each_arm_against_lora_seed_by_seed() -> None:
-    tuned, matched = summaries(RUNS, BASE)
+def test_summaries_are_of_tuned_rates() -> None:
+    tuned = summaries(RUNS, BASE)
     assert set(tuned) == {"lora", "kpm", "weak"}
-    assert set(matched) == {"lora", "kpm"}
-    kpm = matched["kpm"]
-    assert (kpm.num_seeds, kpm.rate) == (2, 3e-4)
-    assert kpm.gain == pytest.approx((0.96, 0.96, 0.96))
-    assert kpm.forgetting == pytest.approx((0.025, 0.02, 0.03))
-    assert kpm.ratio_at_gain == pytest.approx(0.025 / 0.25)
-    assert kpm.ratio == pytest.approx(((0.02 / 0.2 + 0.03 / 0.3) / 2, 0.1, 0.1))
-    assert matched["lora"].ratio == pytest.approx((1, 1, 1))
-    assert kpm.kept == pytest.approx({"docs": 0.015, "code": 0.035})
-    assert kpm.accuracy_drops == pytest.approx({"code": 2.0, "facts": 1.0})
-    # Seed 0 ends at 1.04 where LoRA ends at 1.03, seed 1 passes LoRA's 1.05 just before its last step.
-    assert math.isinf(kpm.steps_to_baseline)
-    assert tuned["kpm"].steps_to_baseline == pytest.approx((5 + 5 * (0.97 - 0.75) / 0.75) / 10)
+    assert {arm: summary.rate for arm, summary in tuned.items()} == {"lora": 3e-4, "kpm": 1e-3, "weak": 1e-3}
+    lora, kpm = tuned["lora"], tuned["kpm"]
+    assert (lora.num_seeds, kpm.num_seeds) == (2, 1)
+    assert lora.gain == pytest.approx((0.96, 0.95, 0.97))
+    assert lora.forgetting == pytest.approx((0.25, 0.2, 0.3))
+    assert lora.kept == pytest.approx({"docs": 0.15, "code": 0.35})
+    assert lora.accuracy_drops == pytest.approx({"code": 2.0, "facts": 1.0})
+    assert math.isinf(tuned["weak"].steps_to_baseline)
+    assert kpm.steps_to_baseline == pytest.approx((5 + 5 * (0.97 - 0.75) / 0.75) / 10)
 
 
 def test_steps_at_equal_rates_are_those_of_runs_of_one_rate_and_seed() -> None:
@@ -168,27 +156,27 @@ def test_steps_at_equal_rates_are_those_of_runs_of_one_rate_and_seed() -> None:
 
 
 def test_interpolations_are_arms_of_their_own() -> None:
-    between = {"0.5": {"target": {"loss": 1.5, "accuracy": 70.0}, "docs": {"loss": 3.01, "accuracy": None}, "validation": 1.4}}
-    whole, half = with_interpolations([run("lora", 1e-3, 0, 1.0, 0.5, 0.5, interpolated=between)])
+    scores = {"0.5": {"target": {"loss": 1.5, "accuracy": 70.0}, "docs": {"loss": 3.01, "accuracy": None}, "validation": 1.4}}
+    measured = {"kl": {"docs": 0.1}, "finish": {"kl": 0.1}}
+    whole, half = with_interpolations([run("lora", 1e-3, 0, 1.0, 0.5, 0.5, interpolated=scores, **measured)])
     assert (whole.arm, half.arm) == ("lora", "lora, α = 0.5")
+    assert (between(whole.arm), between(half.arm)) == (None, "lora")
+    assert not {"kl", "finish"} & half.result.keys()  # they are of the whole run
     assert gain_of(half, BASE) == pytest.approx(0.6)
     assert half.result["validation_losses"] == [[10, 1.4]]
     assert half.result["change"] == pytest.approx(0.05)
     assert "validation" not in half.result["scores"]
 
 
-def test_the_frontier_has_no_point_that_another_beats() -> None:
-    points = [(1.0, 0.5), (0.5, 0.1), (0.9, 0.6), (0.4, 0.2), (1.0, 0.4)]
-    assert pareto(points) == [(0.5, 0.1), (1.0, 0.4)]
-
-
 def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = write_study({"sums": RUNS}, {"Command": "corda-vlm compare"}, tmp_path)
-    assert [item["arm"] for item in result["sums"]["matched"]] == ["kpm", "lora"]
-    assert {file.name for file in tmp_path.iterdir()} == {"sums.png", "study.html", "study.md", "study.json"}
+    assert [item["arm"] for item in result["sums"]["readings"]] == ["kpm", "lora", "weak"]
+    assert [item["arm"] for item in result["sums"]["tuned"]] == ["weak", "kpm", "lora"]
+    assert {file.name for file in tmp_path.iterdir()} == {"sums.png", "sums.size.png", "study.html", "study.md", "study.json"}
     stored = json.loads((tmp_path / "study.json").read_text())
-    assert stored["settings"]["sums"]["matched"][0]["forgetting"][0] == pytest.approx(0.025)
+    assert stored["settings"]["sums"]["lora_gain"] == pytest.approx(0.96)
+    assert stored["settings"]["sums"]["readings"][0]["readings"][0]["ratio"] == pytest.approx(0.1)
     page, text = (tmp_path / "study.html").read_text(), (tmp_path / "study.md").read_text()
     assert "default-src 'none'" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -199,8 +187,11 @@ def test_the_report_has_every_arm_and_loads_nothing(tmp_path: Path) -> None:
     assert "| kpm |  | 67% |" in text.replace("never", "")
     assert stored["settings"]["sums"]["steps_at_equal_rates"]["kpm"] == {"0.0003": None, "0.001": pytest.approx(2 / 3)}
     assert "at the same rate" in page
-    assert "0.0250 (0.0200 … 0.0300)" in text
-    assert "0.10" in text
+    assert "| weak | 20.8 % | not reached | not reached | not reached | \\< 0.0010 |" in text
+    assert "| kpm | 156.2 % | 0.10 (0.06 … 0.18) |" in text
+    assert "| weak | learns 21 % of LoRA's |" in text
+    assert "LoRA's gain: 0.960 nats on the test samples, at its tuned rate 0.0003." in text
+    assert "Not finite: weak at 0.003 (seed 0)." in text
 
 
 def test_names_stay_text_on_every_page(tmp_path: Path) -> None:
@@ -218,6 +209,18 @@ def test_names_stay_text_on_every_page(tmp_path: Path) -> None:
     assert "- `` " in text  # in the glossary
 
 
+def test_a_report_says_what_the_base_did_not_know(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    guessed = Run("base", 0.0, 0, {**BASE.result, "kept_guessing": {"docs": 2.5}})
+    write_study({"sums": [guessed, *RUNS[1:]]}, {}, tmp_path)
+    told = "Not in the mean, for the base's loss is no lower than a guesser's (nats): docs (3.00, a guesser 2.50)."
+    assert told in (tmp_path / "study.md").read_text()
+    assert told in (tmp_path / "study.html").read_text().replace("&#39;", "'")
+    nothing = Run("base", 0.0, 0, {**BASE.result, "kept_guessing": {"docs": 2.5, "code": 0.5}})
+    with pytest.raises(ValueError, match="no setting has finished runs of the base"):
+        write_study({"sums": [nothing, *RUNS[1:]]}, {}, tmp_path)
+
+
 def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for unfinished in (RUNS[1:], [BASE, RUNS[-1]]):
@@ -231,5 +234,4 @@ def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:
 
 def test_time_is_the_least_of_an_arms_runs() -> None:
     slow = run("lora", 3e-4, 2, 0.96, 0.1, 0.3, seconds={"prepare": 9.0, "train": 1.5})
-    tuned, _ = summaries([*RUNS, slow], BASE)
-    assert tuned["lora"].seconds == 2.5
+    assert summaries([*RUNS, slow], BASE)["lora"].seconds == 2.5
