@@ -25,7 +25,7 @@ def test_the_published_tables_are_those_of_the_published_runs(tmp_path: Path, mo
         "study.html",
         "study.json",
         "study.md",
-        *(f"{name}.png" for name in ("clip", "llava", "smollm2", "smollm2_two")),
+        *(f"{name}{kind}.png" for name in ("clip", "llava", "smollm2", "smollm2_two") for kind in ("", ".size")),
     }
 
 
