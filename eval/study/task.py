@@ -19,6 +19,8 @@ from corda_core.linears import LINEAR_TYPES
 Batch = Mapping[str, Any]
 TARGET = "target"
 """The name of what is learned among the contexts and the scores; all other scores are of what is to be kept."""
+WARMUP = 0.03
+"""Part of the steps after which the peak learning rate is reached."""
 WRITTEN = "self"
 """The name of the context that the base wrote itself, without old data."""
 FILES = "files"
@@ -91,6 +93,9 @@ class Task:
     kept_guessing: Mapping[str, float] = field(default_factory=dict)
     """The loss, in nats, of a guesser of each thing that is to be kept and has one: classes, choices; texts have none."""
 
+    pairs: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    """Of a model with two towers the pictures of ``contexts`` that are to be kept with their captions, by domain."""
+
     written: Callable[[nn.Module], Sequence[Batch]] | None = None
     """Returns the context ``WRITTEN``, as those of ``contexts``: what the base itself writes; None where the setting has no such thing."""
 
@@ -99,6 +104,10 @@ class Task:
 
     casting: Callable[[], AbstractContextManager[Any]] = nullcontext
     """The precision that the setting's losses are taken in."""
+
+    kept_kl: Callable[[nn.Module], dict[str, float]] | None = None
+    """The mean KL of the base's predictions to a model's, nats, on what is measured of the things that are to be kept, by name, where that
+    is no language model's on ``held_out``."""
 
     kept_loss: Callable[[nn.Module, Batch], Tensor] | None = None
     """The mean loss over the samples of a batch from ``contexts``, for methods that ask what bends it: of a text its next tokens, of a
@@ -123,16 +132,25 @@ class Task:
             raise ValueError(f"The context {domain} is not one of this setting's: {', '.join(self.contexts)}.")
         return self.contexts[domain]
 
-    def covariances(self, *domains: str, first: int | None = None) -> dict[str, Covariance]:
+    def samples(self, domain: str) -> Sequence[Batch]:
+        """Return the batches of one domain, with captions where the model has two towers.
+
+        Raises:
+            ValueError: If the setting has no such domain.
+        """
+        return self.pairs[domain] if domain in self.pairs else self.context(domain)
+
+    def covariances(self, *domains: str, first: int | None = None, draw: int = 0) -> dict[str, Covariance]:
         """Return the covariances of one or several domains' samples taken together, from the cache where they are there.
 
         Args:
             domains: Names of contexts.
             first: Take only so many batches of each domain, at least 1; None takes all.
+            draw: Leave out so many times as many batches before these.
 
         Raises:
-            ValueError: If a domain is unknown, the domains do not reach all layers, ``first`` is below 1, or the model carries adapters
-                already.
+            ValueError: If a domain is unknown or too short, the domains do not reach all layers, ``first`` is below 1, or the model carries
+                adapters already.
         """
         if domains == (FILES,) and self.remembered:
             total = together(self.remembered)
@@ -141,7 +159,12 @@ class Task:
             raise ValueError(f"A method names no context; expected some of this setting's: {', '.join(self.contexts)}.")
         if first is not None and first < 1:
             raise ValueError(f"A context of {first} batches of each domain is empty; expected at least 1, or None for all.")
-        batches = [batch for domain in domains for batch in self.context(domain)[:first]]
+        start = draw * (first or 0)
+        batches = [batch for domain in domains for batch in self.context(domain)[start : None if first is None else start + first]]
+        if draw and len(batches) < len(domains) * (first or math.inf):
+            raise ValueError(
+                f"The context {', '.join(domains)} is too short for {draw + 1} draws of {first} batches; take fewer or shorter."
+            )
         digest = data_digest(batches)
         key = hashlib.sha256("\n".join((digest, base_digest(self.model, self.layers), *self.layers)).encode()).hexdigest()[:12]
         path = self.cache / f"{'-'.join(domains)}-{key}.safetensors"
@@ -183,6 +206,9 @@ class Adapted:
 
     weight_decay: float = 0.0
     """AdamW's."""
+
+    warmup: float = WARMUP
+    """Part of the steps after which the peak rate is reached."""
 
 
 class Method(Protocol):

@@ -37,11 +37,11 @@ class TrainingRun:
 
 
 def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
-    """Train on each batch once. The peak rate is reached after 3 % of the steps; gradients are clipped to the norm 1."""
+    """Train on each batch once. The peak rate is reached after ``adapted.warmup`` of the steps; gradients are clipped to the norm 1."""
     trainable = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=adapted.weight_decay)
     count = len(task.batches)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * count)), count)
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(adapted.warmup * count)), count)
     every = max(1, count // VALIDATIONS)
     losses: list[float] = []
     validation = [(0, task.validate(adapted.model))]

@@ -106,6 +106,8 @@ def _measured(
     measured = {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
     with task.casting():
         kl = {name: kl_from_base(adapted.model, originals, batches) for name, batches in task.held_out.items()}
+    if task.kept_kl is not None:
+        kl |= task.kept_kl(adapted.model)
     return measured | ({"kl": kl} if kl else {})
 
 

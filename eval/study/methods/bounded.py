@@ -22,7 +22,7 @@ class Bounded:
     """Root mean square over the layers of ``‖ΔW C^(1/2)‖ / ‖W C^(1/2)‖``."""
 
     context: Sequence[str] = ()
-    """Domains that C is taken from; without any it is what the adapter's own plan knows, which plain LoRA lacks."""
+    """Domains that C is taken from; without any it is what the adapter's own plan knows, or all that is kept where it has none (LoRA)."""
 
     def adapt(self, task: Task) -> Adapted:
         """Return the adapter, and what takes it back when it is above the bound.
@@ -30,7 +30,8 @@ class Bounded:
         Raises:
             ValueError: If an option is not right, or the setting lacks a domain.
         """
-        covariances = task.covariances(*self.context) if self.context else None
+        domains = self.context or (task.default_context("kpm") if self.adapter.get("method") == "lora" else ())
+        covariances = task.covariances(*domains) if domains else None
         adapted: Adapted = options_of(self.adapter, "method", ADAPTERS, "adapter").adapt(task)
         bound = DriftBound(adapted.model, self.max_drift, covariances)
         return replace(adapted, after_step=bound.hold_, finish=lambda: {"drift": bound.drift()})

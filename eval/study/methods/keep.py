@@ -34,8 +34,8 @@ class Keep:
     loss: Literal["distill", "replay"] = "distill"
     weight: Positive = 1.0
     every: Count = 1
-    batch_size: Count = 2
-    """Samples of the context a step."""
+    batch_size: Count | None = None
+    """Samples of the context a step: None is half as many as are trained on, at least 2; of two towers, which tell pairs apart, as many."""
     budget: NotNegative | None = None
     """Nats of KL to the base on held-out samples of the context."""
     context: Sequence[str] = ()
@@ -48,10 +48,12 @@ class Keep:
             ValueError: If an option is not right, or the setting lacks a domain.
         """
         domains = self.context or task.default_context("kpm")
-        samples = [sample for domain in domains for batch in task.context(domain) for sample in samples_of(batch)]
+        samples = [sample for domain in domains for batch in task.samples(domain) for sample in samples_of(batch)]
         adapted: Adapted = options_of(self.adapter, "method", ADAPTERS, "adapter").adapt(task)
-        options = KeepOptions(kind=Kind(self.loss), weight=self.weight, batch_size=self.batch_size, every=self.every, budget=self.budget)
-        keeper = Keeper(adapted.model, samples, joined, options, batch_size=self.batch_size, num_steps=len(task.batches), seed=task.seed)
+        trained = len(next(iter(task.batches[0].values())))
+        size = self.batch_size or (trained if task.pairs else max(2, trained // 2))
+        options = KeepOptions(kind=Kind(self.loss), weight=self.weight, batch_size=size, every=self.every, budget=self.budget)
+        keeper = Keeper(adapted.model, samples, joined, options, batch_size=size, num_steps=len(task.batches), seed=task.seed)
         steps = count()
 
         def penalty() -> Tensor | None:

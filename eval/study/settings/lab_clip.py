@@ -9,13 +9,18 @@ What is measured is in no training and no context. Digits: the splits of ``corda
 of easy-VQA. Icons: ``icons_seen`` and ``icons_unseen`` are of a style of which ``train``, the context, has none. Photographs that are
 learned: their rows are shuffled once, the first are for the test, the next for validation, the others for training; photographs that are
 kept are in no context.
+Calibrated (``calibrated``): pretrained on other pictures, the heads are so sure of themselves that two of the four kept losses are above a
+guesser's. Each kept head then has one temperature, at which the loss of the untouched model on the measured items is least, so that it is
+at most a guesser's, log(classes); accuracies do not depend on it.
 The contexts' loss (``Task.kept_loss``): the cross-entropy of a class drawn from the model's own probabilities, over the names of shapes and
 icons; its squared gradients are Fisher's information.
 """
 
 import math
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +32,8 @@ from torch.utils.data import Subset
 from corda_core.linears import evaluating
 from corda_eval.lab.clip import load_lab_clip, on_white, read_pictures
 from corda_eval.lab.clip_data import STYLES
-from corda_eval.lab.clip_sets import icons, shapes
-from corda_eval.study.settings.shared import drawn, spread
+from corda_eval.lab.clip_sets import ICON_PROMPT, icons, shapes
+from corda_eval.study.settings.shared import batched, drawn, spread
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.vqa.digits import load_digit_questions
 from corda_eval.zeroshot.cifar import cifar10
@@ -38,10 +43,17 @@ from corda_vlm.attention import split_attention
 from corda_vlm.classifier import ZeroShotClassifier
 from corda_vlm.data.pairs import OpenClipPairs
 from corda_vlm.options import Count, Place
+from corda_vlm.selfwritten import self_context
 from corda_vlm.towers import learnable_layers, select_layers
 
 PHOTOGRAPHS = "photographs"
 DIGIT_PROMPT = 'the handwritten digit "{}".'
+COMPARED = 256
+"""Images of each kept thing whose predictions are compared with the base's."""
+CAPTIONED = 512
+"""Pictures that are learned from which the untouched model captions, where it is asked to write a context itself."""
+SHARPEST = 2.0**20
+"""As far as a sharpness is looked for."""
 DRAWINGS = ("openclipart", "tuxpaint")
 """Sources of ``train`` that are drawings and photographs of objects."""
 
@@ -62,8 +74,14 @@ class LabClipClasses:
     """Of each domain to be kept."""
     kept_images: Count = 200
     """Measured of each domain, at most."""
+    kept_photograph_images: Count | None = None
+    """Measured of the photographs, at most; None is as many as of the others."""
     test_images: Count = 200
     validation_images: Count = 100
+    fresh_contexts: bool = False
+    """Whether each seed has contexts of its own."""
+    calibrated: bool = False
+    """Whether each kept head has a temperature, and the predictions' KL to the base's is measured."""
 
     def __post_init__(self) -> None:
         """Refuse to keep what is learned.
@@ -82,23 +100,19 @@ class LabClipClasses:
         model.requires_grad_(False)
         pairs = OpenClipPairs(preprocess, tokenizer)
         target = self.learned()
-        kept = {data.task: Prepared.of(model, some_of(data, self.kept_images), pairs) for data in self.kept()}
+        kept = {data.task: Prepared.of(model, data, pairs) for data in self.kept_parts()}
+        kept = {name: data.calibrated(model) if self.calibrated else data for name, data in kept.items()}
         test, validation = (Prepared.of(model, target[part], pairs) for part in ("test", "validation"))
         chosen = drawn(self.steps * self.batch_size, len(target["train"].items), f"train {seed}")
         training = Prepared.of(model, replace(target["train"], items=Subset(target["train"].items, chosen)), pairs)
         images, labels = training.images.split(self.batch_size), training.labels.split(self.batch_size)
-        contexts = {name: [{"image": part} for part in pairs.read(seen)["image"].split(32)] for name, seen in self.context().items()}
+        captioned = {name: paired(pairs, seen) for name, seen in self.context(seed).items()}
+        contexts = {name: [{"image": batch["image"]} for batch in batches] for name, batches in captioned.items()}
         split_attention(model)
+        known = torch.cat([data.head for name, data in kept.items() if name != PHOTOGRAPHS])
 
         def loss(adapted: nn.Module, batch: Batch) -> Tensor:
             return ZeroShotClassifier(adapted, training.head)(batch["image"], batch["labels"])["loss"]
-
-        known = torch.cat([data.head for name, data in kept.items() if name != PHOTOGRAPHS])
-        generator = torch.Generator().manual_seed(seed)
-
-        def kept_loss(adapted: nn.Module, batch: Batch) -> Tensor:
-            logits = ZeroShotClassifier(adapted, known)(batch["image"])["logits"]
-            return F.cross_entropy(logits, torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1))
 
         def measure(adapted: nn.Module) -> dict[str, Score]:
             return {name: class_score(adapted, data) for name, data in ({TARGET: test} | kept).items()}
@@ -109,12 +123,16 @@ class LabClipClasses:
             loss=loss,
             batches=[{"image": some, "labels": numbers} for some, numbers in zip(images, labels, strict=True)],
             contexts=contexts | {TARGET: [{"image": some} for some in images]},
+            pairs=captioned,
+            written=partial(self_captioned, pairs=pairs, learned=target["train"], seed=seed),
             validate=lambda adapted: class_score(adapted, validation).loss or 0.0,
             measure=measure,
             cache=cache,
             seed=seed,
             guessing=math.log(len(target["train"].class_names)),
-            kept_loss=kept_loss,
+            kept_guessing={name: math.log(len(data.head)) for name, data in kept.items()} if self.calibrated else {},
+            kept_kl=partial(kl_from_known, kept) if self.calibrated else None,
+            kept_loss=partial(own_class_loss, known, torch.Generator().manual_seed(seed)),
         )
 
     def learned(self) -> dict[str, ClassifiedImages]:
@@ -135,7 +153,7 @@ class LabClipClasses:
         return {part: replace(data, items=Subset(data.items, places)) for part, places in parts.items()}
 
     def kept(self) -> list[ClassifiedImages]:
-        """Return what is to be kept, whole."""
+        """Return what is to be kept, all of it."""
         kept = [shapes("test")]
         if self.data is not None:
             kept += [icons(Path(self.data), name) for name in ("icons_seen", "icons_unseen")]
@@ -143,14 +161,27 @@ class LabClipClasses:
             kept.append(replace(cifar10(self.kept_photographs), task=PHOTOGRAPHS))
         return kept
 
-    def context(self) -> dict[str, list[Image.Image]]:
-        """Return the pictures of the domains to be kept."""
-        pictures = {"shapes": [item.image for item in some_of(shapes("train"), self.context_images).items]}
+    def kept_parts(self) -> list[ClassifiedImages]:
+        """Return what is measured of what is to be kept."""
+        count_of = {PHOTOGRAPHS: self.kept_photograph_images or self.kept_images}
+        return [some_of(data, count_of.get(data.task, self.kept_images)) for data in self.kept()]
+
+    def context(self, seed: int) -> dict[str, list[tuple[Image.Image, str]]]:
+        """Return the pictures of the domains to be kept, with captions."""
+
+        def places(name: str, total: int) -> list[int]:
+            count = min(self.context_images, total)
+            return drawn(count, total, f"{name} {seed}") if self.fresh_contexts else spread(count, total)
+
+        known = shapes("train")
+        chosen = [known.items[place] for place in places("shapes", len(known.items))]
+        pictures = {"shapes": [(item.image, known.class_names[item.label]) for item in chosen]}
         if self.data is not None:
             table = read_pictures(Path(self.data) / "train.parquet")
-            for name, sources in (("icons", STYLES), ("drawings", DRAWINGS)):
-                places = [place for place, source in enumerate(table["source"]) if source in sources]
-                pictures[name] = [on_white(table[places[number]]["image"]) for number in spread(self.context_images, len(places))]
+            for name, sources, prompt in (("icons", STYLES, ICON_PROMPT), ("drawings", DRAWINGS, "{}")):
+                rows = [row for row, source in enumerate(table["source"]) if source in sources]
+                taken = [table[rows[place]] for place in places(name, len(rows))]
+                pictures[name] = [(on_white(row["image"]), prompt.format(row["caption"])) for row in taken]
         return pictures
 
 
@@ -167,6 +198,12 @@ class Prepared:
     head: Tensor
     """(classes, 256), of length 1."""
 
+    sharpness: float = 1.0
+    """What the logits are multiplied by: one over the temperature."""
+
+    known: Tensor | None = None
+    """(some, classes): log-probabilities that the untouched model gave some of the images, evenly spread."""
+
     @staticmethod
     def of(model: nn.Module, data: ClassifiedImages, pairs: OpenClipPairs) -> "Prepared":
         """Return all images, read once, and the head of their classes."""
@@ -174,13 +211,73 @@ class Prepared:
         labels = torch.tensor([item.label for item in items])
         return Prepared(pairs.read([item.image for item in items])["image"], labels, class_head(model, data, pairs))
 
+    def calibrated(self, model: nn.Module) -> "Prepared":
+        """Return the same with the sharpness that suits the untouched model, and with what this predicts."""
+        logits = self.logits(model, self.images)
+        sharpness = fitted_sharpness(logits, self.labels)
+        return replace(self, sharpness=sharpness, known=(sharpness * logits[self.compared()]).log_softmax(-1))
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return ``sharpness · scale · cosines`` (n, classes) of a model's features with the fixed head."""
+        with evaluating(model):
+            classifier = ZeroShotClassifier(model, self.head)
+            return self.sharpness * torch.cat([classifier(some)["logits"] for some in images.split(64)])
+
+    def compared(self) -> list[int]:
+        """Return the places of the images whose predictions are compared with the base's."""
+        return spread(COMPARED, len(self.images))
+
+
+def fitted_sharpness(logits: Tensor, labels: Tensor) -> float:
+    """Return the β ≥ 0 with the least cross-entropy of ``β · logits`` (n, classes): at 0 that is log(classes), and it is convex in β."""
+    logits = logits.double()
+    right = logits.gather(1, labels[:, None]).mean()
+
+    def slope(beta: float) -> float:
+        return float(((beta * logits).softmax(-1) * logits).sum(-1).mean() - right)
+
+    low, high = 0.0, 1.0
+    while slope(high) < 0 and high < SHARPEST:
+        low, high = high, 2 * high
+    for _ in range(40):
+        beta = (low + high) / 2
+        low, high = (beta, high) if slope(beta) < 0 else (low, beta)
+    return low
+
+
+def kl_from_known(kept: Mapping[str, Prepared], model: nn.Module) -> dict[str, float]:
+    """Return by name the mean ``KL(p_base ‖ p)`` over some images of each kept thing, nats, of calibrated predictions."""
+    divergence = {}
+    for name, data in kept.items():
+        assert data.known is not None, "only of what is calibrated"
+        log_p = data.logits(model, data.images[data.compared()]).log_softmax(-1)
+        divergence[name] = F.kl_div(log_p, data.known, reduction="batchmean", log_target=True).item()
+    return divergence
+
 
 def class_score(model: nn.Module, data: Prepared) -> Score:
     """Return cross-entropy and accuracy of the fixed head on the model's features."""
-    with evaluating(model):
-        classifier = ZeroShotClassifier(model, data.head)
-        logits = torch.cat([classifier(images)["logits"] for images in data.images.split(64)])
+    logits = data.logits(model, data.images)
     return Score.of(F.cross_entropy(logits, data.labels, reduction="none").tolist(), (logits.argmax(-1) == data.labels).tolist())
+
+
+def paired(pairs: OpenClipPairs, seen: Sequence[tuple[Image.Image, str]]) -> list[Batch]:
+    """Return pictures with their captions, 32 a batch."""
+    images, captions = pairs.read([image for image, _ in seen])["image"], pairs.tokenize([caption for _, caption in seen])
+    return [{"image": some, "text": texts} for some, texts in zip(images.split(32), captions.split(32), strict=True)]
+
+
+def self_captioned(model: nn.Module, *, pairs: OpenClipPairs, learned: ClassifiedImages, seed: int) -> list[Batch]:
+    """Return pictures that are learned from with the captions that the untouched model gives them, 32 a batch."""
+    pictures = [{"image": item.image} for item in some_of(learned, CAPTIONED).items]
+    written = self_context(model, pairs, pictures, count=len(pictures), seed=seed)
+    return batched(list(written), pairs, 32)
+
+
+def own_class_loss(known: Tensor, generator: torch.Generator, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross-entropy of a class drawn from the model's own probabilities, over a head (classes, d)."""
+    logits = ZeroShotClassifier(model, known)(batch["image"])["logits"]
+    return F.cross_entropy(logits, torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1))
 
 
 def digits(split: str) -> list[LabelledImage]:

@@ -25,6 +25,7 @@ from corda_eval.study.settings.shared import (
     batched,
     casting,
     drawn,
+    guess_of,
     kept_scores,
     self_written,
     spread,
@@ -42,6 +43,8 @@ from corda_vlm.options import Count
 from corda_vlm.towers import learnable_layers, select_layers
 
 PARTS = ("vision", "projector", "language")
+NUM_ANSWERS = 13
+"""Of easy-VQA."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class LabLlavaDigits:
     """Of 128 tokens, measured."""
     facts: Whole = 100
     """Asked of the 100; 0 leaves them out."""
+    fresh_contexts: bool = False
+    """Whether each seed has contexts of its own."""
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data."""
@@ -76,10 +81,11 @@ class LabLlavaDigits:
         training = [digits[place].as_item() for place in drawn(self.steps * self.batch_size, len(digits), f"train {seed}")]
         asked = {name: batched(items, collate, 16) for name, items in self.asked().items()}
         known, held_out = held_out_text()
+        fresh = f"context {seed}" if self.fresh_contexts else None
         windows = {"docs": text_windows(held_out, tokenizer, WINDOW, self.kept_windows)}
         contexts = {
-            "easy_vqa": unpadded(some_of(load_easy_vqa("train"), self.context_questions), Collator(processor)),
-            "docs": text_context(known, tokenizer, self.context_windows),
+            "easy_vqa": unpadded(some_of(load_easy_vqa("train"), self.context_questions, fresh), Collator(processor)),
+            "docs": text_context(known, tokenizer, self.context_windows, fresh),
             TARGET: unpadded(training, Collator(processor)),
         }
 
@@ -98,6 +104,7 @@ class LabLlavaDigits:
             cache=cache,
             seed=seed,
             guessing=math.log(10) / 2,  # a digit, and the turn's end
+            kept_guessing={"easy_vqa": guess_of(asked["easy_vqa"], NUM_ANSWERS)},
             written=partial(self_written, processor=processor, items=training, count=self.self_samples, seed=seed, cache=cache),
             held_out={"easy_vqa": asked["easy_vqa"][:2], "docs": [{"input_ids": torch.stack(windows["docs"][:COMPARED])}]},
             casting=casting,
@@ -113,6 +120,8 @@ class LabLlavaDigits:
         }
 
 
-def some_of(examples: Sequence[VqaExample], count: int) -> list[dict[str, object]]:
-    """Return at most ``count`` of a split's questions with their answers, evenly spread."""
-    return [examples[place].as_item() for place in spread(count, len(examples))]
+def some_of(examples: Sequence[VqaExample], count: int, seed: str | None = None) -> list[dict[str, object]]:
+    """Return at most ``count`` of a split's questions with their answers: evenly spread, or drawn with a seed."""
+    count = min(count, len(examples))
+    places = spread(count, len(examples)) if seed is None else drawn(count, len(examples), seed)
+    return [examples[place].as_item() for place in places]

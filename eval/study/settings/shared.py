@@ -1,5 +1,6 @@
 """What several settings do alike."""
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -85,9 +86,19 @@ def answer_score(model: nn.Module, batches: Sequence[Batch]) -> Score:
     return Score.of((torch.cat(losses) * (len(right) / num_tokens)).tolist(), right)
 
 
-def text_context(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:
-    """Return ``count`` windows of a text as a context, eight a batch."""
-    return [{"input_ids": ids} for ids in torch.stack(text_windows(text, tokenizer, WINDOW, count)).split(8)]
+def text_context(text: str, tokenizer: PreTrainedTokenizerBase, count: int, seed: str | None = None) -> list[Batch]:
+    """Return ``count`` windows of a text as a context, eight a batch: evenly spread over it, or drawn with a seed."""
+    total = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) // WINDOW
+    windows = text_windows(text, tokenizer, WINDOW, count if seed is None else max(count, total))
+    chosen = windows if seed is None else [windows[place] for place in drawn(count, total, seed)]
+    return [{"input_ids": ids} for ids in torch.stack(chosen).split(8)]
+
+
+def guess_of(batches: Sequence[Batch], choices: int) -> float:
+    """Return the loss (nats a token) of who knows that an answer is one of so many, of answers as of ``answer_score``."""
+    asked = [batch["labels"][:, 1:] >= 0 for batch in batches]
+    answers = sum(int((marks & ~F.pad(marks, (1, 0))[:, :-1]).sum()) for marks in asked)
+    return math.log(choices) * answers / sum(int(marks.sum()) for marks in asked)
 
 
 def text_loss(model: nn.Module, batch: Batch, *, image_token: int = -100) -> Tensor:

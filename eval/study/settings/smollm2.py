@@ -60,6 +60,8 @@ class SmolLm2Lines:
     """Measured eleven times in a training."""
     facts: Whole = 100
     """Asked of the 100; 0 leaves them out."""
+    fresh_contexts: bool = False
+    """Whether each seed has contexts of its own."""
 
     def task(self, seed: int, cache: Path) -> Task:
         """Return model and data.
@@ -72,7 +74,8 @@ class SmolLm2Lines:
         model, layers, tokenizer = smollm2_model()
         model.requires_grad_(False)
         texts = kept_texts()
-        contexts = {name: text_context(first, tokenizer, self.context_windows) for name, (first, _) in texts.items()}
+        fresh = f"context {seed}" if self.fresh_contexts else None
+        contexts = {name: text_context(first, tokenizer, self.context_windows, fresh) for name, (first, _) in texts.items()}
         kept = {name: text_windows(second, tokenizer, WINDOW, self.kept_windows) for name, (_, second) in texts.items()}
         count = self.steps * self.batch_size
         training = {kind: lines(tokenizer, kind, count, "train", seed, batch_size=self.batch_size) for kind in self.lines}
@@ -118,11 +121,16 @@ def kept_texts() -> dict[str, tuple[str, str]]:
     """
     if find_spec("sklearn") is None:
         raise ModuleNotFoundError("scikit-learn is not installed; run: pip install 'corda-vlm[demo]'")
-    sources = [Path(find_spec(name).origin).read_text(encoding="utf-8") for name in SOURCES]  # type: ignore[union-attr, arg-type]
     described = sorted(files("sklearn.datasets.descr").iterdir(), key=lambda file: file.name)
     descriptions = [file.read_text(encoding="utf-8") for file in described if file.name.endswith(".rst")]
     return {
         "docs": held_out_text(),
-        "code": ("\n\n".join(sources[::2]), "\n\n".join(sources[1::2])),
+        "code": library_sources(),
         "descriptions": ("\n\n".join(descriptions[::2]), "\n\n".join(descriptions[1::2])),
     }
+
+
+def library_sources() -> tuple[str, str]:
+    """Return the sources of some modules of the standard library, and of others."""
+    sources = [Path(find_spec(name).origin).read_text(encoding="utf-8") for name in SOURCES]  # type: ignore[union-attr, arg-type]
+    return "\n\n".join(sources[::2]), "\n\n".join(sources[1::2])

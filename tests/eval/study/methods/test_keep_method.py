@@ -18,6 +18,8 @@ from corda_eval.study.methods.keep import Keep, joined, samples_of
 from corda_eval.study.settings.shared import self_written
 from corda_eval.study.task import TARGET, Batch, Score, Task
 from corda_eval.study.train import train
+from corda_vlm.attention import split_attention
+from corda_vlm.towers import select_layers
 from corda_vlm.training.divergence import context_kl
 
 LORA = {"method": "lora", "rank": 4}
@@ -179,6 +181,44 @@ def test_the_drift_is_held_at_the_bound(options: dict[str, Any], tmp_path: Path)
     assert run.finish["drift"] == pytest.approx(0.03, rel=1e-3)
 
 
-def test_a_bound_on_plain_lora_needs_a_context(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="covariance"):
-        Bounded(LORA, 0.02).adapt(text_task(tmp_path))
+def test_a_bound_on_plain_lora_is_on_all_that_is_kept(tmp_path: Path) -> None:
+    task = text_task(tmp_path)
+    covariances = task.covariances("first", "second")
+    adapted = Bounded(LORA, 0.02).adapt(task)
+    train(adapted, task, 1e-1)
+    drift = context_drift(adapted.model, covariances)
+    assert fmean(value**2 for value in drift.values()) ** 0.5 == pytest.approx(0.02, rel=0.02)
+
+
+def test_a_model_with_two_towers_is_kept_to_its_pairs(tmp_path: Path) -> None:
+    """By as many as are trained on, where half as many texts are."""
+    open_clip = pytest.importorskip("open_clip")
+    towers = {"layers": 2, "width": 32, "heads": 2}
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
+    model = open_clip.CLIP(16, vision, {"context_length": 8, "vocab_size": 64, **towers}).requires_grad_(False).eval()
+    images, texts = torch.randn(24, 3, 16, 16), torch.randint(1, 64, (24, 8))
+    split_attention(model)
+    layers = select_layers(model, parts=("vision",))
+
+    def loss(adapted: nn.Module, batch: Batch) -> torch.Tensor:
+        return adapted(image=batch["image"])[0].square().mean()
+
+    task = Task(
+        model=model,
+        layers=layers,
+        loss=loss,
+        batches=[{"image": images[:6], "labels": torch.zeros(6)}] * 8,
+        contexts={"pictures": [{"image": images}], TARGET: [{"image": images[:6]}]},
+        validate=lambda adapted: float(loss(adapted, {"image": images[:6]}).detach()),
+        measure=lambda _: {TARGET: Score(None)},
+        cache=tmp_path,
+        seed=0,
+        pairs={"pictures": [{"image": images, "text": texts}]},
+    )
+    assert task.samples("pictures")[0].keys() == {"image", "text"}
+    assert task.samples(TARGET)[0].keys() == {"image"}
+    adapted = Keep(LORA).adapt(task)
+    run = train(adapted, task, 1e-2)
+    assert not run.diverged
+    assert 0 < run.finish["kl"] < 1
+    assert run.finish["num_samples"] == 6
