@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,20 +69,14 @@ class LabLlavaText:
         model.set_attn_implementation("eager")  # on a CPU faster than the fused kernel at 40 tokens
         model.requires_grad_(False)
         tokenizer = processor.tokenizer
-        known, held_out = held_out_text()
-        windows = {"docs": text_windows(held_out, tokenizer, WINDOW, self.kept_windows)}
+        windows = {"docs": text_windows(held_out_text()[1], tokenizer, WINDOW, self.kept_windows)}
         asked = batched(some_of(load_easy_vqa("test"), self.kept_questions), Collator(processor, with_labels=True, trim_logits=True), 16)
         training = lines(tokenizer, "sorting", self.steps * self.batch_size, "train", seed, batch_size=self.batch_size)
         test, validation = (
             lines(tokenizer, "sorting", count, split)
             for count, split in ((self.test_windows, "test"), (self.validation_windows, "validation"))
         )
-        questions = some_of(load_easy_vqa("train"), self.context_questions, f"context {seed}")
-        contexts: dict[str, Sequence[Batch]] = {
-            "easy_vqa": unpadded(questions, Collator(processor)),
-            "docs": text_context(known, tokenizer, self.context_windows, f"context {seed}"),
-            TARGET: [{"input_ids": batch["input_ids"]} for batch in training],
-        }
+        contexts = self.kept_contexts(processor, f"context {seed}")
 
         def measure(adapted: nn.Module) -> dict[str, Score]:
             answered = {TARGET: answer_score(adapted, test), "easy_vqa": answer_score(adapted, asked)}
@@ -93,7 +88,7 @@ class LabLlavaText:
             layers=learnable_layers(model, select_layers(model, parts=("language",)), [contexts["docs"][0]]),
             loss=answer_loss,
             batches=training,
-            contexts=contexts,
+            contexts=contexts | {TARGET: [{"input_ids": batch["input_ids"]} for batch in training]},
             validate=lambda adapted: answer_score(adapted, validation).loss or 0.0,
             measure=measure,
             cache=cache,
@@ -105,3 +100,11 @@ class LabLlavaText:
             casting=casting,
             kept_loss=partial(text_loss, image_token=model.config.image_token_id),
         )
+
+    def kept_contexts(self, processor: Any, seed: str) -> dict[str, Sequence[Batch]]:
+        """Return the contexts of what is to be kept."""
+        questions = some_of(load_easy_vqa("train"), self.context_questions, seed)
+        return {
+            "easy_vqa": unpadded(questions, Collator(processor)),
+            "docs": text_context(held_out_text()[0], processor.tokenizer, self.context_windows, seed),
+        }
