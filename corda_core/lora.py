@@ -149,6 +149,21 @@ def change_factors(layer: LoraLayer, adapter_name: str = "default") -> tuple[Ten
 
 
 @torch.no_grad()
+def squared_change(model: nn.Module, adapter_name: str = "default") -> float:
+    """Return ``Σ ‖ΔW‖²_F`` over all layers, from their factors, and of what trains whole ``Σ ‖w − w₀‖²``."""
+    parts = []
+    for layer in lora_layers(model, adapter_name).values():
+        A, B = change_factors(layer, adapter_name)
+        parts.append(((B.T @ B) * (A @ A.T)).sum())
+    for wrapper in whole_modules(model, adapter_name).values():
+        starts = wrapper.original_module.state_dict()
+        for key, value in wrapper.modules_to_save[adapter_name].state_dict().items():
+            if value.is_floating_point():
+                parts.append((gathered_whole(value).float() - gathered_whole(starts[key]).float()).square().sum())
+    return max(0.0, float(torch.stack([part.to(parts[0].device) for part in parts]).sum())) if parts else 0.0
+
+
+@torch.no_grad()
 def shrink_(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
     """Take what was trained back towards its start: 1 leaves it, 0 is the base, bit for bit.
 

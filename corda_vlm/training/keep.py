@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from corda_core.layers import num_processes, process_rank, sum_over_processes_
 from corda_core.linears import base_of
-from corda_core.lora import active_adapter, lora_layers, shrink_, trained_tensors
+from corda_core.lora import active_adapter, lora_layers, shrink_, squared_change, trained_tensors
 from corda_vlm.context import collator_for, is_batch, own_processor
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator
@@ -33,10 +33,10 @@ much cannot be learned any more."""
 WEAKEST, STRONGEST = 0.1, 30.0
 """Between which the weight follows the divergence. A stronger one is of no use: while the rate is high the noise of the steps itself keeps
 the divergence up, and gradients are clipped."""
-LEAST = 0.93
-"""How much of the change is left at the least, a step, when it is taken back."""
-SETTLED = 0.85
-"""After so much of the training nothing is taken back any more: rates are small, and a mean that noise put too high would cost gain."""
+
+
+STEERED = ("weight", "smoothed", "per_square")
+"""What a Keeper has learned on the way, for checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,9 @@ class Keeper:
         self.last: float | None = None
         """The divergence on the last batch, of a replay its loss; over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
-        """Its running mean over a ninth of the training, at most seven batches: that of few samples varies severalfold."""
+        """What it comes to after a step, before anything is taken back: its mean over a ninth of the training, at most seven batches."""
+        self.per_square: float | None = None
+        """The divergence over the squared size of the change, its running mean: near the base the one is quadratic in the other."""
         self._check()
 
     @torch.no_grad()
@@ -198,6 +200,7 @@ class Keeper:
             return
         if self.options.budget is not None:
             self.weight = self.options.weight * min(STRONGEST, max(WEAKEST, self._excess))
+        change = 0.0 if self.options.budget is None else squared_change(self.model, self.adapter_name)
         places = self._places(step // self.options.every)[process_rank() :: num_processes()]
         size = self.micro_batch_size
         parts = [places[start : start + size] for start in range(0, len(places), size)]
@@ -212,17 +215,23 @@ class Keeper:
         total = sums[:1].clone()
         sum_over_processes_(total)
         self.last = float(total)
-        self.smoothed = self.memory * self.smoothed + (1 - self.memory) * self.last
+        if change > 0:
+            ratio = self.last / change
+            self.per_square = ratio if self.per_square is None else self.memory * self.per_square + (1 - self.memory) * ratio
 
     def hold_(self) -> None:
-        """Take some of the change back while the divergence is above the budget's aim; to be called after each optimiser step.
+        """Take back what is above the budget's aim of the change that a step has made; to be called after each optimiser step.
 
-        The training so goes on within the budget, instead of being cut down to it in the end. The weight alone cannot do it at high rates.
+        The divergence is not measured for it: it follows from the size of the change. So the training goes on within the budget at any
+        rate, instead of being cut down to it in the end; the weight alone cannot do it where single steps go beyond.
         """
-        if self._excess > 1 and self.step < SETTLED * self.num_steps and self.step % self.options.every == 0:
-            alpha = max(LEAST**self.options.every, self._excess**-0.3)
-            shrink_(self.model, alpha, self.adapter_name)
-            self.smoothed *= alpha**2  # near the base the divergence is quadratic
+        if self.options.budget is None or self.per_square is None:
+            return
+        expected, limit = self.per_square * squared_change(self.model, self.adapter_name), AIM * self.options.budget
+        memory = self.memory ** (1 / self.options.every)
+        self.smoothed = memory * self.smoothed + (1 - memory) * min(expected, STRONGEST * max(limit, 1e-12))
+        if expected > limit:
+            shrink_(self.model, (limit / expected) ** 0.5, self.adapter_name)
 
     @property
     def _excess(self) -> float:
@@ -318,7 +327,8 @@ class KeepCallback(TrainerCallback, ExportableState):
         )
         recorded = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(recorded, Mapping):
-            self.keeper.weight, self.keeper.smoothed = recorded["attributes"]["weight"], recorded["attributes"]["smoothed"]
+            for name in STEERED:
+                setattr(self.keeper, name, recorded["attributes"][name])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the gradient of the loss on the samples."""
@@ -344,7 +354,7 @@ class KeepCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
-        attributes = {} if self.keeper is None else {"weight": self.keeper.weight, "smoothed": self.keeper.smoothed}
+        attributes = {} if self.keeper is None else {name: getattr(self.keeper, name) for name in STEERED}
         return {"args": {}, "attributes": attributes}
 
     @property

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import corda_vlm
-from corda_core.lora import trained_tensors
+from corda_core.lora import squared_change, trained_tensors
 from corda_vlm import Keep, KeepCallback, context_kl, keep_loss
 from corda_vlm.data.samples import Collator
 from corda_vlm.training import keep as keeping
@@ -128,23 +128,24 @@ def test_the_weight_follows_the_divergence_and_what_is_too_much_is_taken_back(to
     options = KeepOptions(budget=0.01, weight=2.0, every=2)
     keeper = Keeper(prepared(tokenizer, "strict"), KEPT, Collator(tokenizer), options, batch_size=2, num_steps=100, micro_batch_size=1)
     trained = [tensor for tensor, _ in trained_tensors(keeper.model)]
-    for tensor in trained:
-        nn.init.ones_(tensor)
     aim = 0.01 * keeping.AIM
-    for smoothed, step, weight, left in (
-        (aim, 0, 2.0, 1.0),
-        (aim / 2, 0, 1.0, 1.0),
-        (aim / 1e6, 0, 0.2, 1.0),
-        (aim * 1.2, 90, 2.4, 1.0),
-        (aim * 1.2, 0, 2.4, 1.2**-0.3),
-        (aim * 1e6, 0, 60.0, keeping.LEAST**2),
-    ):
-        keeper.smoothed, before = smoothed, trained[0].detach().clone()
-        next(keeper.losses(step))  # the first of two parts: nothing is measured yet
+    for smoothed, weight in ((aim, 2.0), (aim / 2, 1.0), (aim / 1e6, 0.2), (aim * 1.2, 2.4), (aim * 1e6, 60.0)):
+        keeper.smoothed = smoothed
+        next(keeper.losses(0))  # the first of two parts: nothing is measured yet
         assert keeper.weight == pytest.approx(weight)
+    for tensor in trained:
+        nn.init.normal_(tensor, std=20.0)
+    keeper.hold_()  # nothing has been measured: nothing is known
+    assert list(keeper.losses(2))
+    assert keeper.last is not None
+    size = squared_change(keeper.model)
+    assert keeper.per_square == pytest.approx(keeper.last / size)
+    for expected, left in ((aim / 2, 1.0), (4 * aim, 0.5), (1e6 * aim, 1e-3)):
+        keeper.per_square, before = expected / squared_change(keeper.model), [tensor.detach().clone() for tensor in trained]
         keeper.hold_()
-        assert keeper.smoothed == pytest.approx(left**2 * smoothed)
-        torch.testing.assert_close(trained[0], left * before)
+        for tensor, value in zip(trained, before, strict=True):
+            torch.testing.assert_close(tensor, left * value)
+        assert squared_change(keeper.model) * keeper.per_square <= aim * (1 + 1e-4)
 
 
 def test_own_loops_and_parts_give_the_same_gradient(tokenizer: Any) -> None:
