@@ -1,7 +1,7 @@
-"""The lab LLaVA learns from text alone, letters to sort; questions about images and technical English are to be kept.
+"""The lab LLaVA learns from text alone, lines such as letters to sort; questions about images and technical English are to be kept.
 
 Text alone makes vision-language models forget what they read in images. Tower and projector see no text, so only the language model's
-layers may change. Learned: ``sorting`` of ``lines``: nats a token of the answer and the line's end, answers right in every token.
+layers may change. Learned: one kind of ``lines``: nats a token of the answer and the line's end, answers right in every token.
 Kept: easy-VQA (``easy_vqa``, the same two scores) and Python's manual (``docs``, nats a token), as in ``lab_llava``. Handwritten digits are
 not among them: this model reads none, and the loss of what is not known cannot tell what was forgotten.
 The contexts are drawn with the seed. What the model writes itself, where it is asked to, is on pictures of digits: none of what is kept.
@@ -46,6 +46,8 @@ from corda_vlm.towers import learnable_layers, select_layers
 class LabLlavaText:
     """Options of the setting."""
 
+    line: str = "sorting"
+    """What is learned: a kind of ``corda_eval.study.settings.lines``."""
     steps: Count = 60
     batch_size: Count = 4
     """Windows of 64 tokens a step, about five lines each."""
@@ -71,9 +73,9 @@ class LabLlavaText:
         tokenizer = processor.tokenizer
         windows = {"docs": text_windows(held_out_text()[1], tokenizer, WINDOW, self.kept_windows)}
         asked = batched(some_of(load_easy_vqa("test"), self.kept_questions), Collator(processor, with_labels=True, trim_logits=True), 16)
-        training = lines(tokenizer, "sorting", self.steps * self.batch_size, "train", seed, batch_size=self.batch_size)
+        training = lines(tokenizer, self.line, self.steps * self.batch_size, "train", seed, batch_size=self.batch_size)
         test, validation = (
-            lines(tokenizer, "sorting", count, split)
+            lines(tokenizer, self.line, count, split)
             for count, split in ((self.test_windows, "test"), (self.validation_windows, "validation"))
         )
         contexts = self.kept_contexts(processor, f"context {seed}")
@@ -93,7 +95,7 @@ class LabLlavaText:
             measure=measure,
             cache=cache,
             seed=seed,
-            guessing=guessing("sorting"),
+            guessing=guessing(self.line),
             kept_guessing={"easy_vqa": guess_of(asked, NUM_ANSWERS)},
             written=partial(self_written, processor=processor, items=pictured, count=self.self_samples, seed=seed, cache=cache),
             held_out={"easy_vqa": asked[:2], "docs": [{"input_ids": torch.stack(windows["docs"][:COMPARED])}]},

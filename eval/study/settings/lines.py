@@ -1,4 +1,4 @@
-"""Lines of a question and its answer, without end: sums with their digits reversed, letters to be sorted.
+"""Lines of a question and its answer, without end: sums with their digits reversed, letters to be sorted or to be shifted.
 
 A content (a pair of numbers, a set of letters), in whatever order the question has it, is in only one of training, validation and test.
 """
@@ -42,7 +42,16 @@ def sorting(generator: random.Random, split: str) -> tuple[str, str]:
             return f"{' '.join(letters)} >", f" {' '.join(sorted(letters))}\n"
 
 
-LINES = {"addition": addition, "sorting": sorting}
+def shifting(generator: random.Random, split: str) -> tuple[str, str]:
+    """Return four to six different letters of a split and each one's next, such as ``d b a z :`` and `` e c b a``."""
+    while True:
+        letters = generator.sample(ascii_lowercase, generator.randint(4, 6))
+        if split_of("shift " + "".join(sorted(letters))) == split:
+            shifted = (ascii_lowercase[(ascii_lowercase.index(letter) + 1) % 26] for letter in letters)
+            return f"{' '.join(letters)} :", f" {' '.join(shifted)}\n"
+
+
+LINES = {"addition": addition, "shifting": shifting, "sorting": sorting}
 
 
 def split_of(content: str) -> str:
@@ -53,13 +62,16 @@ def split_of(content: str) -> str:
 def guessing(kind: str) -> float:
     """Return the loss (nats a token) of a guesser who knows the form of the answers, a token a digit or letter and one for the line's end.
 
-    Sums: any digit is as likely, their number is known. Letters: those of the question that are left are as likely.
+    Sums: any digit is as likely, their number is known. Sorted letters: those of the question that are left are as likely; shifted ones:
+    any letter is.
     """
     if kind == "addition":
         weights = {total: min(total, 1998 - total) + 1 for total in range(1999)}  # pairs of numbers below 1000 with this sum
         digits = sum(len(str(total)) * weight for total, weight in weights.items()) / sum(weights.values())
         return math.log(10) * digits / (digits + 1)
     counts = range(4, 7)
+    if kind == "shifting":
+        return math.log(26) * sum(counts) / sum(count + 1 for count in counts)
     return sum(math.lgamma(count + 1) for count in counts) / sum(count + 1 for count in counts)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from corda_eval.lab.base import lab_folder
-from corda_eval.study.settings.lines import additions, guessing, lines, pair, sorting, windows
+from corda_eval.study.settings.lines import additions, guessing, lines, pair, shifting, sorting, windows
 
 
 def test_sorting_lines() -> None:
@@ -25,6 +25,20 @@ def test_sorting_lines() -> None:
         assert sorting(random.Random(1), split) == sorting(random.Random(1), split)
     assert not seen["train"] & (seen["validation"] | seen["test"])
     assert not seen["validation"] & seen["test"]
+
+
+def test_shifted_lines() -> None:
+    seen: dict[str, set[str]] = {}
+    for split in ("train", "validation", "test"):
+        generator = random.Random(0)
+        for _ in range(50):
+            question, answer = shifting(generator, split)
+            letters, shifted = question.removesuffix(" :").split(" "), answer.removeprefix(" ").removesuffix("\n").split(" ")
+            assert [chr(ord(letter) + 1) if letter != "z" else "a" for letter in letters] == shifted
+            assert 4 <= len(set(letters)) == len(letters) <= 6
+            seen.setdefault(split, set()).add("".join(sorted(letters)))
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert guessing("shifting") == pytest.approx(math.log(26) * 15 / 18)
 
 
 def test_labels_are_whole_sums_reversed_and_of_one_split() -> None:
