@@ -76,9 +76,8 @@ def draw_sizes(setting: str, sized: Sequence[Sized], named: Sequence[str]) -> by
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 4.6 * len(sized), 4.6), facecolor="white")
-        width = 1.6 + 4.6 * len(sized)
-        grid = {"left": 0.75 / width, "right": 1 - 1.75 / width, "top": 0.9, "bottom": 0.13, "wspace": 0.12}
+        figure = Figure(figsize=(9, 4.6), facecolor="white")
+        grid = {"left": 0.09, "right": 0.78, "top": 0.9, "bottom": 0.13, "wspace": 0.12}
         panels = figure.subplots(1, len(sized), squeeze=False, sharey=True, gridspec_kw=grid)[0]
         for axes, one in zip(panels, sized, strict=True):
             for arm, points in one.points.items():
@@ -91,7 +90,7 @@ def draw_sizes(setting: str, sized: Sequence[Sized], named: Sequence[str]) -> by
         _plain_ticks(panels[0].yaxis, "{:g}")
         last = sized[-1].points
         _labels(panels[-1], {arm: _middle(last[arm]) for arm in named if arm in last}, named)
-        figure.text(0.75 / width, 0.955, f"{setting}: forgetting and the size of the change", fontsize=13, fontweight="bold", va="center")
+        figure.text(0.09, 0.955, f"{setting}: forgetting and the size of the change", fontsize=13, fontweight="bold", va="center")
         return _as_png(figure)
 
 

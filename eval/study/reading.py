@@ -209,7 +209,7 @@ def baseline_gain(runs: Sequence[Run], base: Run) -> float:
 
 
 def worth_showing(readings: Mapping[str, ArmReading]) -> list[str]:
-    """Return the arms that tables show: all, of interpolations with the base those that forget less than their arm does at that gain."""
+    """Return the arms that tables show; of interpolations with the base those that forget less than their arm and LoRA at that gain."""
     shown = []
     for arm, reading in readings.items():
         whole, here = between(arm), reading.readings[0] if reading.readings else None
@@ -217,7 +217,7 @@ def worth_showing(readings: Mapping[str, ArmReading]) -> list[str]:
             shown.append(arm)
         elif here is not None and here.fraction in FRACTIONS and here.ratio is not None:
             other = readings[whole].at(here.fraction)
-            if other is None or other.ratio is None or here.ratio < other.ratio:
+            if here.ratio < min(1.0, math.inf if other is None or other.ratio is None else other.ratio):
                 shown.append(arm)
     return shown
 

@@ -13,12 +13,12 @@ from corda_core.files import write_whole
 from corda_eval.records import code, escaped, table, write_json
 from corda_eval.study.figure import arms_to_name, draw, draw_sizes
 from corda_eval.study.frontier import (
+    ALPHA,
     BASE,
     BASELINE,
     Run,
     Summary,
     base_run,
-    between,
     forgettable,
     kept_losses,
     steps_at_equal_rates,
@@ -51,7 +51,7 @@ TUNED_TITLE = "each arm at its tuned rate"
 READ_NOTE = (
     "What an arm learns is its largest gain, of LoRA's; forgetting and KL (nats, means over what is kept), the percent right, the change "
     "and the rates are at the largest of the three gains that it reaches, or at its own largest. Interpolations with the base (α) stand "
-    "here where they forget less than their arm does at that gain."
+    "here where they forget less than their arm and LoRA do at that gain."
 )
 STEPS_TITLE = "part of LoRA's steps after which the validation loss is at LoRA's final one, both at the same rate"
 
@@ -229,8 +229,8 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
         setting: {
             "gain": _gain_text(result),
             "figures": {_alternative(kind): address_of(figure, "png") for kind, figure in result.figures.items()},
-            "readings": [(reading_cells(arm), between(arm.arm) is None) for arm in result.readings],
-            "tuned": [(cells(arm), _signed(arm.kept), _signed(arm.accuracy_drops, 1), between(arm.arm) is None) for arm in result.tuned],
+            "readings": [reading_cells(arm) for arm in result.readings],
+            "tuned": [(cells(arm), _signed(arm.kept), _signed(arm.accuracy_drops, 1)) for arm in result.tuned],
             "notes": result.notes,
             "steps": step_table(result.steps),
             "rates": result.rates,
@@ -238,7 +238,7 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
         for setting, result in reports.items()
     }
     titles = {"headline_title": TITLE, "read_title": READ_TITLE, "tuned_title": TUNED_TITLE, "steps_title": STEPS_TITLE}
-    texts = {**titles, "rates_title": RATES_TITLE, "legend": LEGEND, "read_note": READ_NOTE, "kept": KEPT}
+    texts = {**titles, "rates_title": RATES_TITLE, "legend": LEGEND, "read_note": READ_NOTE, "kept": KEPT, "alpha": ALPHA}
     columns = {"read_columns": READ_COLUMNS, "columns": COLUMNS}
     return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts, **columns}, lists)
 
