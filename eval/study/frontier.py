@@ -190,9 +190,11 @@ class Summary:
     """Rise of each kept thing's loss, nats; below 0 where it fell."""
     accuracy_drops: dict[str, float]
     """Points of accuracy lost, of kept things that have one."""
+    still_right: dict[str, float]
+    """Percent of the kept items that the base had right which are right now, where each item's answer is noted."""
     change_on_context: float | None
-    """None where it is not measured."""
-    change: float
+    """None where it is not measured, as ``change``."""
+    change: float | None
     steps_to_baseline: float
     """Part of the steps of LoRA at its tuned rate after which the validation loss is at LoRA's final one; infinity if never."""
     parameters: int
@@ -206,7 +208,6 @@ def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], rate:
     whole = [run for run in runs if not run.diverged]
     chosen = [run for run in whole if run.rate == rate]
     accuracies = [run.result["scores"][TARGET]["accuracy"] for run in chosen]
-    changes = [run.result["change_on_context"] for run in chosen]
     steps = [_part_of_steps(run, baseline[run.seed]) for run in chosen if run.seed in baseline]
     return Summary(
         arm=runs[0].arm,
@@ -221,13 +222,34 @@ def summarise(runs: Sequence[Run], base: Run, baseline: Mapping[int, Run], rate:
             for name, score in kept_scores(base).items()
             if score["accuracy"] is not None
         },
-        change_on_context=None if None in changes else mean(changes),
-        change=mean(run.result["change"] for run in chosen),
+        still_right=still_right(chosen, base),
+        change_on_context=_mean_of(chosen, "change_on_context"),
+        change=_mean_of(chosen, "change"),
         steps_to_baseline=mean(steps) if steps else math.inf,
         parameters=chosen[0].result["trainable_parameters"],
         seconds=sum(min(run.result["seconds"][part] for run in whole) for part in ("prepare", "train")),
         memory_gb=max(run.result["peak_memory_gb"] for run in chosen),
     )
+
+
+def _mean_of(runs: Sequence[Run], what: str) -> float | None:
+    """Return a mean over runs; None where one does not tell it."""
+    values = [run.result[what] for run in runs]
+    return None if None in values else mean(values)
+
+
+def still_right(runs: Sequence[Run], base: Run) -> dict[str, float]:
+    """Return by kept thing what part of the items that the base had right are right in the runs, percent, the mean over them.
+
+    Things whose items' answers are not noted, of the base or of a run, and those of which the base had none right are left out.
+    """
+    parts = {}
+    for name, score in kept_scores(base).items():
+        known = [place for place, right in enumerate(score.get("right") or ()) if right]
+        answers = [run.result["scores"][name].get("right") or () for run in runs]
+        if known and all(len(each) == len(score["right"]) for each in answers):
+            parts[name] = 100 * mean(mean(each[place] for place in known) for each in answers)
+    return parts
 
 
 def summaries(runs: Sequence[Run], base: Run) -> dict[str, Summary]:

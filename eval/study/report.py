@@ -29,6 +29,7 @@ from corda_eval.study.headline import LEGEND, TITLE, headline, reading_text, spr
 from corda_eval.study.rates import RATES_TITLE, rate_table
 from corda_eval.study.reading import FRACTIONS, ArmReading, Reading, baseline_gain, read_study, worth_showing
 from corda_eval.study.sizes import Sized, sentence, sizes_of
+from corda_eval.study.turns import TURNS_TITLE, turn_table
 from corda_vlm.pages import address_of, page, require_extra
 
 READ_COLUMNS = (
@@ -45,6 +46,7 @@ READ_COLUMNS = (
 )
 COLUMNS = ("arm", "rate", "seeds", "gain", "right", "forgetting", "steps", "change on context", "parameters", "time", "memory")
 KEPT = "kept: rise of the loss"
+STILL_RIGHT = "still right, of what the base had right"
 PAGE_TITLE = "Which method forgets less at equal gain?"
 READ_TITLE = "what each arm forgets of what LoRA forgets at the same gain"
 TUNED_TITLE = "each arm at its tuned rate"
@@ -82,6 +84,9 @@ class SettingReport:
     rates: Table
     """As ``rate_table``."""
 
+    turns: Table
+    """As ``turn_table``."""
+
     figures: dict[str, bytes]
     """By what they show: "gain" and, where runs tell their size, "size"."""
 
@@ -111,6 +116,7 @@ def report_of(setting: str, runs: Sequence[Run]) -> SettingReport:
         [note for note in (_no_knowledge(base), _diverged(runs), sentence(sized, named)) if note],
         steps_at_equal_rates(runs),
         rate_table(runs, base),
+        turn_table(runs, {arm: summary.rate for arm, summary in tuned.items()}),
         figures,
     )
 
@@ -214,12 +220,12 @@ def markdown(heading: Table, reports: Mapping[str, SettingReport]) -> str:
         for kind in result.figures:
             lines += [f"![{_alternative(kind)} in the setting {name}]({quote(figure_name(setting, kind))})", ""]
         lines += [line for note in result.notes for line in (escaped(note), "")]
-        lines += [f"### {name}: {TUNED_TITLE}", "", *table([*COLUMNS, KEPT], [[*cells(arm), _signed(arm.kept)] for arm in result.tuned])]
+        lines += [f"### {name}: {TUNED_TITLE}", "", *table(*tuned_table(result.tuned))]
         head, rows = step_table(result.steps)
         if rows:
             lines += [f"### {name}: {STEPS_TITLE}", "", *table(head, rows)]
-        if result.rates[1]:
-            lines += [f"### {name}: {RATES_TITLE}", "", *table(*result.rates)]
+        for title, more in ((TURNS_TITLE, result.turns), (RATES_TITLE, result.rates)):
+            lines += [f"### {name}: {title}", "", *table(*more)] if more[1] else []
     return "\n".join(lines)
 
 
@@ -230,17 +236,19 @@ def html(heading: Table, reports: Mapping[str, SettingReport], lists: Mapping[st
             "gain": _gain_text(result),
             "figures": {_alternative(kind): address_of(figure, "png") for kind, figure in result.figures.items()},
             "readings": [reading_cells(arm) for arm in result.readings],
-            "tuned": [(cells(arm), _signed(arm.kept), _signed(arm.accuracy_drops, 1)) for arm in result.tuned],
+            "tuned": tuned_table(result.tuned),
+            "drops": [_signed(arm.accuracy_drops, 1) for arm in result.tuned],
             "notes": result.notes,
             "steps": step_table(result.steps),
             "rates": result.rates,
+            "turns": result.turns,
         }
         for setting, result in reports.items()
     }
     titles = {"headline_title": TITLE, "read_title": READ_TITLE, "tuned_title": TUNED_TITLE, "steps_title": STEPS_TITLE}
-    texts = {**titles, "rates_title": RATES_TITLE, "legend": LEGEND, "read_note": READ_NOTE, "kept": KEPT, "alpha": ALPHA}
-    columns = {"read_columns": READ_COLUMNS, "columns": COLUMNS}
-    return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, {"headline": heading, "settings": settings, **texts, **columns}, lists)
+    texts = {**titles, "rates_title": RATES_TITLE, "turns_title": TURNS_TITLE, "legend": LEGEND, "read_note": READ_NOTE, "alpha": ALPHA}
+    values = {"headline": heading, "settings": settings, "read_columns": READ_COLUMNS, **texts}
+    return page("study.html.j2", Path(__file__).parent, PAGE_TITLE, values, lists)
 
 
 def _gain_text(result: SettingReport) -> str:
@@ -290,6 +298,16 @@ def step_table(steps: Mapping[str, Mapping[float, float]]) -> tuple[list[str], l
 
 def _part(value: float) -> str:
     return "never" if math.isinf(value) else f"{value:.0%}"
+
+
+def tuned_table(arms: Sequence[Summary]) -> Table:
+    """Return head and rows of the arms at their tuned rates; what each kept thing lost stands last."""
+    told = any(arm.still_right for arm in arms)
+    rows = []
+    for arm in arms:
+        right = ", ".join(f"{name} {value:.1f} %" for name, value in arm.still_right.items())
+        rows.append([*cells(arm), *([right] if told else []), _signed(arm.kept)])
+    return [*COLUMNS, *([STILL_RIGHT] if told else []), KEPT], rows
 
 
 def cells(arm: Summary) -> list[str]:

@@ -21,6 +21,7 @@ from corda_eval.study.frontier import (
     kept_losses,
     matched_rate,
     steps_at_equal_rates,
+    still_right,
     summaries,
     tuned_rate,
     with_interpolations,
@@ -147,6 +148,18 @@ def test_summaries_are_of_tuned_rates() -> None:
     assert kpm.steps_to_baseline == pytest.approx((5 + 5 * (0.97 - 0.75) / 0.75) / 10)
 
 
+def test_what_the_base_had_right_is_counted_item_by_item() -> None:
+    def noted(made: Run, right: list[int]) -> Run:
+        scores = {**made.result["scores"], "code": {**made.result["scores"]["code"], "right": right}}
+        return Run(made.arm, made.rate, made.seed, {**made.result, "scores": scores})
+
+    base = noted(BASE, [1, 1, 0, 1, 1])
+    runs = [noted(RUNS[2], [1, 0, 1, 0, 1]), noted(RUNS[3], [1, 1, 0, 1, 1])]
+    assert still_right(runs, base) == pytest.approx({"code": 75.0})  # what is right now and was not makes up for nothing
+    assert still_right([*runs, RUNS[4]], base) == {}
+    assert still_right(runs, BASE) == {}
+
+
 def test_steps_at_equal_rates_are_those_of_runs_of_one_rate_and_seed() -> None:
     steps = steps_at_equal_rates(RUNS)
     assert list(steps) == ["kpm", "weak"]
@@ -230,6 +243,17 @@ def test_a_report_needs_the_base_and_lora(tmp_path: Path) -> None:
         assert write_study({"sums": RUNS, "begun": unfinished}, {}, tmp_path / "out").keys() == {"sums"}
         assert "begun: without finished runs" in (tmp_path / "out" / "study.html").read_text()
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_report_of_tasks_in_turn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    matrix = [[[2.0, 0.0], [2.0, 0.0]], [[1.0, 80.0], [2.0, 10.0]], [[1.5, 60.0], [0.5, 90.0]]]
+    told = {"matrix": matrix, "change": None, "change_on_context": None}
+    write_study({"turns": [BASE, run("lora", 1e-3, 0, 1.0, 0.2, 0.2, **told), run("kpm", 1e-3, 0, 1.0, 0.1, 0.1, **told)]}, {}, tmp_path)
+    assert "| kpm | 0.001 | 1 | 75.0 | -20.0 | 1.000 | 0.500 |" in (tmp_path / "study.md").read_text()
+    assert "one task after another" in (tmp_path / "study.html").read_text().lower()
+    assert not (tmp_path / "turns.size.png").exists()
 
 
 def test_time_is_the_least_of_an_arms_runs() -> None:
