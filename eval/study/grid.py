@@ -35,7 +35,7 @@ from corda_vlm.outputs import clear_partial, locked
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Where rates come from: two a decade."""
-OF_SETTINGS, OF_ARMS = ("arms", "rates", "alphas"), ("rates",)
+OF_SETTINGS, OF_ARMS = ("arms", "rates", "alphas", "seeds"), ("rates", "seeds")
 """What a setting and an arm say to the study; the rest are options of task and method, and decide what a run finds."""
 
 
@@ -45,10 +45,11 @@ class StudyConfig:
 
     settings: Mapping[FileName, Mapping[str, Any]]
     """By name: ``kind``, its options, ``arms``, the names of those that run here (all, if it is left out), ``rates``, where the ladder
-    begins here for some of them, by name, and ``alphas`` in place of the study's."""
+    begins here for some of them, by name, and ``alphas`` and ``seeds`` in place of the study's."""
 
     arms: Mapping[FileName, Mapping[str, Any]]
-    """By name: ``method``, its options, and ``rates``, where the ladder begins for it elsewhere. One must be called ``lora``."""
+    """By name: ``method``, its options, ``rates``, where the ladder begins for it elsewhere, and ``seeds`` in place of the study's. One
+    must be called ``lora``."""
 
     rates: Sequence[float]
     """Where the ladder begins."""
@@ -143,7 +144,9 @@ def missing(config: StudyConfig, setting: str, failed: Collection[str] = ()) -> 
     if config.climb:
         wanted = _climbing(config, setting, arms, runs, base)
     else:
-        wanted = [(arm, rate, seed) for seed in range(config.seeds) for arm in arms for rate in rates_from(config, setting, arm)]
+        each = [(arm, rate) for arm in arms for rate in rates_from(config, setting, arm)]
+        most = max(seeds_of(config, setting, arm) for arm in arms) if arms else 0
+        wanted = [(arm, rate, seed) for seed in range(most) for arm, rate in each if seed < seeds_of(config, setting, arm)]
     return [planned(config, setting, *run) for run in wanted if run not in have]
 
 
@@ -159,7 +162,7 @@ def _climbing(config: StudyConfig, setting: str, arms: Sequence[str], runs: Sequ
         for arm in arms:
             of_arm = [run for run in runs if run.arm == arm]
             repeated = {rate for rate in (tuned_rate(of_arm, base), matched_rate(of_arm, base, baseline)) if rate is not None}
-            wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, config.seeds)]
+            wanted += [(arm, rate, seed) for rate in sorted(repeated) for seed in range(1, seeds_of(config, setting, arm))]
     return wanted
 
 
@@ -167,6 +170,11 @@ def rates_from(config: StudyConfig, setting: str, arm: str) -> Sequence[float]:
     """Return where the ladder begins for an arm in a setting."""
     here: Mapping[str, Sequence[float]] = config.settings[setting].get("rates", {})
     return here.get(arm, config.arms[arm].get("rates", config.rates))
+
+
+def seeds_of(config: StudyConfig, setting: str, arm: str) -> int:
+    """Return how many seeds an arm has in a setting: the fewer of what the two say, where they do."""
+    return min(options.get("seeds", config.seeds) for options in (config.settings[setting], config.arms[arm]))
 
 
 def rates_of(beginning: Sequence[float], first_seed: Sequence[Run], base: Run, enough: float) -> list[float]:
@@ -192,7 +200,7 @@ def check(config: StudyConfig) -> None:
 
     Raises:
         ValueError: If a setting or an arm has no options by name, an arm that a setting names is missing, LoRA is, a rate is not on the
-            ladder, or the number of seeds is below 1.
+            ladder that is to be climbed, or a number of seeds is below 1.
     """
     _check_kinds(config)
     odd: list[float] = []
@@ -205,11 +213,17 @@ def check(config: StudyConfig) -> None:
                 )
             if arm == BASE or not rates_from(config, setting, arm):
                 raise ValueError(f"The arm {arm!r} cannot run in the setting {setting}: it is called as the base is, or has no rates.")
-            odd += [rate for rate in rates_from(config, setting, arm) if rate not in LADDER]
+            odd += [rate for rate in rates_from(config, setting, arm) if config.climb and rate not in LADDER]
         if BASELINE not in arms:
             raise ValueError(f"The setting {setting} has no arm called {BASELINE!r}, which all others are held against; add one.")
-    if not isinstance(config.seeds, int) or config.seeds < 1:
-        raise ValueError(f"The study asks for {config.seeds!r} seeds; expected a whole number of at least 1.")
+    named = [
+        (f"{what} {name}", of.get("seeds", 1))
+        for what, some in (("setting", config.settings), ("arm", config.arms))
+        for name, of in some.items()
+    ]
+    for who, seeds in (("study", config.seeds), *named):
+        if not isinstance(seeds, int) or seeds < 1:
+            raise ValueError(f"The {who} asks for {seeds!r} seeds; expected a whole number of at least 1.")
     for options in config.settings.values():
         options_of(_without(options, OF_SETTINGS), "kind", SETTINGS | {sequence.KIND: sequence.InTurn}, "setting")
     for options in config.arms.values():

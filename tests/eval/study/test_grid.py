@@ -76,6 +76,24 @@ def test_a_setting_may_have_interpolations_of_its_own(tmp_path: Path) -> None:
         check(dataclasses.replace(config, settings={"sums": {**config.settings["sums"], "alphas": 0.5}}))
 
 
+def test_arms_may_have_seeds_of_their_own_and_rates_off_the_ladder_where_nothing_climbs(tmp_path: Path) -> None:
+    arms = {"lora": {"method": "lora", "rank": 4, "rates": (1.8e-3,)}, "wide": {"method": "lora", "rank": 8, "rates": (1e-3,), "seeds": 1}}
+    config = study(tmp_path, arms=arms, climb=False, seeds=2)
+    check(config)
+    write(config, planned(config, "sums", BASE, 0.0, 0))
+    assert wanted(config) == [("lora", 1.8e-3, 0), ("wide", 1e-3, 0), ("lora", 1.8e-3, 1)]
+    assert wanted(replaced_setting(config, seeds=1)) == [("lora", 1.8e-3, 0), ("wide", 1e-3, 0)]
+    assert "seeds" not in (planned(config, "sums", "wide", 1e-3, 0).spec.method or {})
+    with pytest.raises(ValueError, match="rate 0.0018 is not on the ladder"):
+        check(dataclasses.replace(config, climb=True))
+    with pytest.raises(ValueError, match="arm wide asks for 0 seeds"):
+        check(dataclasses.replace(config, arms=arms | {"wide": arms["wide"] | {"seeds": 0}}))
+
+
+def replaced_setting(config: StudyConfig, **options: object) -> StudyConfig:
+    return dataclasses.replace(config, settings={"sums": {**config.settings["sums"], **options}})
+
+
 def test_the_base_is_first_then_the_first_seed_then_edges_then_the_other_seeds(tmp_path: Path) -> None:
     config = study(tmp_path)
     assert wanted(config) == [(BASE, 0.0, 0)]

@@ -16,19 +16,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from wordnet_files import write_wordnet
 
 from corda_core import lora_layers
 from corda_eval.lab import clip
 from corda_eval.lab.base import load_lab
 from corda_eval.metrics import exact_match
+from corda_eval.study.methods.keep import Keep
 from corda_eval.study.methods.lalora import Lalora
 from corda_eval.study.settings import lab_clip, lab_llava, smollm2
-from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, some_of
+from corda_eval.study.settings.lab_clip import LabClipClasses, Prepared, class_score, fitted_sharpness, some_of
 from corda_eval.study.settings.lab_llava import LabLlavaDigits
+from corda_eval.study.settings.lab_llava_text import LabLlavaText
 from corda_eval.study.settings.lines import additions
 from corda_eval.study.settings.shared import WINDOW, answer_score, casting, drawn, spread
 from corda_eval.study.settings.smollm2 import SmolLm2Lines, mean_score
+from corda_eval.study.settings.smollm2_wordnet import SmolLm2Wordnet, choice_score
 from corda_eval.study.task import TARGET, Score, Task
+from corda_eval.study.train import train
 from corda_eval.study.worker import RunSpec, run
 from corda_eval.text.perplexity import text_windows
 from corda_eval.vqa.answer import Asking, answer_batch
@@ -42,6 +47,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("sklearn")
 
 Setting = Callable[[int], Task]
+ICONS = ("icons_seen", "icons_unseen")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +113,8 @@ def noise(seed: int, mode: str) -> Image.Image:
 
 FEW_WINDOWS = {"context_windows": 2, "kept_windows": 2, "test_windows": 2, "validation_windows": 2, "facts": 0}
 KINDS = ("sorting", "sorting_and_addition", "lab_llava_digits", "lab_clip_classes", "photographs")
+FRESH = ("lab_llava_text", "wordnet", "calibrated")
+"""Settings whose contexts each seed draws anew."""
 
 
 @pytest.fixture(params=KINDS)
@@ -119,6 +127,14 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         options = SmolLm2Lines(
             tuple(kind.split("_and_")), 2, 2, context_windows=2, kept_windows=2, test_windows=2, validation_windows=2, facts=0
         )
+    elif kind == "lab_llava_text":
+        request.getfixturevalue("lab")
+        options = LabLlavaText(2, 2, 5, 2, test_windows=2, validation_windows=2, kept_questions=6, kept_windows=2)
+    elif kind == "wordnet":
+        request.getfixturevalue("lab")
+        folder = tmp_path_factory.mktemp("wordnet")
+        write_wordnet(folder)
+        options = SmolLm2Wordnet(str(folder), 2, 2, 2, test_windows=1, validation_windows=1, kept_questions=8, kept_windows=2)
     elif kind == "lab_llava_digits":
         request.getfixturevalue("lab")
         options = LabLlavaDigits(
@@ -130,7 +146,9 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         data = (
             {"photographs": f"{folder}/photographs.parquet"} if kind == "photographs" else {"kept_photographs": f"{folder}/others.parquet"}
         )
-        options = LabClipClasses(3, 4, data=str(folder), context_images=5, kept_images=7, test_images=8, validation_images=6, **data)
+        sizes = {"context_images": 5, "kept_images": 7, "test_images": 8, "validation_images": 6}
+        new = kind == "calibrated"
+        options = LabClipClasses(3, 4, data=str(folder), fresh_contexts=new, calibrated=new, **sizes, **data)
     return lambda seed: options.task(seed, tmp_path_factory.mktemp("cache"))
 
 
@@ -156,7 +174,9 @@ def measured(task: Task) -> list[str]:
     return result
 
 
-def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: Setting) -> None:
+@pytest.mark.parametrize("setting", [*KINDS, *FRESH], indirect=True)
+def test_seeds_decide_what_is_seen_and_nothing_measured_is_known(setting: Setting, request: pytest.FixtureRequest) -> None:
+    fresh = request.node.callspec.params["setting"] in FRESH
     first, same, other = setting(0), setting(0), setting(1)
     trained = [[digest for batch in task.batches for digest in content(batch)] for task in (first, same, other)]
     assert trained[0] == trained[1] != trained[2]
@@ -165,7 +185,7 @@ def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: S
     for domain, batches in first.contexts.items():
         samples = [[digest for batch in task.contexts[domain] for digest in content(batch)] for task in (first, other)]
         assert batches
-        assert (samples[0] == samples[1]) is (domain not in (TARGET, *first.learned)), domain
+        assert (samples[0] == samples[1]) is (not fresh and domain not in (TARGET, *first.learned)), domain
     assert sorted(trained[0]) == sorted(digest for batch in first.contexts[TARGET] for digest in content(batch))
     seen = measured(first)
     assert seen == measured(other)
@@ -179,6 +199,7 @@ def test_seeds_decide_the_training_only_and_nothing_measured_is_known(setting: S
     assert not known & set(seen)
 
 
+@pytest.mark.parametrize("setting", [*KINDS, *FRESH], indirect=True)
 def test_gradients_reach_every_layer(setting: Setting) -> None:
     task = setting(0)
     assert not any(parameter.requires_grad for parameter in task.model.parameters())
@@ -329,6 +350,22 @@ def test_answer_score_counts_runs() -> None:
     assert result.losses == pytest.approx([0, 20 / (7 / 3), 0], abs=1e-4)
 
 
+def test_the_loss_of_a_choice_is_that_among_all_choices() -> None:
+    class Says(nn.Module):
+        def forward(self, input_ids: Tensor, logits_to_keep: int, use_cache: bool) -> Any:
+            logits = torch.zeros(*input_ids.shape, 10)
+            logits[:, -1] = F.one_hot(input_ids[:, -1], 10).float()
+            return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+    result = choice_score(
+        Says(),
+        [(torch.tensor([[1, 5], [1, 6]]), torch.tensor([[5, 2, 3, 4], [1, 6, 7, 8]])), (torch.tensor([[9]]), torch.tensor([[9, 1, 2, 3]]))],
+    )
+    assert result.right == [True, False, True]
+    right, wrong = math.log(math.e + 3) - 1, math.log(math.e + 3)
+    assert result.losses == pytest.approx([right, wrong, right])
+
+
 def test_drawn_goes_over_all_before_any_comes_again() -> None:
     places = drawn(25, 10, "a")
     assert sorted(places[:10]) == sorted(places[10:20]) == list(range(10))
@@ -363,6 +400,51 @@ def test_class_scores_are_those_of_the_zero_shot_evaluation(pictures: Path) -> N
             logits = model.logit_scale.exp() * torch.cat(features) @ F.normalize(head, dim=-1).T
         labels = torch.tensor([item.label for item in data.items])
         assert score.loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+@pytest.mark.usefixtures("clip_folder")
+def test_calibrated_heads_begin_at_most_at_a_guessers_loss_and_answer_as_before(pictures: Path, tmp_path: Path) -> None:
+    options = {"data": str(pictures), "kept_photographs": str(pictures / "others.parquet"), "context_images": 4, "kept_images": 20}
+    few = {"test_images": 4, "validation_images": 2, "kept_photograph_images": 40}
+    plain, task = (LabClipClasses(1, 2, **options, **few, calibrated=new).task(0, tmp_path) for new in (False, True))
+    before, after = plain.measure(plain.model), task.measure(task.model)
+    assert plain.kept_guessing == {}
+    assert after[TARGET] == before[TARGET]
+    assert task.kept_guessing == pytest.approx({"shapes": math.log(24), "photographs": math.log(10)} | dict.fromkeys(ICONS, math.log(6)))
+    assert [len(after[name].losses) for name in ("shapes", *ICONS, "photographs")] == [20, 20, 20, 40]
+    for name, guess in task.kept_guessing.items():
+        assert after[name].right == before[name].right
+        assert after[name].loss <= guess + 1e-6
+        assert after[name].loss <= before[name].loss + 1e-6
+    assert task.kept_kl is not None
+    assert task.kept_kl(task.model) == pytest.approx(dict.fromkeys(task.kept_guessing, 0), abs=1e-5)
+    for parameter in task.model.visual.parameters():
+        parameter.data += 0.1
+    assert min(task.kept_kl(task.model).values()) >= 0
+
+
+def test_a_fitted_sharpness_is_the_best_one() -> None:
+    logits, labels = 5 * torch.randn(50, 4), torch.randint(4, (50,))
+    for guess in (logits, logits + 9 * F.one_hot(labels, 4)):
+        best = fitted_sharpness(guess, labels)
+        loss = F.cross_entropy(best * guess, labels)
+        assert all(loss <= F.cross_entropy(factor * best * guess, labels) + 1e-6 for factor in (0.0, 0.9, 1.1))
+    assert fitted_sharpness(F.one_hot(labels, 4) * -1.0, labels) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.usefixtures("clip_folder")
+def test_two_towers_are_kept_to_captioned_pictures_and_caption_what_they_learn_from(pictures: Path, tmp_path: Path) -> None:
+    task = LabClipClasses(2, 4, data=str(pictures), context_images=5, kept_images=3, test_images=3, validation_images=2).task(0, tmp_path)
+    for domain in task.default_context("kpm"):
+        assert all(
+            torch.equal(pair["image"], batch["image"]) for pair, batch in zip(task.samples(domain), task.context(domain), strict=True)
+        )
+        assert [len(pair["text"]) for pair in task.samples(domain)] == [5]
+    assert sum(len(batch["text"]) for batch in task.samples("self")) == lab_clip.CAPTIONED
+    for context in ((), ("self",)):
+        adapted = Keep({"method": "lora", "rank": 2}, context=context).adapt(task)
+        assert not train(adapted, task, 1e-3).diverged
+        adapted.model.unload()
 
 
 @pytest.mark.usefixtures("clip_folder")
