@@ -129,7 +129,7 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         )
     elif kind == "lab_llava_text":
         request.getfixturevalue("lab")
-        options = LabLlavaText(2, 2, 5, 2, test_windows=2, validation_windows=2, kept_questions=6, kept_windows=2)
+        options = LabLlavaText("sorting", 2, 2, 5, 2, test_windows=2, validation_windows=2, kept_questions=6, kept_windows=2)
     elif kind == "wordnet":
         request.getfixturevalue("lab")
         folder = tmp_path_factory.mktemp("wordnet")
