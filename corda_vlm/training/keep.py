@@ -35,6 +35,12 @@ WEAKEST, STRONGEST = 0.1, 30.0
 the divergence up, and gradients are clipped."""
 
 
+LEAST = 0.93
+"""How much of the change is left at the least, a step, when it is gently taken back."""
+SETTLED = 0.85
+"""After so much of the training nothing is gently taken back any more: rates are small, and noise in the mean would cost gain."""
+CEILING = 5.0
+"""How much more than the aim a step may come to at all: what is above it is taken back at once, at rates that are too high for the rest."""
 STEERED = ("weight", "smoothed", "per_square")
 """What a Keeper has learned on the way, for checkpoints."""
 
@@ -154,7 +160,7 @@ class Keeper:
         self.last: float | None = None
         """The divergence on the last batch, of a replay its loss; over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
-        """What it comes to after a step, before anything is taken back: its mean over a ninth of the training, at most seven batches."""
+        """Its running mean over a ninth of the training, at most seven batches: that of few samples varies severalfold."""
         self.per_square: float | None = None
         """The divergence over the squared size of the change, its running mean: near the base the one is quadratic in the other."""
         self._check()
@@ -215,23 +221,29 @@ class Keeper:
         total = sums[:1].clone()
         sum_over_processes_(total)
         self.last = float(total)
+        self.smoothed = self.memory * self.smoothed + (1 - self.memory) * self.last
         if change > 0:
             ratio = self.last / change
             self.per_square = ratio if self.per_square is None else self.memory * self.per_square + (1 - self.memory) * ratio
 
     def hold_(self) -> None:
-        """Take back what is above the budget's aim of the change that a step has made; to be called after each optimiser step.
+        """Take back what is too much for the budget of the change that a step has made; to be called after each optimiser step.
 
-        The divergence is not measured for it: it follows from the size of the change. So the training goes on within the budget at any
-        rate, instead of being cut down to it in the end; the weight alone cannot do it where single steps go beyond.
+        A little while the mean of the divergence is above the budget's aim; all at once what is far above it. For the latter nothing is
+        measured: it follows from the size of the change. So the training goes on within reach of the budget at any rate, instead of being
+        cut down to it in the end; the weight alone cannot do it where single steps go beyond.
         """
         if self.options.budget is None or self.per_square is None:
             return
-        expected, limit = self.per_square * squared_change(self.model, self.adapter_name), AIM * self.options.budget
-        memory = self.memory ** (1 / self.options.every)
-        self.smoothed = memory * self.smoothed + (1 - memory) * min(expected, STRONGEST * max(limit, 1e-12))
-        if expected > limit:
-            shrink_(self.model, (limit / expected) ** 0.5, self.adapter_name)
+        alpha, limit = 1.0, CEILING * AIM * self.options.budget
+        if self._excess > 1 and self.step < SETTLED * self.num_steps and self.step % self.options.every == 0:
+            alpha = max(LEAST**self.options.every, self._excess**-0.3)
+            self.smoothed *= alpha**2  # near the base the divergence is quadratic
+        expected = self.per_square * squared_change(self.model, self.adapter_name)
+        if alpha**2 * expected > limit:
+            alpha = (limit / expected) ** 0.5
+        if alpha < 1:
+            shrink_(self.model, alpha, self.adapter_name)
 
     @property
     def _excess(self) -> float:

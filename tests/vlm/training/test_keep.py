@@ -140,12 +140,22 @@ def test_the_weight_follows_the_divergence_and_what_is_too_much_is_taken_back(to
     assert keeper.last is not None
     size = squared_change(keeper.model)
     assert keeper.per_square == pytest.approx(keeper.last / size)
-    for expected, left in ((aim / 2, 1.0), (4 * aim, 0.5), (1e6 * aim, 1e-3)):
+    for smoothed, step, expected, left in (
+        (aim, 0, 4 * aim, 1.0),
+        (aim * 1.2, 90, 4 * aim, 1.0),
+        (aim * 1.2, 1, 4 * aim, 1.0),
+        (aim * 1.2, 0, 4 * aim, 1.2**-0.3),
+        (aim * 1e6, 0, 4 * aim, keeping.LEAST**2),
+        (aim, 90, 20 * aim, 0.5),
+        (aim * 1.2, 0, 20 * aim, 0.5),
+        (aim, 90, 5e6 * aim, 1e-3),
+    ):
+        keeper.smoothed, keeper.step = smoothed, step
         keeper.per_square, before = expected / squared_change(keeper.model), [tensor.detach().clone() for tensor in trained]
         keeper.hold_()
         for tensor, value in zip(trained, before, strict=True):
             torch.testing.assert_close(tensor, left * value)
-        assert squared_change(keeper.model) * keeper.per_square <= aim * (1 + 1e-4)
+        assert squared_change(keeper.model) * keeper.per_square <= keeping.CEILING * aim * (1 + 1e-4)
 
 
 def test_own_loops_and_parts_give_the_same_gradient(tokenizer: Any) -> None:
