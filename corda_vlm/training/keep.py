@@ -340,7 +340,7 @@ class KeepCallback(TrainerCallback, ExportableState):
         recorded = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step and isinstance(recorded, Mapping):
             for name in STEERED:
-                setattr(self.keeper, name, recorded["attributes"][name])
+                setattr(self.keeper, name, recorded["attributes"].get(name, getattr(self.keeper, name)))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the gradient of the loss on the samples."""
