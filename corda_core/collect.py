@@ -246,7 +246,8 @@ def _moment(seen: _Seen, weights_of: Callable[[str], Tensor | None], normalize: 
     else:
         scaled, samples = _scaled_by_sample(x.to(PRECISION), weights)
         moment = replace(moment_of(scaled, read), weight=float(samples))
-    seen.finite[name] = torch.isfinite(moment.total.diagonal()).all()
+    finite = torch.isfinite(moment.total.diagonal()).all()
+    seen.finite[name] = finite & seen.finite[name].to(finite.device) if name in seen.finite else finite  # a layer may run several times
     return moment
 
 

@@ -85,11 +85,11 @@ def compare_command(
     config: Annotated[Path | None, typer.Option(help="A study: a YAML file such as configs/compare_lab.yaml.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Your own task instead: the recipe of `train` that is to be decided.")] = None,
     rates: Annotated[str | None, typer.Option(help="For --recipe: LoRA's rates, 1e-4,3e-4,1e-3; by default three around its own.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="For --recipe: optimiser steps of each run.")] = 100,
-    seeds: Annotated[int, typer.Option(min=1, help="For --recipe: of each arm and rate.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="For --recipe: optimiser steps of each run; by default 100.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="For --recipe: of each arm and rate; by default 1.")] = None,
     max_kl: Annotated[
-        float, typer.Option(min=0, help="For --recipe: what may be forgotten, nats of KL to the base on the context.")
-    ] = 0.02,
+        float | None, typer.Option(min=0, help="For --recipe: what may be forgotten, nats of KL to the base; by default 0.02.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for study.html, study.md, study.json and figures.")] = Path("compare-report"),
     only_report: Annotated[bool, typer.Option("--only-report", help="Run nothing: report on the runs that are finished.")] = False,
     dry_run: Annotated[
@@ -104,9 +104,13 @@ def compare_command(
 
     if (config is None) == (recipe is None):
         raise ValueError("compare takes either --config (a study) or --recipe (your own task); give one of the two.")
+    only = {"--rates": rates, "--steps": steps, "--seeds": seeds, "--max-kl": max_kl, "--dry-run": dry_run or None}
+    misplaced = [name for name, value in only.items() if value is not None]
+    if recipe is None and misplaced:
+        raise ValueError(f"{misplaced[0]} is for --recipe; a study's own options are changed as option=value, such as seeds=1.")
     own = None
     if recipe is not None:
-        own = OwnTask.of(read_recipe(recipe, overrides or []), output / "runs", steps, _rates(rates), seeds)
+        own = OwnTask.of(read_recipe(recipe, overrides or []), output / "runs", steps or 100, _rates(rates), seeds or 1)
         if dry_run:
             typer.echo(own.cost())
             return
@@ -121,14 +125,14 @@ def compare_command(
     runs = {setting: done for setting in study.settings if (done := finished(study, setting))}
     if not runs:
         raise ValueError(f"{study.results!r} holds no finished run of this study; make some (without --only-report), or name its results.")
-    write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
-    typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
-    if own is not None:
-        text, best = own.advice(next(iter(runs.values())), max_kl)
+    if own is not None:  # before the report, which needs a LoRA that learned
+        text, best = own.advice(next(iter(runs.values())), 0.02 if max_kl is None else max_kl)
         typer.echo(text)
         if best is not None:
             write_recipe(best, output / "best.yaml")
             typer.echo(f"Train it: corda-vlm train --config {output / 'best.yaml'}")
+    write_study(runs, {"Command": _typed(), "Runs": str(sum(map(len, runs.values()))), "Results": study.results}, output)
+    typer.echo(f"Report: {output / 'study.html'}, study.md, study.json")
     if failures:
         raise typer.Exit(1)
 

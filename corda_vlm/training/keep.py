@@ -41,7 +41,7 @@ SETTLED = 0.85
 """After so much of the training nothing is gently taken back any more: rates are small, and noise in the mean would cost gain."""
 CEILING = 5.0
 """How much more than the aim a step may come to at all: what is above it is taken back at once, at rates that are too high for the rest."""
-STEERED = ("weight", "smoothed", "per_square")
+STEERED = ("weight", "smoothed", "sums")
 """What a Keeper has learned on the way, for checkpoints."""
 
 
@@ -161,8 +161,8 @@ class Keeper:
         """The divergence on the last batch, of a replay its loss; over all processes."""
         self.smoothed = AIM * (options.budget or 0.0)
         """Its running mean over a ninth of the training, at most seven batches: that of few samples varies severalfold."""
-        self.per_square: float | None = None
-        """The divergence over the squared size of the change, its running mean: near the base the one is quadratic in the other."""
+        self.sums = [0.0, 0.0]
+        """Running sums of the divergence and of the squared size of the change: near the base the one is quadratic in the other."""
         self._check()
 
     @torch.no_grad()
@@ -222,9 +222,7 @@ class Keeper:
         sum_over_processes_(total)
         self.last = float(total)
         self.smoothed = self.memory * self.smoothed + (1 - self.memory) * self.last
-        if change > 0:
-            ratio = self.last / change
-            self.per_square = ratio if self.per_square is None else self.memory * self.per_square + (1 - self.memory) * ratio
+        self.sums = [self.memory * total + value for total, value in zip(self.sums, (self.last, change), strict=True)]
 
     def hold_(self) -> None:
         """Take back what is too much for the budget of the change that a step has made; to be called after each optimiser step.
@@ -233,13 +231,13 @@ class Keeper:
         measured: it follows from the size of the change. So the training goes on within reach of the budget at any rate, instead of being
         cut down to it in the end; the weight alone cannot do it where single steps go beyond.
         """
-        if self.options.budget is None or self.per_square is None:
+        if self.options.budget is None or not self.sums[1]:
             return
         alpha, limit = 1.0, CEILING * AIM * self.options.budget
         if self._excess > 1 and self.step < SETTLED * self.num_steps and self.step % self.options.every == 0:
             alpha = max(LEAST**self.options.every, self._excess**-0.3)
             self.smoothed *= alpha**2  # near the base the divergence is quadratic
-        expected = self.per_square * squared_change(self.model, self.adapter_name)
+        expected = self.sums[0] / self.sums[1] * squared_change(self.model, self.adapter_name)
         if alpha**2 * expected > limit:
             alpha = (limit / expected) ** 0.5
         if alpha < 1:

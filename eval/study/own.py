@@ -11,21 +11,21 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 import yaml
 
 from corda_core.files import json_digest
 from corda_eval.study.frontier import BASE, Run, base_run, gain_of
 from corda_eval.study.grid import StudyConfig
-from corda_eval.study.own_arms import CONTEXT, HELD, KIND, Arm, arm_of, arms_for
+from corda_eval.study.own_arms import CONTEXT, HELD, KIND, Arm, arm_of, arms_for, at_rate
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.training.estimate import estimate
+from corda_vlm.training.models import LOCAL
 from corda_vlm.training.recipe import Recipe, values_of, write_recipe
 
 SETTING = "task"
 """The setting's name."""
-SNAPSHOT = "recipe.yaml"
-"""The recipe in a study's folder of results."""
 FROZEN_BEARS = 3.0
 """How much higher a rate an adapter with a frozen A is tried at: what it learns best at on the models of our own studies."""
 SPREAD = 10**0.5
@@ -58,18 +58,20 @@ class OwnTask:
                 "The recipe has no context of what is to be kept (corda.mode: kpm or lora), by which arms could be judged; name some "
                 "samples, or context: self for some that the base writes."
             )
-        rates = rates or [recipe.training.learning_rate * SPREAD**power for power in (-1, 0, 1)]
+        own_rate = recipe.training.learning_rate
+        rates = rates or [float(f"{own_rate / SPREAD:.1e}"), own_rate, float(f"{own_rate * SPREAD:.1e}")]
         digest = json_digest({"recipe": values_of(replace(recipe, output="")), "files": _states(recipe)})
         arms = {}
         for name, arm in arms_for(recipe).items():
             times = FROZEN_BEARS if arm.start == "strict" else 1.0
-            arms[name] = {"method": KIND, **dataclasses.asdict(arm), "rates": [float(f"{rate * times:.1e}") for rate in rates]}
-        setting = {"kind": KIND, "recipe": str(results / SNAPSHOT), "digest": digest[:12], "steps": steps}
-        return OwnTask(recipe, StudyConfig({SETTING: setting}, arms, rates, seeds, climb=False, results=str(results)))
+            arms[name] = {"method": KIND, **dataclasses.asdict(arm), "rates": [float(f"{rate * times:.3g}") for rate in rates]}
+        setting = {"kind": KIND, "recipe": str(results / f"recipe-{digest[:12]}.yaml"), "steps": steps}
+        threads = torch.get_num_threads()
+        return OwnTask(recipe, StudyConfig({SETTING: setting}, arms, rates, seeds, climb=False, threads=threads, results=str(results)))
 
     def write_recipe(self) -> None:
         """Write the recipe where the runs read it."""
-        write_recipe(self.recipe, Path(self.study.results) / SNAPSHOT)
+        write_recipe(self.recipe, Path(self.study.settings[SETTING]["recipe"]))
 
     def cost(self) -> str:
         """Return what the study will take, for a terminal: reads no weights.
@@ -117,7 +119,7 @@ class OwnTask:
     def _with(self, arm: Arm, rate: float) -> Recipe:
         """Return the recipe with an arm's options put in; of the steps it says what it said."""
         applied = arm.applied(self.recipe, rate, 1, self.recipe.seed)
-        training = replace(self.recipe.training, learning_rate=rate, max_drift=arm.max_drift)
+        training = replace(at_rate(self.recipe.training, rate), max_drift=arm.max_drift)
         return replace(self.recipe, corda=arm.adapter(self.recipe.corda), keep=applied.keep, training=training)
 
 
@@ -166,12 +168,14 @@ def _lines(arm: Arm, corda: CordaConfig, rate: float) -> str:
 
 
 def _states(recipe: Recipe) -> dict[str, list[int]]:
-    """Return size and time of the files that a recipe reads samples and weights from."""
+    """Return size and time of the files that a recipe reads samples and weights from, but for pictures."""
     sources = [recipe.data, recipe.evaluation, None if recipe.keep is None else recipe.keep.samples]
     names = [*recipe.context_names, *(data.source for data in sources if data is not None), recipe.model.path]
     names += [recipe.context.source] if isinstance(recipe.context, DataConfig) else []
-    files = {name: Path(name).expanduser().stat() for name in names if Path(name).expanduser().exists()}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
+    names += [recipe.model.weights] if recipe.model.weights is not None else []
+    places = [Path(name.removeprefix(LOCAL)).expanduser() for name in names]
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _time(seconds: float) -> str:

@@ -12,7 +12,7 @@ from corda_eval.study.frontier import BASELINE
 from corda_vlm.config import CordaConfig, Variant
 from corda_vlm.options import Count, Options, Positive
 from corda_vlm.training.keep import KeepOptions
-from corda_vlm.training.recipe import KeepConfig, Recipe
+from corda_vlm.training.recipe import KeepConfig, Recipe, TrainingConfig
 from corda_vlm.yaml import from_mapping
 
 KIND, CONTEXT = "own", "context"
@@ -37,9 +37,8 @@ class Arm(Options):
     def applied(self, recipe: Recipe, rate: float, steps: int, seed: int) -> Recipe:
         """Return the recipe of one run of this arm."""
         training = replace(
-            recipe.training,
+            at_rate(recipe.training, rate),
             steps=steps,
-            learning_rate=rate,
             max_drift=self.max_drift,
             save_every=recipe.training.log_every,
             evaluate_every=None,
@@ -52,13 +51,15 @@ class Arm(Options):
     def adapter(self, corda: CordaConfig) -> CordaConfig:
         """Return how the adapter is prepared: on the layers that the recipe names, in its precision."""
         if self.start == "recipe":
-            return corda
+            return replace(corda, residual=Residual.OFFSET)  # the same function, of a base that can be run without it
+        alpha = None if corda.alpha is None else corda.alpha * self.rank / corda.rank  # the same scaling
         if self.start == "strict":
-            return replace(corda, mode=Mode.KPM, rank=self.rank, protect=Protect.STRICT, residual=Residual.OFFSET)
+            return replace(corda, mode=Mode.KPM, rank=self.rank, alpha=alpha, protect=Protect.STRICT, residual=Residual.OFFSET)
         return replace(
             corda,
             mode=Mode.LORA,
             rank=self.rank,
+            alpha=alpha,
             protect=None,
             residual=Residual.OFFSET,
             variant=Variant.CORDA,
@@ -68,6 +69,14 @@ class Arm(Options):
             max_rank=None,
             tokens="all",
         )
+
+
+def at_rate(training: TrainingConfig, rate: float) -> TrainingConfig:
+    """Return the options with another peak rate, those of the parts in the same ratio to it as before."""
+    times = rate / training.learning_rate
+    parts = (training.projector_learning_rate, training.vision_learning_rate)
+    projector, vision = (None if part is None else part * times for part in parts)
+    return replace(training, learning_rate=rate, projector_learning_rate=projector, vision_learning_rate=vision)
 
 
 def arms_for(recipe: Recipe) -> dict[str, Arm]:
@@ -83,7 +92,7 @@ def arms_for(recipe: Recipe) -> dict[str, Arm]:
         BASELINE: Arm("lora", rank),
         "strict": Arm("strict", 2 * rank),
         "strict_bound": Arm("strict", 2 * rank, max_drift=recipe.training.max_drift or 0.02),
-        HELD: Arm("lora", rank, keep={"every": 4} | held),
+        HELD: Arm("lora", rank, keep={"every": 4} | held | {"kind": "distill"}),
     }
     mine = Arm("recipe", recipe.corda.rank, None if recipe.keep is None else held, recipe.training.max_drift)
     known = [_trained(arm, recipe) for arm in arms.values()]

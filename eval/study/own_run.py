@@ -5,6 +5,7 @@ Learned: the samples of ``data`` that are not held out. Validation and test: tho
 their own loss, and ``KL(base ‖ arm)``. The same samples are held out in every run; a seed draws the order of the training and the context.
 """
 
+import math
 import random
 import tempfile
 import time
@@ -69,10 +70,10 @@ def run_own(setting: Mapping[str, Any], arm: Arm | None, rate: float, seed: int,
     Raises:
         ValueError: If the recipe, a sample or the model is not right, or there are too few samples to hold some out.
     """
-    recipe = read_recipe(Path(setting["recipe"]))
+    asked = read_recipe(Path(setting["recipe"]))
     steps = int(setting["steps"])
-    with tempfile.TemporaryDirectory() as scratch, network_only_if(recipe.model.download):
-        recipe = replace(recipe if arm is None else arm.applied(recipe, rate, steps, seed), output=scratch)
+    with tempfile.TemporaryDirectory() as scratch, network_only_if(asked.model.download):
+        recipe = replace(asked if arm is None else arm.applied(asked, rate, steps, seed), output=scratch)
         set_seed(seed)
         arguments = training_arguments(recipe)
         arguments.save_strategy = SaveStrategy.NO
@@ -81,14 +82,13 @@ def run_own(setting: Mapping[str, Any], arm: Arm | None, rate: float, seed: int,
             model.to(arguments.device)
         layers = select_layers(model, parts=recipe.corda.parts, targets=recipe.corda.targets, exclude=recipe.corda.exclude)
         about = {"base_digest": base_digest(model, layers)}
-        samples = split(recipe, model, processor, about["base_digest"], cache)
+        samples = split(asked, model, processor, about["base_digest"], cache)  # as the user's recipe has them: the same for all arms
         if arm is None:
-            return about | {
-                "scores": scores(model, processor, recipe, samples),
-                "validation": mean_loss(item_losses(model, processor, recipe, samples.validation)),
-                "learned": [],
-                "guessing": None,
-            }
+            validation = mean_loss(item_losses(model, processor, recipe, samples.validation))
+            measured = scores(model, processor, recipe, samples)
+            if not all(math.isfinite(loss) for loss in (validation, *(score["loss"] for score in measured.values()))):
+                raise ValueError("The base's loss on held-out samples is not finite; look at the samples, or at model.dtype.")
+            return about | {"scores": measured, "validation": validation, "learned": [], "guessing": None}
         return about | _trained(model, processor, recipe, arguments, samples)
 
 
@@ -119,6 +119,9 @@ def _trained(model: nn.Module, processor: Any, recipe: Recipe, arguments: Any, s
     if diverged:
         return result
     validation = mean_loss(item_losses(adapted, processor, recipe, samples.validation))
+    measured = scores(adapted, processor, recipe, samples)
+    if not all(math.isfinite(loss) for loss in (validation, *(score["loss"] for score in measured.values()))):
+        return result | {"diverged": True}
     told = {} if keep is None or keep.kept is None else {"finish": numbers_of(asdict(keep.kept))}
     sizes = weight_change(adapted)
     return (
@@ -126,7 +129,7 @@ def _trained(model: nn.Module, processor: Any, recipe: Recipe, arguments: Any, s
         | told
         | {
             "validation_losses": [[recipe.training.steps, round(validation, 5)]],
-            "scores": scores(adapted, processor, recipe, samples),
+            "scores": measured,
             "interpolated": {},
             "change": sum(sizes.values()) / len(sizes),
             "change_on_context": None,
@@ -142,7 +145,7 @@ def split(recipe: Recipe, model: nn.Module, processor: Any, base: str, cache: Pa
         recipe: The run's.
         model: The untouched base.
         processor: The model's.
-        base: Digest of the base, which the samples that it writes itself are kept under.
+        base: Digest of the base, under which the samples that it writes itself are kept.
         cache: Folder for those.
 
     Raises:
@@ -156,7 +159,7 @@ def split(recipe: Recipe, model: nn.Module, processor: Any, base: str, cache: Pa
         measured, training = items_of(recipe.evaluation, recipe, model, processor), _some(data, range(len(data)))
         if len(measured) < 2:
             raise ValueError(f"evaluation has {len(measured)} sample(s); expected at least one to choose by and one to report.")
-    files, context = _context(recipe, model, processor, data, base, cache)
+    files, context = _context(recipe, model, processor, training, f"{base[:12]}-{data.fingerprint()[:12]}-{len(training)}", cache)
     keep = None if recipe.keep is None or recipe.keep.samples is None else items_of(recipe.keep.samples, recipe, model, processor)
     source = keep if context is None else context
     if source is None:
@@ -164,12 +167,18 @@ def split(recipe: Recipe, model: nn.Module, processor: Any, base: str, cache: Pa
     kept, rest = held_out(len(source), HELD_OUT, "context")
     others = _some(source, rest)
     places = range(min(len(measured), 2 * HELD_OUT))
+    if has_two_towers(model) and min(len(places) // 2, len(kept)) < 2:
+        raise ValueError(
+            f"There are {len(places) // 2} pair(s) to choose by and {len(kept)} of the context to measure, but a pair is told from others: "
+            f"expected 2 of each; give at least {4 * PART} of data and {2 * PART} of context."
+        )
+    kept_apart: Any = keep if keep is not None and context is not None and keep.fingerprint() != context.fingerprint() else None
     return Samples(
         training=training,
         validation=_some(measured, places[::2]),
         test=_some(measured, places[1::2]),
         context=Sources(files, None if context is None else others),
-        keep=others if keep is None or context is None else keep,
+        keep=others if kept_apart is None else kept_apart,
         kept=_some(source, kept),
     )
 
@@ -192,27 +201,29 @@ def held_out(total: int, count: int, name: str) -> tuple[list[int], list[int]]:
 
 
 def _context(
-    recipe: Recipe, model: nn.Module, processor: Any, data: Any, base: str, cache: Path
-) -> tuple[tuple[Path, ...], Sequence[Any] | None]:
+    recipe: Recipe, model: nn.Module, processor: Any, training: Any, written_for: str, cache: Path
+) -> tuple[tuple[Path, ...], Any]:
     """Return the keep files of a recipe's context, and its samples if there are any."""
     if isinstance(recipe.context, DataConfig):
         return (), items_of(recipe.context, recipe, model, processor)
     files = tuple(Path(name) for name in recipe.context_names if is_keep_file(name))
+    named = [name for name in recipe.context_names if not is_keep_file(name)]
     parts = [
-        _written(recipe, model, processor, data, base, cache) if name == SELF else items_of(DataConfig(name), recipe, model, processor)
-        for name in recipe.context_names
-        if not is_keep_file(name)
+        _written(recipe, model, processor, training, written_for, cache)
+        if name == SELF
+        else items_of(DataConfig(name), recipe, model, processor)
+        for name in named
     ]
     return files, Joined(parts) if parts else None
 
 
-def _written(recipe: Recipe, model: nn.Module, processor: Any, data: Any, base: str, cache: Path) -> Sequence[Any]:
-    """Return what the base wrote itself with a run's seed; from the cache where it is there."""
-    count, seed = recipe.corda.num_samples * recipe.corda.num_candidates, recipe.seed
-    path = cache / f"own-{base[:12]}-{data.fingerprint()[:12]}-{count}-{seed}.jsonl"
+def _written(recipe: Recipe, model: nn.Module, processor: Any, training: Any, written_for: str, cache: Path) -> Any:
+    """Return what the base wrote itself, on pictures of what is trained; from the cache where it is there."""
+    count, seed = recipe.corda.num_samples * recipe.corda.num_candidates, recipe.corda.seed
+    path = cache / f"own-{written_for}-{count}-{seed}.jsonl"
     if not path.exists():
-        self_context(model, processor, data, count=count, seed=seed).save(path)
-    return read_self_context(path, data)
+        self_context(model, processor, training, count=count, seed=seed).save(path)
+    return read_self_context(path, training)
 
 
 def scores(model: nn.Module, processor: Any, recipe: Recipe, samples: Samples) -> dict[str, Any]:
@@ -221,9 +232,11 @@ def scores(model: nn.Module, processor: Any, recipe: Recipe, samples: Samples) -
         TARGET: item_losses(model, processor, recipe, samples.test),
         CONTEXT: item_losses(model, processor, recipe, samples.kept),
     }
-    return {
-        name: {"loss": mean_loss(each), "accuracy": None, "losses": [round(1000 * loss) for loss in each]} for name, each in losses.items()
-    }
+    plain: dict[str, Any] = {name: {"loss": mean_loss(each), "accuracy": None} for name, each in losses.items()}
+    for name, each in losses.items():
+        if all(map(math.isfinite, each)):
+            plain[name]["losses"] = [round(1000 * loss) for loss in each]
+    return plain
 
 
 def item_losses(model: nn.Module, processor: Any, recipe: Recipe, items: Sequence[Any]) -> list[float]:

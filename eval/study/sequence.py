@@ -80,7 +80,14 @@ def run_in_turn(setting: InTurn, method: Mapping[str, Any] | None, rate: float, 
     history = History(first.model, [_targets(first.model, tasks)])
     if method is None:
         return (
-            about | _measured(history, tasks) | {"validation": _validated(first.model, tasks), "learned": [], "guessing": _guessing(tasks)}
+            about
+            | _measured(history, tasks)
+            | {
+                "validation": _validated(first.model, tasks),
+                "learned": [],
+                "guessing": _guessing(tasks, history.rows[0]),
+                "kept_guessing": dict(first.kept_guessing),
+            }
         )
     history.remembered.append(first.covariances(*first.default_context("kpm")))
     for task in tasks:
@@ -118,8 +125,9 @@ def _validated(model: nn.Module, tasks: Sequence[Task]) -> float:
     return fmean(task.validate(model) for task in tasks)
 
 
-def _guessing(tasks: Sequence[Task]) -> float | None:
-    mean = fmean(task.guessing for task in tasks)
+def _guessing(tasks: Sequence[Task], base: Sequence[Score]) -> float | None:
+    """Return what gains count from: the mean of each task's guesser, or of its base's loss where that is lower."""
+    mean = fmean(min(task.guessing, math.inf if score.loss is None else score.loss) for task, score in zip(tasks, base, strict=True))
     return mean if math.isfinite(mean) else None
 
 

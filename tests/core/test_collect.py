@@ -145,6 +145,19 @@ def test_leaves_the_model_as_it_was_even_after_an_error() -> None:
     assert not any(key for module in model.modules() for key in vars(module) if "corda" in key)
 
 
+def test_a_layer_that_runs_twice_is_checked_both_times() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.q(torch.zeros_like(x))
+
+    with pytest.raises(ValueError, match=r"q: batch 1 .* not finite"):
+        collect(Twice(), [{"x": torch.full((1, 2, 6), torch.inf)}], ("q",))
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no batches"):
         collect(Toy(), [], NAMES)

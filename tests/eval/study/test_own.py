@@ -54,7 +54,7 @@ def test_arms_have_as_many_parameters_and_leave_all_else_as_the_recipe_has_it(pr
     assert arms_for(other)["recipe"].applied(other, 1e-3, 10, 0).keep.weight == 2.0
     study = OwnTask.of(recipe, tmp_path, 10, (), 1).study
     assert study.arms["lora"]["rates"] == [1.6e-3, 5e-3, 1.6e-2]
-    assert study.arms["strict"]["rates"] == [4.7e-3, 1.5e-2, 4.7e-2]
+    assert study.arms["strict"]["rates"] == [4.8e-3, 1.5e-2, 4.8e-2]
 
 
 def test_runs_of_another_recipe_or_of_changed_data_are_not_taken(processor: Any, tmp_path: Path) -> None:
@@ -107,6 +107,38 @@ def test_a_run_measures_what_was_learned_and_what_was_kept(processor: Any, tmp_p
     assert not held["diverged"]
 
 
+def test_base_and_arms_are_measured_on_the_same_samples(processor: Any, tmp_path: Path) -> None:
+    """Those of the user's recipe: an arm has no evaluation and perhaps no keep of its own."""
+    path = write_recipe(tmp_path, processor, corda=ADAPTED, keep={"samples": {"source": str(tmp_path / "kept.json")}})
+    recipe = read_recipe(path, [f"evaluation={{source: {tmp_path / 'kept.json'}, limit: 6}}", "seed=3"])
+    task = own_task(recipe, tmp_path, steps=1, rates=(1e-12,))
+    base = measured(task, tmp_path, "base")
+    for arm in ("lora", "strict"):
+        found = measured(task, tmp_path, arm)
+        assert found["scores"]["target"]["losses"] == base["scores"]["target"]["losses"]
+        assert found["scores"][CONTEXT]["losses"] == base["scores"][CONTEXT]["losses"]
+        assert found["validation_losses"][-1][1] == pytest.approx(base["validation"], abs=1e-4)
+    model, read = load_base(recipe.model)
+    samples = split(recipe, model, read, "base", tmp_path)
+    assert samples.keep.dataset is samples.context.samples.dataset  # the context again: what is measured of it is held to by no arm
+
+
+def test_options_that_go_with_rate_and_rank_go_with_them(processor: Any, tmp_path: Path) -> None:
+    recipe = read_recipe(
+        write_recipe(tmp_path, processor, corda=ADAPTED | {"alpha": 8.0}, training={"vision_learning_rate": 1e-3}, keep={"kind": "replay"})
+    )
+    arms = {name: arm.applied(recipe, 1e-2, 4, 0) for name, arm in arms_for(recipe).items()}
+    assert {own.corda.alpha / own.corda.rank for own in arms.values()} == {2.0}
+    assert {own.training.vision_learning_rate for own in arms.values()} == {2e-3}  # of 5e-3 a fifth
+    assert str(arms["lora_keep"].keep.kind) == "distill"
+    _, best = OwnTask.of(recipe, tmp_path, 4, (1e-2,), 1).advice(
+        [Run("base", 0.0, 0, {"validation": 3.0}), run_at("lora", 1e-2, 1.0, 0.5)], 0.01
+    )
+    assert best is not None
+    assert (best.keep.budget, best.training.vision_learning_rate) == (0.01, 2e-3)
+    assert OwnTask.of(recipe, tmp_path, 4, (1.25e-4,), 1).study.arms["lora"]["rates"] == [1.25e-4]
+
+
 def run_at(arm: str, rate: float, gain: float, kl: float) -> Run:
     return Run(arm, rate, 0, {"diverged": False, "validation_losses": [[10, 3.0 - gain]], "kl": {CONTEXT: kl}})
 
@@ -142,10 +174,11 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(processor: Any, tmp_pat
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "12 runs of 7 steps, and the base" in result.output
-    assert "  strict_bound: rates 0.0047, 0.015, 0.047" in result.output
+    assert "  strict_bound: rates 0.0048, 0.015, 0.048" in result.output
     assert not (tmp_path / "report").exists()
     for options, message in (
         ([], "either --config (a study) or --recipe"),
+        (["--config", "configs/compare_lab.yaml"], "--dry-run is for --recipe"),
         (["--recipe", str(path), "--rates", "1e-4,fast"], "--rates has 'fast'"),
         (["--recipe", str(path), "corda.mode=ipm"], "no context of what is to be kept"),
     ):
@@ -185,3 +218,6 @@ def test_two_towers_and_a_context_that_the_base_writes(processor: Any, tmp_path:
     assert held["base_digest"] == base["base_digest"]
     assert held["kl"][CONTEXT] > 0
     assert held["scores"]["target"]["loss"] != base["scores"]["target"]["loss"]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows[:12]))
+    with pytest.raises(ValueError, match=r"1 pair\(s\) to choose by and 2 of the context"):
+        measured(task, tmp_path, "base")

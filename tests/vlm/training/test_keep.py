@@ -139,7 +139,7 @@ def test_the_weight_follows_the_divergence_and_what_is_too_much_is_taken_back(to
     assert list(keeper.losses(2))
     assert keeper.last is not None
     size = squared_change(keeper.model)
-    assert keeper.per_square == pytest.approx(keeper.last / size)
+    assert keeper.sums == pytest.approx([keeper.last, size])
     for smoothed, step, expected, left in (
         (aim, 0, 4 * aim, 1.0),
         (aim * 1.2, 90, 4 * aim, 1.0),
@@ -151,11 +151,11 @@ def test_the_weight_follows_the_divergence_and_what_is_too_much_is_taken_back(to
         (aim, 90, 5e6 * aim, 1e-3),
     ):
         keeper.smoothed, keeper.step = smoothed, step
-        keeper.per_square, before = expected / squared_change(keeper.model), [tensor.detach().clone() for tensor in trained]
+        keeper.sums, before = [expected, squared_change(keeper.model)], [tensor.detach().clone() for tensor in trained]
         keeper.hold_()
         for tensor, value in zip(trained, before, strict=True):
             torch.testing.assert_close(tensor, left * value)
-        assert squared_change(keeper.model) * keeper.per_square <= keeping.CEILING * aim * (1 + 1e-4)
+        assert squared_change(keeper.model) * keeper.sums[0] / keeper.sums[1] <= keeping.CEILING * aim * (1 + 1e-4)
 
 
 def test_own_loops_and_parts_give_the_same_gradient(tokenizer: Any) -> None:
