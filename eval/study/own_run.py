@@ -118,24 +118,25 @@ def _trained(model: nn.Module, processor: Any, recipe: Recipe, arguments: Any, s
     }
     if diverged:
         return result
+    told = {} if keep is None or keep.kept is None else {"finish": numbers_of(asdict(keep.kept))}
+    return result | told | _measured(adapted, processor, recipe, samples)
+
+
+def _measured(adapted: PeftModel, processor: Any, recipe: Recipe, samples: Samples) -> dict[str, Any]:
+    """Return what a trained arm came to; that it diverged where a loss is not finite."""
     validation = mean_loss(item_losses(adapted, processor, recipe, samples.validation))
     measured = scores(adapted, processor, recipe, samples)
     if not all(math.isfinite(loss) for loss in (validation, *(score["loss"] for score in measured.values()))):
-        return result | {"diverged": True}
-    told = {} if keep is None or keep.kept is None else {"finish": numbers_of(asdict(keep.kept))}
+        return {"diverged": True}
     sizes = weight_change(adapted)
-    return (
-        result
-        | told
-        | {
-            "validation_losses": [[recipe.training.steps, round(validation, 5)]],
-            "scores": measured,
-            "interpolated": {},
-            "change": sum(sizes.values()) / len(sizes),
-            "change_on_context": None,
-            "kl": {CONTEXT: kl(adapted, processor, recipe, samples.kept)},
-        }
-    )
+    return {
+        "validation_losses": [[recipe.training.steps, round(validation, 5)]],
+        "scores": measured,
+        "interpolated": {},
+        "change": sum(sizes.values()) / len(sizes),
+        "change_on_context": None,
+        "kl": {CONTEXT: kl(adapted, processor, recipe, samples.kept)},
+    }
 
 
 def split(recipe: Recipe, model: nn.Module, processor: Any, base: str, cache: Path) -> Samples:
