@@ -38,11 +38,17 @@ class Normalize(StrEnum):
     """Each sample is divided by max|x| over its tokens, and the mean is taken over samples instead of tokens: as CorDA's code does."""
 
 
+WeightsOf = Callable[[str], Tensor | tuple[Tensor, ...] | None]
+
+
 class TokenWeights(Protocol):
     """Tells how much each of a layer's input tokens counts."""
 
-    def __call__(self, name: str, batch: Mapping[str, Any]) -> Tensor | None:
-        """Return weights >= 0 (a mask: 1 counts, 0 does not) shaped as the layer's input without its last axis; None if all count alike."""
+    def __call__(self, name: str, batch: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...] | None:
+        """Return weights >= 0 (a mask: 1 counts, 0 does not) shaped as the layer's input without its last axis; None if all count alike.
+
+        For a layer that reads inputs of several kinds, a tuple of weights, of which the first that has an input's shape counts.
+        """
 
 
 def attention_mask_of(name: str, batch: Mapping[str, Any]) -> Tensor | None:
@@ -230,9 +236,23 @@ class _Seen:
         )
 
 
-def _moment(seen: _Seen, weights_of: Callable[[str], Tensor | None], normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
+def _fitting(weights: Tensor | tuple[Tensor, ...] | None, x: Tensor) -> Tensor | None:
+    """Return the weights for this input, of several the first of its shape; where none has it, the first, which is then refused.
+
+    Axes of size 1 do not matter: some attention puts heads that all queries share between samples and tokens.
+    """
+    several = weights if isinstance(weights, tuple) else () if weights is None else (weights,)
+    for each in several:
+        if each.squeeze().shape == x[..., 0].squeeze().shape:
+            return each if each.shape == x.shape[:-1] else each.reshape(x.shape[:-1])
+        if x.ndim == 2 and each.numel() == len(x):
+            return each
+    return several[0] if several else None
+
+
+def _moment(seen: _Seen, weights_of: WeightsOf, normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
     """Return the moment of what one batch feeds one layer."""
-    x, weights = x.detach(), weights_of(name)
+    x, weights = x.detach(), _fitting(weights_of(name), x)
     if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
         x = x.reshape(*weights.shape, x.shape[-1])
     if weights is not None and weights.shape != x.shape[:-1]:

@@ -10,9 +10,10 @@ from peft import LoraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -237,6 +238,21 @@ def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: floa
         lora_dropout=0.0,
         bias="none",
     )
+
+
+def is_taken(model: nn.Module, name: str) -> bool:
+    """Return whether PEFT puts an adapter on this layer if asked to.
+
+    In some models with experts it takes ``down_proj`` and the like, wherever they are, for those of the experts of transformers before 5,
+    which now are one parameter; in Mamba's it refuses what the kernels read without calling it.
+    """
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+        _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+    except ValueError:  # it misses the layer that it would fuse this one with, or refuses it
+        return False
+    return name in (config.target_modules or ())
 
 
 def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:

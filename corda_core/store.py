@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from torch import Tensor, nn
 
@@ -466,12 +466,17 @@ def put_weights_(model: PeftModel, trained: Mapping[str, Tensor], adapter_name: 
     Raises:
         ValueError: If there is a tensor that the model has no place for.
     """
-    try:
-        result = set_peft_model_state_dict(model, dict(trained), adapter_name)
-    except RuntimeError as error:  # another shape
-        raise ValueError(f"{WEIGHTS} does not fit the adapted model: {' '.join(str(error).split())[:300]}.") from error
-    if result.unexpected_keys:
-        raise ValueError(f"{WEIGHTS} has {result.unexpected_keys[0]}, for which the adapted model has no place; it is of another adapter.")
+    # Not PEFT's set_peft_model_state_dict, which takes names of some models (DeepSeek-OCR 2, Inkling 2) for those of older checkpoints.
+    places = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    odd = next((key for key in trained if key not in places), None)
+    if odd is not None:
+        raise ValueError(f"{WEIGHTS} has {odd}, for which the adapted model has no place; it is of another adapter.")
+    for key, value in trained.items():
+        if places[key].shape != value.shape:
+            raise ValueError(f"{WEIGHTS} does not fit the adapted model: {key} is {tuple(value.shape)}, not {tuple(places[key].shape)}.")
+    with torch.no_grad():
+        for key, value in trained.items():
+            places[key].copy_(value)
 
 
 def check_saved_together(folder: Path, beside: Beside) -> None:

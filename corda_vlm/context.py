@@ -221,20 +221,25 @@ def own_processor(model: nn.Module) -> Any:
 
 def _reads_output(model: nn.Module, names: Sequence[str]) -> bool:
     """Whether a named layer belongs to the head, which sees no more tokens than logits are asked for."""
-    inside = set(getattr(model, "base_model", model).modules())
+    base = getattr(model, "base_model", model)
+    if base is model:  # the head is not told apart
+        return True
+    inside = set(base.modules())
     return any(model.get_submodule(name) not in inside for name in names)
 
 
 def model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch on the model's device, with no cache of keys and values, and with the logits of one position if that will do."""
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+    writes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # its labels are what its decoder reads
+    kept = {key: value for key, value in batch.items() if key != "labels" or (writes and "decoder_input_ids" not in batch)}
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kept.items()}
     if is_open_clip(model):  # which leaves it to the caller to convert images
         inputs["image"] = inputs["image"].to(image_dtype(model))
     known = inspect.signature(model.forward).parameters
     if "use_cache" in known or getattr(model, "can_generate", lambda: False)():
         inputs["use_cache"] = False
-    if trim_logits and "logits_to_keep" in known and "input_ids" in inputs:
+    if trim_logits and "logits_to_keep" in known and "input_ids" in inputs and not writes:
         inputs["logits_to_keep"] = torch.tensor([inputs["input_ids"].shape[1] - 1], device=device)
     return inputs
 

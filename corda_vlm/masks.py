@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from corda_core import TokenWeights
 from corda_core.collect import attention_mask_of
 from corda_vlm.towers import has_two_towers, image_tokens, is_open_clip, known_family
+
+TokenMasks = Tensor | tuple[Tensor, ...] | None
+IGNORED = -100
+"""What labels say of a token that is not learned."""
 
 
 def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeights:
@@ -17,16 +22,12 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
 
     In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in a text tower of open_clip
     what comes behind the token that is read counts nothing; in a vision tower neither do patches that only fill an image up; in a
-    projector all tokens count alike.
+    projector all tokens count alike. A decoder beside an encoder has the mask of what it writes, and cross-attention that of what it reads.
     """
     placeholders, two_towers = image_tokens(model), has_two_towers(model)
-    family = known_family(model)
-    if weights["image"] != weights["text"] and not placeholders:
-        raise ValueError(
-            f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
-        )
+    family, decoder = known_family(model), _decoder_of(model)
 
-    def weigh(name: str, batch: Mapping[str, Any]) -> Tensor | None:
+    def weigh(name: str, batch: Mapping[str, Any]) -> TokenMasks:
         if family is None:
             return None
         part = family.part_of(name)
@@ -34,13 +35,48 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
             return _patch_mask(model, name, batch)
         if part != "language" or (two_towers and not re.search(r"\.(encoder|resblocks)\.", name)):  # a tower's head reads one token
             return None
-        mask = _caption_mask(model, batch) if is_open_clip(model) else attention_mask_of(name, batch)
+        masks = (_caption_mask(model, batch),) if is_open_clip(model) else _text_masks(model, decoder, name, batch)
         if weights["image"] == weights["text"]:
-            return mask
+            return None if all(mask is None or bool(mask.all()) for mask in masks) else tuple(mask for mask in masks if mask is not None)
         is_image = torch.isin(batch["input_ids"], torch.tensor(placeholders, device=batch["input_ids"].device))
-        return torch.where(is_image, weights["image"], weights["text"]) * (1 if mask is None else mask)
+        apart = torch.where(is_image, weights["image"], weights["text"])
+        return tuple(
+            apart * (1 if mask is None else mask) if mask is None or mask.shape == apart.shape else weights["text"] * mask for mask in masks
+        )
 
     return weigh
+
+
+CROSS = re.compile(r"(cross|encoder_attn|encdec|encoder_decoder)[^.]*\.(.*\.)?(k|v|key|value)(_proj)?$", re.IGNORECASE)
+"""Layers that read what another part of the model gives them, not the tokens of their own."""
+
+
+def _decoder_of(model: Any) -> str:
+    """Return the name of the module that transformers says decodes; "" if it is the whole model, or there is none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _text_masks(model: Any, decoder: str, name: str, batch: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
+    """Return which tokens count for a layer that reads text; where it may read either of two texts, of different lengths, both masks."""
+    read = attention_mask_of(name, batch)
+    if read is not None and getattr(getattr(model, "config", None), "model_type", "") == "git" and "pixel_values" in batch:
+        vision = model.config.vision_config  # GIT puts the patches and a class token before the text
+        read = F.pad(read, ((vision.image_size // vision.patch_size) ** 2 + 1, 0), value=1)
+    writes = "decoder_input_ids" in batch or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if name.startswith("model.dit."):  # pi0's actions
+        return (None,)
+    if name.startswith("qformer.") and read is not None:  # BLIP-2's reads an image by queries, and text, one after the other
+        return (read, read.new_ones(len(read), model.config.num_query_tokens))
+    if CROSS.search(name):  # the tokens of an encoder, or else an image's
+        return (read if writes else None,)
+    if not writes or not name.startswith(f"{decoder}."):
+        return (read,)
+    labels = batch.get("labels")
+    written = batch.get("decoder_attention_mask", None if labels is None else labels != IGNORED)
+    if written is None:
+        written = torch.ones_like(batch["decoder_input_ids"])
+    return (written,) if read is None else (written, read)  # T5Gemma 2's decoder reads both with the same layers
 
 
 def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:
@@ -51,8 +87,8 @@ def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor
     mask = batch.get("pixel_attention_mask")
     if mask is None or ".encoder." not in name:
         return None
-    if mask.ndim == 2:
-        return mask
+    if mask.ndim == 2:  # of Granite Docling by tile: it reads those that are filled only
+        return mask if batch["pixel_values"].ndim == 3 else None
     config: Any = model.config
     size = config.vision_config.patch_size
     pixels = batch["pixel_values"].flatten(0, 1)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 from corda_core import select_linears
 from corda_core.layers import gathered
 from corda_core.linears import LINEAR_TYPES
+from corda_core.lora import is_taken
 from corda_vlm.probe import Reach, probe
 
 KINDS = {
@@ -67,6 +68,10 @@ EXCEPTIONS: dict[str, Family] = {
         ("model.aligner", "model.high_res_vision_neck", "model.high_res_vision_proj"),
         ("model.language_model",),
     ),
+    # The tower stands in what reads; what writes has the same language model again.
+    "diffusion_gemma": Family(
+        ("model.encoder.vision_tower",), ("model.encoder.embed_vision",), ("model.encoder.language_model", "model.decoder")
+    ),
     # No vision tower: patches are embedded by one layer.
     "fuyu": Family((), ("model.vision_embed_tokens",), ("model.language_model",)),
     # The tower is called an image encoder, and the language model is what holds it.
@@ -95,7 +100,7 @@ TOWERS = re.compile(r"(image|vision|video)_(tower|model|encoder)")
 """Names of vision towers beside that which transformers names."""
 EARS = re.compile(r".*(audio|speech|sound).*")
 """Names of what hears: of no part."""
-BRIDGES = re.compile(r"(deepstack_)?merger(_list)?|vision_adapter|.*projector")
+BRIDGES = re.compile(r"(deepstack_)?merger(_list)?|connector|vision_adapter|.*projector")
 """Names of projectors that stand within a vision tower."""
 
 
@@ -114,7 +119,7 @@ def known_family(model: nn.Module) -> Family | None:
         return _present(model, TWO_TOWERS)
     if is_text_only(model) or is_vision_only(model):
         return WHOLE_LANGUAGE if is_text_only(model) else WHOLE_VISION
-    listed = EXCEPTIONS.get(getattr(model.config, "model_type", ""))
+    listed = _listed(model)
     return _borrowed(model) if listed is None else _present(model, listed)
 
 
@@ -143,7 +148,7 @@ def image_tokens(model: nn.Module) -> list[int]:
     """Return the ids of the tokens that stand for pieces of images, videos and sound."""
     config: Any = getattr(model, "config", None)
     configs = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))]
-    tokens = [getattr(each, key, None) for each in configs for kind in MEDIA for key in (f"{kind}_token_id", f"{kind}_token_index")]
+    tokens = [getattr(each, f"{kind}_{end}", None) for each in configs for kind in MEDIA for end in ("token_id", "token_index", "patch_id")]
     return sorted({token for token in tokens if isinstance(token, int) and token >= 0})
 
 
@@ -197,6 +202,11 @@ def select_layers(
         raise ValueError(f"parts: {unknown or chosen!r} is not what {type(model).__name__} has; expected some of {sorted(known)}.")
     names = select_linears(model, _pattern(targets), _pattern(exclude))
     inside = tuple(name for name in names if family.part_of(name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
+    if mistaken := [name for name in inside if not is_taken(model, name)]:
+        warnings.warn(
+            f"PEFT puts no adapters on {len(mistaken)} layer(s), such as {mistaken[0]} ({type(model).__name__}): left out.", stacklevel=2
+        )
+        inside = tuple(name for name in inside if name not in set(mistaken))
     if not inside:
         what = "There are linear layers" if targets is None else f"targets={targets!r} matches layers"
         raise ValueError(f"{what}, but none of them in parts={chosen!r}; the first is {names[0]}.")
@@ -243,8 +253,13 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
     return reach.learnable
 
 
+def _listed(model: nn.Module) -> Family | None:
+    return EXCEPTIONS.get(getattr(getattr(model, "config", None), "model_type", ""))
+
+
 def _sees(model: nn.Module) -> bool:
-    return hasattr(model, "config") and any(SEES.match(name) for name in inspect.signature(type(model).forward).parameters)
+    names = inspect.signature(type(model).forward).parameters if hasattr(model, "config") else ()
+    return any(SEES.match(name) for name in names) or _listed(model) is not None
 
 
 def _reads(model: nn.Module) -> bool:

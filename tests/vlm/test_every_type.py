@@ -1,0 +1,97 @@
+"""Every type of vision-language model, of two towers and many of language model that transformers knows: what works, as a table.
+
+``python tests/vlm/test_every_type.py`` writes the table in ``corda_vlm/README.md`` anew.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from sweep import STEPS, Result
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+README = Path(__file__).parents[2] / "corda_vlm" / "README.md"
+BEGIN, END = "<!-- types: written by `python tests/vlm/test_every_type.py` -->\n", "<!-- end of types -->"
+CAUSAL = """
+bamba bert bloom codegen cohere2 deepseek_v3 diffllama falcon falcon_mamba gemma gemma2 gemma3_text gemma4_text glm4 gpt2 gpt_bigcode
+gpt_neox gpt_oss gptj granite granitemoehybrid jamba lfm2 llama mamba mamba2 minimax mistral mixtral modernbert-decoder mpt nemotron
+olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv smollm3 stablelm starcoder2 xglm
+"""
+"""Language models that differ in kind: tied heads, Conv1D, fused projections, grouped queries, windows, Mamba, experts, parallel blocks."""
+FEW = ("llava", "qwen3_5", "mllama", "florence2", "metaclip_2", "falcon")
+"""Those of the default run, one of each kind."""
+
+
+def types() -> dict[str, tuple[str, ...]]:
+    """Return all types by kind, each with its class."""
+    return {
+        "image-text-to-text": tuple(f"{kind}:{name}" for kind, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()),
+        "two towers": tuple(f"{kind}:{name}" for kind, name in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.items()),
+        "language": tuple(f"{kind}:{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]}" for kind in CAUSAL.split()),
+    }
+
+
+def swept(kinds: Iterable[str], folder: Path) -> dict[str, Result]:
+    """Return what works of each type, measured in one new process and reloaded in another."""
+    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sweep.py"))]
+    for arguments in (["measure", str(folder), *kinds], ["reload", str(folder)]):
+        subprocess.run([*program, *arguments], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in kinds}
+
+
+def works(result: Result) -> bool:
+    """Return whether everything that is measured of a type works."""
+    return all(result.get(step) == "yes" for step in STEPS)
+
+
+def table(results: dict[str, Result]) -> str:
+    """Return the table, and how many of each kind work in full."""
+    lines = []
+    for what, kinds in types().items():
+        good = sum(works(results[kind]) for kind in kinds)
+        lines.append(f"{what}: {good} of {len(kinds)} in full.")
+    lines += ["", f"| type | {' | '.join(STEPS)} | layers (vision + projector + language), notes |", "|---" * (len(STEPS) + 2) + "|"]
+    for kind in dict.fromkeys(kind for kinds in types().values() for kind in kinds):
+        result = results[kind]
+        marks = " | ".join("yes" if result.get(step) == "yes" else "no" for step in STEPS)
+        layers = " + ".join(str(result.get("layers", {}).get(part, 0)) for part in ("vision", "projector", "language"))
+        failed = next((f"; {step}: {result[step]}" for step in ("model", *STEPS, "measured") if result.get(step, "yes") != "yes"), "")
+        lines.append(f"| {kind.partition(':')[0]} | {marks} | {layers}{failed[:200].replace('|', '/')} |")
+    return "\n".join([f"With transformers {version('transformers')} and PEFT {version('peft')}.", "", *lines, ""])
+
+
+def test_a_few_types_work(tmp_path: Path) -> None:
+    kinds = [kind for kind in dict.fromkeys(kind for some in types().values() for kind in some) if kind.partition(":")[0] in FEW]
+    assert len(kinds) == len(FEW)
+    results = swept(kinds, tmp_path)
+    assert {kind: result for kind, result in results.items() if not works(result)} == {}
+
+
+def test_the_table_names_every_type() -> None:
+    written = README.read_text().partition(BEGIN)[2].partition(END)[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines() if line.startswith("| ")][1:] == [
+        kind.partition(":")[0] for kind in dict.fromkeys(kind for kinds in types().values() for kind in kinds)
+    ]
+
+
+@pytest.mark.slow
+def test_the_table_is_what_is_measured(tmp_path: Path) -> None:
+    kinds = dict.fromkeys(kind for kinds in types().values() for kind in kinds)
+    assert README.read_text().partition(BEGIN)[2].partition(END)[0] == table(swept(kinds, tmp_path))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        every = swept(dict.fromkeys(kind for kinds in types().values() for kind in kinds), Path(place))
+    before, _, after = README.read_text().partition(BEGIN)
+    README.write_text(before + BEGIN + table(every) + END + after.partition(END)[2])
