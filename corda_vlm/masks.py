@@ -66,10 +66,10 @@ def _text_masks(model: Any, decoder: str, name: str, batch: Mapping[str, Any]) -
     writes = "decoder_input_ids" in batch or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if name.startswith("model.dit."):  # pi0's actions
         return (None,)
-    if name.startswith("qformer.") and read is not None:  # BLIP-2's reads an image by queries, and text, one after the other
-        return (read, read.new_ones(len(read), model.config.num_query_tokens))
     if CROSS.search(name):  # the tokens of an encoder, or else an image's
         return (read if writes else None,)
+    if name.startswith("qformer.") and read is not None:  # BLIP-2's reads an image by queries, and text, one after the other
+        return (read, read.new_ones(len(read), model.config.num_query_tokens))
     if not writes or not name.startswith(f"{decoder}."):
         return (read,)
     labels = batch.get("labels")
