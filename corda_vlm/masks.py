@@ -27,6 +27,15 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     placeholders, two_towers = image_tokens(model), has_two_towers(model)
     family, decoder = known_family(model), _decoder_of(model)
 
+    known: list[tuple[Tensor, bool]] = []  # of the last masks: asking waits for the device, and all layers have the same
+
+    def has_padding(mask: Tensor) -> bool:
+        found = next((padded for other, padded in known if other is mask), None)
+        if found is None:
+            found = not bool(mask.all())
+            known[:] = [*known[-1:], (mask, found)]
+        return found
+
     def weigh(name: str, batch: Mapping[str, Any]) -> TokenMasks:
         if family is None:
             return None
@@ -37,7 +46,8 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
             return None
         masks = (_caption_mask(model, batch),) if is_open_clip(model) else _text_masks(model, decoder, name, batch)
         if weights["image"] == weights["text"]:
-            return None if all(mask is None or bool(mask.all()) for mask in masks) else tuple(mask for mask in masks if mask is not None)
+            padded = tuple(mask for mask in masks if mask is not None)
+            return padded if any(has_padding(mask) for mask in padded) else None
         is_image = torch.isin(batch["input_ids"], torch.tensor(placeholders, device=batch["input_ids"].device))
         apart = torch.where(is_image, weights["image"], weights["text"])
         return tuple(
