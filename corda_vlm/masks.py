@@ -25,8 +25,11 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
     projector all tokens count alike. A decoder beside an encoder has the mask of what it writes, and cross-attention that of what it reads.
     """
     placeholders, two_towers = image_tokens(model), has_two_towers(model)
+    if weights["image"] != weights["text"] and not placeholders:
+        raise ValueError(
+            f'tokens weighs images and text apart, but {type(model).__name__} has no image among its text; leave tokens at "all".'
+        )
     family, decoder = known_family(model), _decoder_of(model)
-
     known: list[tuple[Tensor, bool]] = []  # of the last masks: asking waits for the device, and all layers have the same
 
     def has_padding(mask: Tensor) -> bool:
