@@ -63,7 +63,7 @@ def test_spectrum_is_that_of_w_c(m: int, n: int) -> None:
 def test_eckart_young_in_the_context_norm(m: int, n: int, data: st.DataObject) -> None:
     """No r directions carry less (KPM) or more (IPM) context energy than the chosen ones: sums of the extreme σ²."""
     rank = data.draw(st.integers(0, min(m, n)))
-    mode = data.draw(st.sampled_from(list(Mode)))
+    mode = data.draw(st.sampled_from([Mode.KPM, Mode.IPM]))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     damping = data.draw(st.sampled_from([0.0, 0.01, 1.0]))
     solver = data.draw(st.sampled_from(list(Solver)))
