@@ -196,15 +196,15 @@ def _weighted_gram(rows: Tensor, kept: Tensor, values: Sequence[float]) -> Symme
     if not values or not multiplies_halves(rows):
         rows = rows.to(PRECISION)
         return Symmetric.gram(rows * kept.to(rows).sqrt()[:, None])
-    total: Symmetric | None = None
-    for value in values:
-        part = Symmetric.gram(rows[kept == value])
-        part.multiply_(value)
-        if total is None:
-            total = part
-        else:
-            total.add_(part)
-    assert total is not None, "there are values"
+
+    def part(value: float) -> Symmetric:
+        gram = Symmetric.gram(rows[kept == value])
+        gram.multiply_(value)
+        return gram
+
+    total = part(values[0])
+    for value in values[1:]:
+        total.add_(part(value))
     return total
 
 

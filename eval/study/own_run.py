@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from corda_core.linears import base_of, evaluating
 from corda_eval.records import peak_memory_gb
 from corda_eval.study.methods.keep import numbers_of
 from corda_eval.study.own_arms import CONTEXT, Arm
-from corda_eval.study.task import TARGET
+from corda_eval.study.task import TARGET, Score, plain_scores
 from corda_vlm.context import Sources, collator_for, draw_contexts, is_keep_file, model_inputs
 from corda_vlm.data.samples import Collator
 from corda_vlm.data.sources import DataConfig
@@ -84,7 +85,7 @@ def run_own(setting: Mapping[str, Any], arm: Arm | None, rate: float, seed: int,
         about = {"base_digest": base_digest(model, layers)}
         samples = split(asked, model, processor, about["base_digest"], cache)  # as the user's recipe has them: the same for all arms
         if arm is None:
-            validation = mean_loss(item_losses(model, processor, recipe, samples.validation))
+            validation = fmean(item_losses(model, processor, recipe, samples.validation))
             measured = scores(model, processor, recipe, samples)
             if not all(math.isfinite(loss) for loss in (validation, *(score["loss"] for score in measured.values()))):
                 raise ValueError("The base's loss on held-out samples is not finite; look at the samples, or at model.dtype.")
@@ -124,7 +125,7 @@ def _trained(model: nn.Module, processor: Any, recipe: Recipe, arguments: Any, s
 
 def _measured(adapted: PeftModel, processor: Any, recipe: Recipe, samples: Samples) -> dict[str, Any]:
     """Return what a trained arm came to; that it diverged where a loss is not finite."""
-    validation = mean_loss(item_losses(adapted, processor, recipe, samples.validation))
+    validation = fmean(item_losses(adapted, processor, recipe, samples.validation))
     measured = scores(adapted, processor, recipe, samples)
     if not all(math.isfinite(loss) for loss in (validation, *(score["loss"] for score in measured.values()))):
         return {"diverged": True}
@@ -229,15 +230,8 @@ def _written(recipe: Recipe, model: nn.Module, processor: Any, training: Any, wr
 
 def scores(model: nn.Module, processor: Any, recipe: Recipe, samples: Samples) -> dict[str, Any]:
     """Return the losses of what is learned and of what is kept, with each sample's in thousandths of a nat."""
-    losses = {
-        TARGET: item_losses(model, processor, recipe, samples.test),
-        CONTEXT: item_losses(model, processor, recipe, samples.kept),
-    }
-    plain: dict[str, Any] = {name: {"loss": mean_loss(each), "accuracy": None} for name, each in losses.items()}
-    for name, each in losses.items():
-        if all(map(math.isfinite, each)):
-            plain[name]["losses"] = [round(1000 * loss) for loss in each]
-    return plain
+    measured = {TARGET: samples.test, CONTEXT: samples.kept}
+    return plain_scores({name: Score.of(item_losses(model, processor, recipe, items)) for name, items in measured.items()})
 
 
 def item_losses(model: nn.Module, processor: Any, recipe: Recipe, items: Sequence[Any]) -> list[float]:
@@ -270,8 +264,3 @@ def kl(model: PeftModel, processor: Any, recipe: Recipe, items: Sequence[Any]) -
 def _casting(recipe: Recipe, device: torch.device) -> torch.autocast:
     """Return the precision that the recipe trains in."""
     return torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.bf16)
-
-
-def mean_loss(losses: Sequence[float]) -> float:
-    """Return the mean, in nats."""
-    return sum(losses) / len(losses)

@@ -23,7 +23,7 @@ from corda_eval.records import peak_memory_gb
 from corda_eval.study.methods import METHODS
 from corda_eval.study.named import options_of
 from corda_eval.study.settings import SETTINGS
-from corda_eval.study.task import TARGET, Score, Task
+from corda_eval.study.task import TARGET, Score, Task, plain_scores
 from corda_eval.study.train import train
 
 KIND = "sequence"
@@ -138,7 +138,7 @@ def _measured(history: History, tasks: Sequence[Task]) -> dict[str, Any]:
     right = [score.accuracy for score in last if score.accuracy is not None]
     mean = Score(fmean(losses), fmean(right) if len(right) == len(last) else None)
     kept = {name: score for name, score in tasks[0].measure(history.model).items() if name not in (TARGET, *tasks[0].learned)}
-    plain = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in ({TARGET: mean} | kept).items()}
+    plain = plain_scores({TARGET: mean} | kept, items=False)
     return {"scores": plain, "matrix": [[[score.loss, score.accuracy] for score in row] for row in history.rows]}
 
 

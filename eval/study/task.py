@@ -49,6 +49,17 @@ class Score:
         return Score(None if losses is None else fmean(losses), None if right is None else 100 * fmean(right), losses, right)
 
 
+def plain_scores(scores: Mapping[str, Score], *, items: bool = True) -> dict[str, Any]:
+    """Return scores for JSON: ``losses`` in thousandths of a nat and ``right`` as 0 or 1, where there are such and they are asked for."""
+    plain: dict[str, dict[str, Any]] = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
+    for name, score in scores.items() if items else ():
+        if score.losses is not None and all(map(math.isfinite, score.losses)):
+            plain[name]["losses"] = [round(1000 * loss) for loss in score.losses]
+        if score.right is not None:
+            plain[name]["right"] = [int(right) for right in score.right]
+    return plain
+
+
 @dataclass(frozen=True)
 class Task:
     """One setting with its data drawn, for one run."""

@@ -22,7 +22,7 @@ from corda_eval.study.methods import METHODS
 from corda_eval.study.named import options_of
 from corda_eval.study.own_run import run_own
 from corda_eval.study.settings import SETTINGS
-from corda_eval.study.task import Adapted, Score, Task
+from corda_eval.study.task import Adapted, Task, plain_scores
 from corda_eval.study.train import train
 from corda_vlm.options import NotNegative, Options, Seed
 
@@ -58,7 +58,7 @@ def run(spec: RunSpec, cache: Path) -> dict[str, Any]:
     task = options_of(spec.setting, "kind", SETTINGS, "setting").task(spec.seed, cache)
     about = {"spec": dataclasses.asdict(spec), "base_digest": base_digest(task.model, task.layers), "versions": _versions()}
     if spec.method is None:
-        scores = _plain(task.measure(task.model))
+        scores = plain_scores(task.measure(task.model))
         measured = {"scores": scores, "validation": task.validate(task.model), "learned": list(task.learned)}
         guessing = task.guessing if math.isfinite(task.guessing) else None
         return about | measured | {"guessing": guessing, "kept_guessing": dict(task.kept_guessing)}
@@ -97,11 +97,11 @@ def _measured(
     adapted: Adapted, task: Task, originals: Mapping[str, torch.nn.Linear], kept: Mapping[str, Covariance], alphas: Sequence[float]
 ) -> dict[str, Any]:
     """Return the scores of the trained model, of its interpolations with the base, and the size of the change."""
-    scores = _plain(task.measure(adapted.model))
+    scores = plain_scores(task.measure(adapted.model))
     between = {}
     for alpha in alphas:
         with interpolated(adapted.model, originals, alpha):
-            between[str(alpha)] = _plain(task.measure(adapted.model), items=False) | {"validation": task.validate(adapted.model)}
+            between[str(alpha)] = plain_scores(task.measure(adapted.model), items=False) | {"validation": task.validate(adapted.model)}
     on_context, plain = relative_changes(adapted.model, originals, kept)
     measured = {"scores": scores, "interpolated": between, "change_on_context": on_context, "change": plain}
     with task.casting():
@@ -109,17 +109,6 @@ def _measured(
     if task.kept_kl is not None:
         kl |= task.kept_kl(adapted.model)
     return measured | ({"kl": kl} if kl else {})
-
-
-def _plain(scores: Mapping[str, Score], *, items: bool = True) -> dict[str, Any]:
-    """Return scores for JSON: ``losses`` in thousandths of a nat and ``right`` as 0 or 1, where there are such and they are asked for."""
-    plain: dict[str, dict[str, Any]] = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
-    for name, score in scores.items() if items else ():
-        if score.losses is not None and all(map(math.isfinite, score.losses)):
-            plain[name]["losses"] = [round(1000 * loss) for loss in score.losses]
-        if score.right is not None:
-            plain[name]["right"] = [int(right) for right in score.right]
-    return plain
 
 
 def main(spec: Path, result: Path, cache: Path) -> None:

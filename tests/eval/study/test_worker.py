@@ -90,13 +90,13 @@ def test_the_base_is_measured_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_items_of_scores_are_whole_numbers() -> None:
-    plain = study_run._plain({"a": Score.of([0.0014, 2.0], [True, False]), "b": Score.of([math.inf, 1.0]), "c": Score(1.0)})
+    plain = study_run.plain_scores({"a": Score.of([0.0014, 2.0], [True, False]), "b": Score.of([math.inf, 1.0]), "c": Score(1.0)})
     assert plain == {
         "a": {"loss": pytest.approx(1.0007), "accuracy": 50.0, "losses": [1, 2000], "right": [1, 0]},
         "b": {"loss": math.inf, "accuracy": None},
         "c": {"loss": 1.0, "accuracy": None},
     }
-    assert study_run._plain({"a": Score.of([1.0], [True])}, items=False) == {"a": {"loss": 1.0, "accuracy": 100.0}}
+    assert study_run.plain_scores({"a": Score.of([1.0], [True])}, items=False) == {"a": {"loss": 1.0, "accuracy": 100.0}}
 
 
 @pytest.mark.parametrize(
