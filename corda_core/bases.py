@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from corda_core.files import weight_digest
@@ -174,11 +175,21 @@ def base_digest(model: nn.Module, names: Iterable[str]) -> str:
 
 
 def weight_digests(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return the digest of each named layer's weight."""
+    """Return the digest of each named layer's weight, several at a time wherever they lie.
+
+    Nothing is remembered from one call to the next: a weight may change without a sign (``weight.data.copy_`` leaves ``_version`` alone).
+    """
     names = sorted(names)
-    return dict(
-        zip(names, in_threads(weight_digest, ({name: weight_matrix(model, name)} for name in names), threads_for(model)), strict=True)
-    )
+    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+        torch.cuda.synchronize(device)  # what is still being written, on whatever stream, is to be read by other threads
+    held = ({name: _held(model, name)} for name in names)
+    return dict(zip(names, in_threads(weight_digest, held, min(8, torch.get_num_threads())), strict=True))
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    """Return a layer's weight; one that had to be gathered or dequantised on this machine, as several wait for their turn."""
+    weight, layer = weight_matrix(model, name), unwrapped(model).get_submodule(name)
+    return weight.cpu() if is_quantized(layer) or isinstance(layer.weight, DTensor) else weight
 
 
 def digest_of(digests: Mapping[str, str]) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from corda_core.layers import in_threads
 
+HASHED = 1 << 24
+"""Bytes that are hashed at a time: of a tensor on another device so much lies on this machine."""
 PARTIAL = ".partial-"
 """How folders of half-written files begin: a killed process leaves them behind."""
 DIGEST = "sha256"
@@ -184,7 +186,8 @@ def weight_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over names, types, shapes and bytes of tensors: equal if and only if they are bit for bit the same."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for part in tensor.reshape(-1).view(torch.uint8).split(HASHED):
+            digest.update(part.cpu().numpy().data)
     return digest.hexdigest()

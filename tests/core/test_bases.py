@@ -1,5 +1,6 @@
 """What an adapter relies on beside its own layers: another base is refused by the tensor's name, and so is one that is not all there."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_attach import logits, planned, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-from corda_core import attach, attachment_of, collect, export, load, merge, plan, save, select_linears, weight_change
+from corda_core import attach, attachment_of, collect, export, files, load, merge, plan, save, select_linears, weight_change
 from corda_core.bases import ancestry_of, base_digest, checksum, moved_since, other_tensors, weight_digests
 from corda_core.linears import weight_matrix
 from corda_core.store import ATTACHMENT, read_attachment, save_attachment
@@ -221,3 +222,17 @@ def test_what_merges_moved_is_added_up() -> None:
         assert float((now - W).norm() / W.norm()) <= 1.05 * first[name].change
     assert moved_since(before, digests[1], weight_digests(before, names)) is None
     assert moved_since(model, digests[0], weight_digests(model, names[:3])) is None
+
+
+def test_digests_are_those_of_version_0_1_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in users' files: SHA-256 of name, type, shape and bytes, whatever the thread and however much is hashed at a time."""
+    model, name = tiny_llama().to(torch.bfloat16), "model.layers.0.mlp.down_proj"
+    weight = model.get_submodule(name).weight
+    described = f"{name} torch.bfloat16 {tuple(weight.shape)}".encode()
+    expected = hashlib.sha256(described + weight.detach().view(torch.int16).numpy().tobytes()).hexdigest()
+    monkeypatch.setattr(files, "HASHED", 100)
+    assert weight_digests(model, [name]) == {name: expected}
+    version = weight._version
+    weight.data[0, 0] += 1
+    assert weight._version == version, "so nothing tells that it has changed"
+    assert weight_digests(model, [name]) != {name: expected}
