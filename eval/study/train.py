@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from corda_eval.study.precision import cast_once
 from corda_eval.study.task import Adapted, Task
 from corda_vlm.context import progress_bar
 
@@ -38,6 +39,18 @@ class TrainingRun:
 
 def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
     """Train on each batch once. The peak rate is reached after ``adapted.warmup`` of the steps; gradients are clipped to the norm 1."""
+    with cast_once(adapted.model, task.casting):
+        trained = _trained(adapted, task, rate)
+    if trained.diverged:
+        return trained
+    finish = {} if adapted.finish is None else adapted.finish()
+    last = task.validate(adapted.model)
+    validation = [*trained.validation_losses, (len(task.batches), last)]
+    return replace(trained, validation_losses=validation, diverged=not math.isfinite(last), finish=finish)
+
+
+def _trained(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
+    """Return how the steps went, without what is done and measured after the last."""
     trainable = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=adapted.weight_decay)
     count = len(task.batches)
@@ -64,6 +77,4 @@ def train(adapted: Adapted, task: Task, rate: float) -> TrainingRun:
         seconds += time.perf_counter() - start
         if step % every == 0 and step < count:
             validation.append((step, task.validate(adapted.model)))
-    finish = {} if adapted.finish is None else adapted.finish()
-    validation.append((count, task.validate(adapted.model)))
-    return TrainingRun(losses, validation, seconds, diverged=not math.isfinite(validation[-1][1]), finish=finish)
+    return TrainingRun(losses, validation, seconds, diverged=False)

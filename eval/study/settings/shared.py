@@ -74,14 +74,15 @@ def answer_score(model: nn.Module, batches: Sequence[Batch]) -> Score:
     with evaluating(model), casting():
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key != "labels"}
-            logits, wanted = model(**inputs, use_cache=False).logits[:, :-1].float(), batch["labels"][:, 1:]
+            wanted = batch["labels"][:, 1:]
             asked = wanted >= 0
-            of_tokens = F.cross_entropy(logits[asked], wanted[asked], reduction="none").double()
+            logits = model(**inputs, use_cache=False).logits[:, :-1][asked].float()
+            of_tokens = F.cross_entropy(logits, wanted[asked], reduction="none").double()
             numbers = (asked & ~F.pad(asked, (1, 0))[:, :-1]).flatten().cumsum(0)[asked.flatten()] - 1  # of the answer that a token is in
             count = int(numbers[-1]) + 1
             num_tokens += len(numbers)
             losses.append(torch.zeros(count, dtype=torch.double).index_add(0, numbers, of_tokens))
-            wrong = logits[asked].argmax(-1) != wanted[asked]
+            wrong = logits.argmax(-1) != wanted[asked]
             right += (torch.zeros(count).index_add(0, numbers, wrong.float()) == 0).tolist()
     return Score.of((torch.cat(losses) * (len(right) / num_tokens)).tolist(), right)
 
@@ -134,12 +135,13 @@ def self_written(model: nn.Module, processor: Any, items: Sequence[Item], *, cou
 
 
 def unpadded(items: Sequence[Any], collate: Collate) -> list[Batch]:
-    """Return batches of samples of equal length, so that all tokens count and no mask is needed.
+    """Return batches of samples of equal length and alike in whether they have a picture, so that all tokens count and no mask is needed.
 
     The mask would be that of the language model's tokens, which the layers of the vision tower do not have.
     """
-    by_length = defaultdict(list)
+    alike = defaultdict(list)
     for item in items:
-        by_length[collate([item])["input_ids"].shape[1]].append(item)
-    batches = [batch for of_length in by_length.values() for batch in batched(of_length, collate, 8)]
+        inputs = collate([item])
+        alike[inputs["input_ids"].shape[1], "pixel_values" in inputs].append(item)
+    batches = [batch for some in alike.values() for batch in batched(some, collate, 8)]
     return [{key: value for key, value in batch.items() if key != "attention_mask"} for batch in batches]
