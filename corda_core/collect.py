@@ -38,16 +38,17 @@ class Normalize(StrEnum):
     """Each sample is divided by max|x| over its tokens, and the mean is taken over samples instead of tokens: as CorDA's code does."""
 
 
-WeightsOf = Callable[[str], Tensor | tuple[Tensor, ...] | None]
+WeightsOf = Callable[[str], Tensor | tuple[Tensor | None, ...] | None]
 
 
 class TokenWeights(Protocol):
     """Tells how much each of a layer's input tokens counts."""
 
-    def __call__(self, name: str, batch: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...] | None:
+    def __call__(self, name: str, batch: Mapping[str, Any]) -> Tensor | tuple[Tensor | None, ...] | None:
         """Return weights >= 0 (a mask: 1 counts, 0 does not) shaped as the layer's input without its last axis; None if all count alike.
 
-        For a layer that reads inputs of several kinds, a tuple of weights, of which the first that has an input's shape counts.
+        For a layer that reads inputs of several kinds, a tuple of weights, of which the first that has an input's shape counts; with a
+        None among them all tokens of an input that has the shape of none count alike.
         """
 
 
@@ -236,18 +237,20 @@ class _Seen:
         )
 
 
-def _fitting(weights: Tensor | tuple[Tensor, ...] | None, x: Tensor) -> Tensor | None:
+def _fitting(weights: Tensor | tuple[Tensor | None, ...] | None, x: Tensor) -> Tensor | None:
     """Return the weights for this input, of several the first of its shape; where none has it, the first, which is then refused.
 
     Axes of size 1 do not matter: some attention puts heads that all queries share between samples and tokens.
     """
-    several = weights if isinstance(weights, tuple) else () if weights is None else (weights,)
+    several = weights if isinstance(weights, tuple) else (weights,)
     for each in several:
+        if each is None:
+            continue
         if each.squeeze().shape == x[..., 0].squeeze().shape:
             return each if each.shape == x.shape[:-1] else each.reshape(x.shape[:-1])
         if x.ndim == 2 and each.numel() == len(x):
             return each
-    return several[0] if several else None
+    return None if any(each is None for each in several) else several[0]
 
 
 def _moment(seen: _Seen, weights_of: WeightsOf, normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:

@@ -12,7 +12,7 @@ from corda_core import TokenWeights
 from corda_core.collect import attention_mask_of
 from corda_vlm.towers import has_two_towers, image_tokens, is_open_clip, known_family
 
-TokenMasks = Tensor | tuple[Tensor, ...] | None
+TokenMasks = Tensor | tuple[Tensor | None, ...] | None
 IGNORED = -100
 """What labels say of a token that is not learned."""
 
@@ -22,7 +22,8 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
 
     In the language model padding counts nothing, and the tokens of an image and of text as ``weights`` says; in a text tower of open_clip
     what comes behind the token that is read counts nothing; in a vision tower neither do patches that only fill an image up; in a
-    projector all tokens count alike. A decoder beside an encoder has the mask of what it writes, and cross-attention that of what it reads.
+    projector all tokens of images count alike. A decoder beside an encoder has the mask of what it writes, and cross-attention that of
+    what it reads; a Q-former that of its own text beside its queries.
     """
     placeholders, two_towers = image_tokens(model), has_two_towers(model)
     if weights["image"] != weights["text"] and not placeholders:
@@ -45,6 +46,10 @@ def token_weights(model: nn.Module, weights: Mapping[str, float]) -> TokenWeight
         part = family.part_of(name)
         if part == "vision":
             return _patch_mask(model, name, batch)
+        if "qformer." in name:
+            return _qformer_masks(model, name, batch)
+        if part == "projector":
+            return _own_tokens(model, name, batch, placeholders)
         if part != "language" or (two_towers and not re.search(r"\.(encoder|resblocks)\.", name)):  # a tower's head reads one token
             return None
         masks = (_caption_mask(model, batch),) if is_open_clip(model) else _text_masks(model, decoder, name, batch)
@@ -81,15 +86,47 @@ def _text_masks(model: Any, decoder: str, name: str, batch: Mapping[str, Any]) -
         return (None,)
     if CROSS.search(name):  # the tokens of an encoder, or else an image's
         return (read if writes else None,)
-    if name.startswith("qformer.") and read is not None:  # BLIP-2's reads an image by queries, and text, one after the other
-        return (read, read.new_ones(len(read), model.config.num_query_tokens))
     if not writes or not name.startswith(f"{decoder}."):
         return (read,)
     labels = batch.get("labels")
     written = batch.get("decoder_attention_mask", None if labels is None else labels != IGNORED)
     if written is None:
         written = torch.ones_like(batch["decoder_input_ids"])
+    elif "decoder_input_ids" in batch:
+        written = written[:, -batch["decoder_input_ids"].shape[1] :]  # DiffusionGemma's begins with what the encoder read
     return (written,) if read is None else (written, read)  # T5Gemma 2's decoder reads both with the same layers
+
+
+QUERIES = re.compile(r"crossattention|(intermediate|output)_query")
+"""Layers of a Q-former that read nothing but its queries, or an image by them."""
+
+
+def _qformer_masks(model: Any, name: str, batch: Mapping[str, Any]) -> TokenMasks:
+    """Return which tokens count for a layer of a Q-former, which reads text beside its queries (InstructBLIP) or by itself (BLIP-2)."""
+    if QUERIES.search(name):
+        return None
+    count = model.config.num_query_tokens
+    if "qformer_input_ids" not in batch:
+        text = batch.get("attention_mask") if has_two_towers(model) else None
+        if text is None:
+            return None
+        return (text if model.config.image_token_index is None else text[:, count:], None)  # behind the image's tokens
+    text = batch.get("qformer_attention_mask")
+    if text is None:
+        return None
+    images = batch["pixel_values"]
+    text = text.repeat_interleave(images.shape[1] if images.ndim == 5 else 1, dim=0)  # once for each frame of a video
+    return F.pad(text, (count, 0), value=1) if ".attention." in name else text
+
+
+def _own_tokens(model: nn.Module, name: str, batch: Mapping[str, Any], placeholders: list[int]) -> TokenMasks:
+    """Return which tokens of the text count for a layer of a projector that embeds them too (Gemma 3n): those of its own vocabulary."""
+    holder: Any = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(holder, "vocab_offset"):
+        return None
+    place = batch["input_ids"] - holder.vocab_offset
+    is_placeholder = torch.isin(batch["input_ids"], torch.tensor(placeholders, device=place.device))
+    return ((place >= 0) & (place < holder.vocab_size) & ~is_placeholder, None)
 
 
 def _patch_mask(model: nn.Module, name: str, batch: Mapping[str, Any]) -> Tensor | None:

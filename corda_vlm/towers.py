@@ -216,8 +216,9 @@ def select_layers(
 def reach_of(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> Reach:
     """Return what became of each layer in these batches, where it got furthest; under ``torch.distributed`` in any process's."""
     reaches = [reach for process in gathered([probe(model, batch, names) for batch in batches]) for reach in process]
-    learnable = {name for reach in reaches for name in reach.learnable}
-    ran = learnable | {name for reach in reaches for name in reach.unused}
+    cut_off = _cut_off(model)
+    learnable = {name for reach in reaches for name in reach.learnable if not cut_off.fullmatch(name)}
+    ran = {name for reach in reaches for name in (*reach.learnable, *reach.unused)}
     return Reach(
         learnable=tuple(name for name in names if name in learnable),
         unused=tuple(name for name in names if name in ran - learnable),
@@ -251,6 +252,17 @@ def learnable_layers(model: nn.Module, names: Sequence[str], batches: Sequence[M
             stacklevel=3,
         )
     return reach.learnable
+
+
+def _cut_off(model: Any) -> re.Pattern[str]:
+    """Return the names of layers whose outputs are thrown away in a way that autograd's graph does not show.
+
+    A Q-former that reads a question beside its queries (InstructBLIP) gives on what became of the queries only.
+    """
+    config = getattr(getattr(model, "config", None), "qformer_config", None)
+    if config is None or "qformer_input_ids" not in inspect.signature(type(model).forward).parameters:
+        return re.compile("(?!)")
+    return re.compile(rf".*qformer\.encoder\.layer\.{config.num_hidden_layers - 1}\.(intermediate|output)\.dense")
 
 
 def _listed(model: nn.Module) -> Family | None:

@@ -189,6 +189,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             },
         }
     },
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "videoprism": {"vision_config": {"tubelet_size": [1, 8, 8]}},
     "dots3_note": {
         "text_config": {"per_layer_config": {2: {"head_dim": 32}, 3: {"head_dim": 32}}},
         "vision_config": {"adapter_in_dim": 32},
@@ -339,6 +342,7 @@ ALL = torch.ones(1, 1, dtype=torch.bool)
 IMAGES: dict[str, Callable[[Any, int], Row]] = {
     "deepseek_vl_hybrid": lambda _, seed: {"pixel_values": noise(seed, 1, 3, 32, 32), "high_res_pixel_values": noise(seed, 1, 3, 32, 32)},
     "diffusion_gemma": _positions,
+    "fast_vlm": _grid(1, 3, 128, 128),  # which its tower makes 32 times smaller
     "fuyu": _grid(1, 16, 192),
     "gemma4": _positions,
     "gemma4_unified": lambda vision, seed: {**_positions(vision, seed), "pixel_values": noise(seed, 1, 16, 3 * 24 * 24)},
@@ -347,8 +351,8 @@ IMAGES: dict[str, Callable[[Any, int], Row]] = {
     "inkling2": _grid(4, 16, 16, 3, image_grid_thw=[1, 2, 2]),
     "inkling2_loop": _grid(4, 16, 16, 3, image_grid_thw=[1, 2, 2]),
     "inkling_mm_model": _grid(4, 2, 8, 8, 3),
-    "instructblip": lambda _, seed: {"pixel_values": noise(seed, 1, 3, 32, 32), "qformer_input_ids": text(seed + 5, 6)},
-    "instructblipvideo": lambda _, seed: {"pixel_values": noise(seed, 1, 2, 3, 32, 32), "qformer_input_ids": text(seed + 5, 6)},
+    "instructblip": lambda _, seed: {"pixel_values": noise(seed, 1, 3, 32, 32), "qformer_input_ids": text(seed + 5, 6 - seed)},
+    "instructblipvideo": lambda _, seed: {"pixel_values": noise(seed, 1, 2, 3, 32, 32), "qformer_input_ids": text(seed + 5, 6 - seed)},
     "kimi_k25": _grid(16, 3, 8, 8, image_grid_thw=[1, 4, 4]),
     "kosmos-2.5": _patches("flattened_patches", 32),
     "llava": _grid(1, 3, 32, 32),
@@ -439,7 +443,12 @@ def _where_images(row: Row) -> dict[str, Any]:
 
 NO_TEXT: dict[str, Any] = {"input_ids": None, "attention_mask": None}
 MORE: dict[str, Callable[[Row], dict[str, Any]]] = {
-    "diffusion_gemma": lambda row: {"decoder_input_ids": text(7, 6), "self_conditioning_logits": noise(8, 1, 6, VOCABULARY)},
+    "diffusion_gemma": lambda row: {
+        "decoder_input_ids": text(7, 6),
+        "decoder_attention_mask": torch.cat([row["attention_mask"], torch.ones(1, 6, dtype=torch.long)], dim=1),
+        "decoder_position_ids": row["input_ids"].shape[1] + torch.arange(6)[None],
+        "self_conditioning_logits": noise(8, 1, 6, VOCABULARY),
+    },
     "idefics": lambda row: {"image_attention_mask": torch.ones(1, row["input_ids"].shape[1], 1, dtype=torch.long)},
     "instructblip": lambda row: {"qformer_attention_mask": torch.ones_like(row["qformer_input_ids"])},
     "instructblipvideo": lambda row: {"qformer_attention_mask": torch.ones_like(row["qformer_input_ids"])},
@@ -462,7 +471,11 @@ MORE: dict[str, Callable[[Row], dict[str, Any]]] = {
 
 def batch_of(rows: list[Row]) -> Row:
     """Return rows as one batch, those that are shorter padded behind."""
-    return {key: _joined(key, rows) for key in rows[0]}
+    batch = {key: _joined(key, rows) for key in rows[0]}
+    both = batch.get("decoder_attention_mask")
+    if both is not None and both.shape != batch["decoder_input_ids"].shape:  # what the encoder read, then what the decoder writes
+        batch["decoder_attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(batch["decoder_input_ids"])], dim=1)
+    return batch
 
 
 def _joined(key: str, rows: list[Row]) -> Any:
