@@ -17,7 +17,7 @@ from corda_core.drift import DriftBound, weight_change
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, weight_digest, write_tensors
 from corda_core.layers import process_rank
 from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
-from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, whole_modules
+from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, saved_names, whole_modules
 from corda_core.store import ATTACHMENT, WEIGHTS
 
 
@@ -75,10 +75,10 @@ def export(
             A, B, lost[name] = compressed(A, B, compress)
             changes[name] = A, B
     ranks = {name: len(A) for name, (A, _) in changes.items()}
-    tensors = {}
+    tensors, saved = {}, saved_names(base_of(model), changes)
     for name, (A, B) in changes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.cpu().contiguous()
+        for side, factor in (("A", A), ("B", B)):
+            tensors[f"base_model.model.{saved.get(name, name)}.lora_{side}.weight"] = factor.cpu().contiguous()
     whole = whole_modules(model, adapter_name)
     for name, wrapper in whole.items():
         for key, value in interpolated(wrapper, alpha, adapter_name).items():

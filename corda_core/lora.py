@@ -1,7 +1,7 @@
 """LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Any
 
@@ -13,10 +13,11 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from transformers.core_model_loading import revert_weight_conversion
 
 from corda_core.decompose import shortened
 from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared
@@ -253,6 +254,34 @@ def is_taken(model: nn.Module, name: str) -> bool:
     except ValueError:  # it misses the layer that it would fuse this one with, or refuses it
         return False
     return name in (config.target_modules or ())
+
+
+def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return under which names PEFT finds the layers again in an adapter's file; those that it finds under none are left out.
+
+    PEFT renames what it reads as transformers renames the weights of published checkpoints, and so some names that are right already:
+    DeepSeek-OCR 2's ``language_model.layers`` becomes ``language_model.language_model.layers``. There the checkpoints' name is the one
+    that arrives.
+    """
+
+    def arriving(saved: Iterable[str]) -> set[str]:
+        tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(1, 1) for name in saved}
+        config = LoraConfig(target_modules=list(names))
+        return set(convert_peft_adapter_state_dict_for_transformers(model=model, peft_config=config, adapter_state_dict=tensors))
+
+    names = list(names)
+    same = arriving(names)
+    saved: dict[str, str] = {}
+    for name in names:
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in same:
+            saved[name] = name
+            continue
+        (published,) = revert_weight_conversion(model, {f"{name}.lora_A.weight": torch.zeros(1, 1)})
+        published = published.removesuffix(".lora_A.weight")
+        if key in arriving([published]):
+            saved[name] = published
+    return saved
 
 
 def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:

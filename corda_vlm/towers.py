@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 from corda_core import select_linears
 from corda_core.layers import gathered
 from corda_core.linears import LINEAR_TYPES
-from corda_core.lora import is_taken
+from corda_core.lora import is_taken, saved_names
 from corda_vlm.probe import Reach, probe
 
 KINDS = {
@@ -202,9 +202,12 @@ def select_layers(
         raise ValueError(f"parts: {unknown or chosen!r} is not what {type(model).__name__} has; expected some of {sorted(known)}.")
     names = select_linears(model, _pattern(targets), _pattern(exclude))
     inside = tuple(name for name in names if family.part_of(name) in chosen and (targets or not re.search(EMBEDDINGS, name)))
-    if mistaken := [name for name in inside if not is_taken(model, name)]:
+    readable = saved_names(model, inside)
+    if mistaken := [name for name in inside if name not in readable or not is_taken(model, name)]:
         warnings.warn(
-            f"PEFT puts no adapters on {len(mistaken)} layer(s), such as {mistaken[0]} ({type(model).__name__}): left out.", stacklevel=2
+            f"PEFT puts no adapters on {len(mistaken)} layer(s), such as {mistaken[0]} ({type(model).__name__}), or does not find them "
+            "again in a file: left out.",
+            stacklevel=2,
         )
         inside = tuple(name for name in inside if name not in set(mistaken))
     if not inside:

@@ -28,7 +28,7 @@ gpt_neox gpt_oss gptj granite granitemoehybrid jamba lfm2 llama mamba mamba2 min
 olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv smollm3 stablelm starcoder2 xglm
 """
 """Language models that differ in kind: tied heads, Conv1D, fused projections, grouped queries, windows, Mamba, experts, parallel blocks."""
-FEW = ("llava", "qwen3_5", "mllama", "florence2", "metaclip_2", "falcon")
+FEW = ("llava", "qwen3_5", "mllama", "florence2", "instructblip", "unlimited_ocr", "metaclip_2", "falcon")
 """Those of the default run, one of each kind."""
 
 
