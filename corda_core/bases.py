@@ -182,14 +182,11 @@ def weight_digests(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     names = sorted(names)
     for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
         torch.cuda.synchronize(device)  # what is still being written, on whatever stream, is to be read by other threads
-    held = ({name: _held(model, name)} for name in names)
+    # Several wait for their turn: on this machine, where they had to be gathered or dequantised.
+    are_made = any(isinstance(p, DTensor) or type(p).__name__ in ("Params4bit", "Int8Params") for p in model.parameters())
+    weights = ((name, weight_matrix(model, name)) for name in names)
+    held = ({name: weight.cpu() if are_made else weight} for name, weight in weights)
     return dict(zip(names, in_threads(weight_digest, held, min(8, torch.get_num_threads())), strict=True))
-
-
-def _held(model: nn.Module, name: str) -> Tensor:
-    """Return a layer's weight; one that had to be gathered or dequantised on this machine, as several wait for their turn."""
-    weight, layer = weight_matrix(model, name), unwrapped(model).get_submodule(name)
-    return weight.cpu() if is_quantized(layer) or isinstance(layer.weight, DTensor) else weight
 
 
 def digest_of(digests: Mapping[str, str]) -> str:

@@ -3,9 +3,11 @@
 The core prints nothing and knows no progress bar: callers hand one in. Without ``torch.distributed`` one process has everything.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -136,3 +138,25 @@ def threads_for(model: nn.Module) -> int:
     """Return how many threads may read the model's tensors at a time: one, unless all lie whole in this machine's memory."""
     plain = all(parameter.device.type == "cpu" and not isinstance(parameter, DTensor) for parameter in model.parameters())
     return min(8, torch.get_num_threads()) if plain else 1
+
+
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors in this machine's memory; a CUDA device copies all of them while it goes on, and is waited for once."""
+    copies = [tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    # Into pinned memory, of which not much is to stay in use.
+    return [copy.clone() if tensor.is_cuda else copy for tensor, copy in zip(tensors, copies, strict=True)]
+
+
+@lru_cache
+def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second of a matrix product on a device in this precision: the best of several, measured once a process."""
+    n = 1024 if device.type == "cpu" else 4096
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5 if device.type == "cpu" else 8):  # the first warm up
+        start = time.perf_counter()
+        float((left @ right)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
