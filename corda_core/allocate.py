@@ -83,10 +83,10 @@ def assess(weight: Tensor, covariance: Covariance, anisotropy_of_C: float, *, da
     """
     C = damped_for(weight, covariance, damping)
     log_pi = math.log(compactness(anisotropy_of_C, weight.shape[0]))
-    sigma = solvers.rough_spectrum(weight, C)
+    sigma = solvers.rough_spectrum(weight, C).cpu()
     if sigma[0] == 0:
         raise ValueError("its weight is all zero, so no covariance suits it better than another; leave the layer out.")
-    return Candidate(log_pi, sigma.cpu())
+    return Candidate(log_pi, sigma)
 
 
 def allocate_ranks(

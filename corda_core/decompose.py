@@ -152,8 +152,9 @@ def factors(decomposition: Decomposition, split: Split | str = Split.BALANCED) -
             raise ValueError('a chosen component has the singular value 0, where split="paper" divides by it; use split="balanced".')
     else:
         scale = rows.norm(dim=1)
-        dead = scale <= torch.finfo(scale.dtype).eps * scale.max() if len(scale) else scale.bool()
-        scale = torch.where(dead, scale[~dead].mean() if (~dead).any() else torch.ones_like(scale), scale)
+        alive = scale > torch.finfo(scale.dtype).eps * scale.max() if len(scale) else scale.bool()
+        mean = torch.where(alive, scale, 0).sum() / alive.sum().clamp(min=1)
+        scale = torch.where(alive, scale, torch.where(alive.any(), mean, 1))
     root = scale.sqrt()
     return (rows / root[:, None]).float().contiguous(), (basis * root).float().contiguous()
 

@@ -14,7 +14,7 @@ from corda_core.allocate import Choice
 from corda_core.bases import digest_of, weight_digests
 from corda_core.covariance import Covariance, in_float64, off_mps
 from corda_core.decompose import Mode, Split, Whitening, decompose, factors, whitening
-from corda_core.layers import Progress, no_progress, over_layers
+from corda_core.layers import Progress, no_progress, on_host, over_layers
 from corda_core.linears import weight_shape
 
 
@@ -124,10 +124,10 @@ def plan(
         covariance = part[name]
         own_rank = min(rank if ranks is None else ranks[name], *weight.shape)
         decomposition = decompose(weight, covariance, own_rank, mode, damping=damping)
-        A0, B0 = (factor.cpu() for factor in factors(decomposition, split))
+        A0, B0, sigma = on_host(*factors(decomposition, split), decomposition.sigma)
         white = whitening(covariance, damping=damping).to("cpu") if whiten else None
         choice = None if choices is None else choices[name]
-        about = (decomposition.sigma.cpu(), decomposition.components, covariance.num_tokens, white, choice)
+        about = (sigma, decomposition.components, covariance.num_tokens, white, choice)
         return AdapterInit(A0, B0, *about, energy_of(weight, A0, covariance)), decomposition.fell_back
 
     layers: dict[str, AdapterInit] = {}
@@ -195,7 +195,8 @@ def energy_of(weight: Tensor, A: Tensor, covariance: Covariance) -> Energy:
     """
     C = covariance.packed.to(off_mps(weight).device)
     rows = in_float64(A).to(C.device)
-    return Energy((rows @ C.times(rows.T.contiguous())).float().cpu(), float(C.energy(weight.to(C.device).float())))
+    energies, total = on_host((rows @ C.times(rows.T.contiguous())).float(), C.energy(weight.to(C.device).float()))
+    return Energy(energies, float(total))
 
 
 def _warn_of_clipping(layers: Mapping[str, AdapterInit], rank: int) -> None:

@@ -139,20 +139,20 @@ def _largest_settled(W: Tensor, C: DampedCovariance, rank: int) -> tuple[Tensor,
     block = _start(len(W), min(W.shape[1], rank + 8), W.device).to(W)
     limit = min(*W.shape, MAX_BLOCKS * block.shape[1])
     basis, halves = block, C.times(_transposed_times(W, block))
-    settled = _Settling([HIDDEN_TOLERANCE] * (rank - rank // 2 - 1) + [TOLERANCE / 2])
-    while bool(torch.isfinite(halves).all()):
-        theta, rotation = torch.linalg.eigh(halves.double().T @ halves.double())
-        theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank].to(W)
-        if theta[-1] <= 0:
+    settled = _Settling([HIDDEN_TOLERANCE] * (rank - rank // 2 - 1) + [TOLERANCE / 2], W.device)
+    while True:
+        theta, rotation, is_sound = _eigen(halves.double().T @ halves.double(), halves, rank)
+        rotation = rotation.to(W)
+        sound, has_settled = _read(is_sound, settled.after(theta.flip(0).cumsum(0)[rank // 2 :]))
+        if not sound:
             return None
-        if settled.after(theta.flip(0).cumsum(0)[rank // 2 :]):
+        if has_settled:
             return theta, W @ C.times(torch.linalg.qr(halves @ rotation).Q)
         if basis.shape[1] + block.shape[1] > limit:
             return None
         block = _orthogonal_to(basis, W @ C.times(torch.linalg.qr(halves[:, -block.shape[1] :]).Q))
         basis = torch.cat([basis, block], dim=1)
         halves = torch.cat([halves, C.times(_transposed_times(W, block))], dim=1)
-    return None
 
 
 def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
@@ -175,7 +175,7 @@ def smallest(W: Tensor, C: DampedCovariance, rank: int) -> Components | None:
         return None
     theta, vectors = ritz
     components = _rotated(W.double(), C, lift(vectors))
-    return components if float(components.sigma.square().sum()) <= (1 + TOLERANCE) * float((1 / theta).sum()) else None
+    return components if bool(components.sigma.square().sum() <= (1 + TOLERANCE) * (1 / theta).sum()) else None
 
 
 def _rotated(W: Tensor, C: DampedCovariance, vectors: Tensor) -> Components:
@@ -200,21 +200,34 @@ def _largest_ritz(
     """
     limit = min(len(block), max(MAX_BLOCKS * block.shape[1], 100))
     basis, images = block, apply(block)
-    settled = _Settling([tolerance])
-    while bool(torch.isfinite(images).all()):
+    settled = _Settling([tolerance], block.device)
+    while True:
         projected = basis.T @ images
-        theta, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-        theta, rotation = theta.flip(0)[:rank], rotation.flip(1)[:, :rank]
-        if theta[-1] <= 0:
+        theta, rotation, is_sound = _eigen((projected + projected.T) / 2, images, rank)
+        sound, has_settled = _read(is_sound, settled.after(energies(theta)))
+        if not sound:
             return None
-        if settled.after(energies(theta)):
+        if has_settled:
             # Applied once more, for nothing: what little a Ritz vector has of unwanted directions would be large in P.
             return theta, images @ rotation
         if basis.shape[1] + block.shape[1] > limit:
             return None
         block = _orthogonal_to(basis, images[:, -block.shape[1] :])
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, apply(block)], dim=1)
-    return None
+
+
+def _eigen(matrix: Tensor, images: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the r largest eigenvalues, descending, their vectors, and whether these are positive and the images finite; not read yet."""
+    is_finite = torch.isfinite(images).all()
+    values, vectors = torch.linalg.eigh(torch.where(is_finite, matrix, 0.0))  # which refuses NaN
+    theta = values.flip(0)[:rank]
+    return theta, vectors.flip(1)[:, :rank], is_finite & (theta[-1] > 0)
+
+
+def _read(*flags: Tensor) -> list[bool]:
+    """Return what flags say, having waited for their device once."""
+    read: list[bool] = torch.stack(flags).tolist()
+    return read
 
 
 def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
@@ -227,25 +240,26 @@ def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
 class _Settling:
     """Tells when monotone sequences of energies are all within their tolerances of where they go, if they go on geometrically."""
 
-    def __init__(self, tolerances: Sequence[float]) -> None:
-        self.tolerances = torch.tensor(tolerances, dtype=torch.float64)
+    def __init__(self, tolerances: Sequence[float], device: torch.device) -> None:
+        self.tolerances = torch.tensor(tolerances, dtype=torch.float64, device=device)
+        self.not_yet = torch.zeros((), dtype=torch.bool, device=device)
         self.energies: list[Tensor] = []
 
-    def after(self, energies: Tensor) -> bool:
-        """Take the next energies, all positive, and return whether every sequence has settled."""
+    def after(self, energies: Tensor) -> Tensor:
+        """Take the next energies, all positive, and return whether every sequence has settled, not read off its device."""
         self.energies = [*self.energies[-2:], energies]
         if len(self.energies) < 3:
-            return False
+            return self.not_yet
         before, last = (self.energies[1] - self.energies[0]).abs(), (self.energies[2] - self.energies[1]).abs()
         ratio = (last / before.clamp(min=torch.finfo(before.dtype).tiny)).clamp(max=0.95)
-        room = self.tolerances.to(energies.device) * energies
-        return bool((last * ratio / (1 - ratio) <= room).all() and (last <= 10 * room).all())
+        room = self.tolerances * energies
+        return (last * ratio / (1 - ratio) <= room).all() & (last <= 10 * room).all()
 
 
 def _inverse_tall(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
     """Return ``X -> (Pᵀ P)⁻¹ X`` and ``V -> left singular vectors``, or None where a factor is singular."""
-    chol_c, chol_w = _cholesky(C.dense(W.dtype, W.device)), _cholesky(Symmetric.gram(W).dense())
-    if chol_c is None or chol_w is None:
+    (chol_c, sound_c), (chol_w, sound_w) = _factor(C.dense(W.dtype, W.device)), _factor(Symmetric.gram(W).dense())
+    if not all(_read(sound_c, sound_w)):
         return None
 
     def solve_wc(X: Tensor) -> Tensor:
@@ -268,9 +282,15 @@ def _inverse_wide(W: Tensor, C: DampedCovariance) -> tuple[Callable[[Tensor], Te
 
 def _cholesky(matrix: Tensor, tolerance: float = 1e-7) -> Tensor | None:
     """Return the lower factor L, or None where its diagonal spreads so far that float64 solves would be inaccurate."""
+    lower, is_sound = _factor(matrix, tolerance)
+    return lower if bool(is_sound) else None
+
+
+def _factor(matrix: Tensor, tolerance: float = 1e-7) -> tuple[Tensor, Tensor]:
+    """Return L as ``_cholesky`` does, and whether it is of use, not read off its device."""
     lower, failed = torch.linalg.cholesky_ex(matrix)
     diagonal = lower.diagonal()
-    return None if failed or diagonal.min() <= tolerance * diagonal.max() else lower
+    return lower, (failed == 0) & (diagonal.min() > tolerance * diagonal.max())
 
 
 def _solve(lower: Tensor, X: Tensor) -> Tensor:

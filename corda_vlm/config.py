@@ -88,7 +88,8 @@ class CordaConfig(Options):
     hundreds of image tokens drown a question."""
 
     max_memory: str | float | None = None
-    """What the covariances may take at once, in bytes or as "8GB"; the samples are run as often as that needs, with the same result."""
+    """What the covariances may take at once, in bytes or as "8GB"; the samples are run as often as that needs, with the same result. None
+    takes half of what is free on a GPU, and sets no limit on CPUs."""
 
     num_samples: Count = 256
     """How many samples of context are drawn at most. Ready batches are all used, or this many of them for each of several candidates."""

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 from corda_core import AdapterPlan, Choice, Covariance, Mode, allocate, attach, choose, collect, plan
 from corda_core.collect import split_layers
 from corda_core.covariance import on_cpu, together
+from corda_core.layers import from_first_process
 from corda_core.linears import unwrapped, weight_shape
 from corda_core.lora import Protect
 from corda_core.plan import random_plan
@@ -291,7 +293,23 @@ def _parts(model: nn.Module, contexts: Sequence[_Ready], names: Sequence[str], c
     batches = next((context.samples.batches for context in contexts if context.samples is not None), None)
     # The best so far and the next one share the memory limit, and so do those that are added up.
     at_once = min(2, len(contexts)) * max(len(context.files) + (context.samples is not None) for context in contexts)
-    return split_layers(model, batches, names, None if config.max_bytes is None else config.max_bytes // at_once)
+    limit = _room(model, batches) if config.max_bytes is None else config.max_bytes
+    parts = split_layers(model, batches, names, None if limit is None else limit // at_once)
+    if config.max_bytes is None and limit is not None and len(parts) > 1:
+        logger.info("covariances in %d parts of at most %.1f GB, half of what is free; max_memory sets it", len(parts), limit / 1e9)
+    return parts
+
+
+def _room(model: nn.Module, batches: Any) -> int | None:
+    """Return how many bytes covariances may take where nobody said it: half of what is free on the model's GPU; None is no limit.
+
+    The other half is for activations and the decomposition. No limit on CPUs, or where batches can be iterated only once.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda" or iter(batches or []) is batches:
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return from_first_process((torch.cuda.mem_get_info(device)[0] + cached) // 2)
 
 
 def _collect(model: nn.Module, contexts: Sequence[_Ready], config: CordaConfig, place: int, names: Sequence[str]) -> dict[str, Covariance]:

@@ -1,10 +1,13 @@
 """The iterative solvers against float64 references: context energy, condition numbers, and their checks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from corda_core import Covariance, decompose, solvers
+from corda_core import Covariance, decompose, factors, solvers
 from corda_core.decompose import Decomposition, Solver, spectrum
 
 SHAPES = {"square": (160, 160), "wide": (96, 200), "tall": (220, 110), "very wide": (40, 600), "very tall": (600, 40)}
@@ -126,7 +129,7 @@ def test_nothing_is_returned_that_fails_the_check(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_iteration_that_does_not_settle_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers._Settling, "after", lambda self, energy: False)
+    monkeypatch.setattr(solvers._Settling, "after", lambda self, energy: torch.tensor(False))
     weight, covariance = case(160, 160, 10.0, 100.0)
     assert decompose(weight, covariance, 4, "kpm", solver="partial").fell_back
     assert decompose(weight, covariance, 4, "ipm", solver="partial").fell_back
@@ -197,3 +200,33 @@ def test_massive_direction_is_beyond_float32_and_done_in_float64() -> None:
     reached = (decomposition.basis.T @ P).square().sum(1).flip(0).cumsum(0)
     assert not decomposition.fell_back
     torch.testing.assert_close(reached, exact[:16].square().flip(0).cumsum(0), rtol=1e-2, atol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a value of a tensor is read, for which a device would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", ["square", "wide", "tall"])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_a_device_is_waited_for_once_an_iteration(shape: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, covariance = case(*SHAPES[shape], 10.0, 100.0)
+    after, read, iterations, reads = solvers._Settling.after, solvers._read, [], []
+    monkeypatch.setattr(solvers._Settling, "after", lambda self, energies: iterations.append(1) or after(self, energies))
+    monkeypatch.setattr(solvers, "_read", lambda *flags: reads.append(1) or read(*flags))
+    with Waits() as waits:
+        decomposition = decompose(weight, covariance, 4, mode, solver="partial")
+        inside = waits.count
+        factors(decomposition)
+    assert not decomposition.fell_back
+    assert len(iterations) >= 3
+    assert len(reads) <= len(iterations) + 1, "and once for the factors"
+    assert inside <= 4, "finite weight, mean of the diagonal, check of the factor and of the result"
+    assert waits.count == inside, "no value is read to share the scale between the factors"
