@@ -91,6 +91,8 @@ def train(
             typer.echo(f"The outputs on the context have drifted by {summary.drift:.2%}.")
         if summary.num_broken:
             typer.echo(f"Skipped {summary.num_broken} samples whose images could not be read.")
+        if summary.num_long or summary.num_cut:
+            typer.echo(f"Of samples that were too long {summary.num_cut} were cut, {summary.num_long} skipped.")
         typer.echo(f"Adapter: {summary.output} (corda-vlm export --adapter {summary.output} --output my-lora makes an ordinary LoRA of it)")
 
 

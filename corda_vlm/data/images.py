@@ -4,6 +4,8 @@ import errno
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -34,15 +36,8 @@ def read_image(source: str | Path | bytes | Image.Image, max_pixels: int | None 
         BrokenImageError: If it cannot be read.
         OSError: If the machine is to blame.
     """
-    try:
+    with _telling_what_is_broken(source):
         return open_image(source, max_pixels)
-    except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
-            raise
-        name = (
-            f"{source} " if isinstance(source, (str, Path)) and source else f"of {len(source)} bytes " if isinstance(source, bytes) else ""
-        )
-        raise BrokenImageError(f"the image {name}cannot be read ({why_unreadable(error)})") from error
 
 
 def open_image(source: str | Path | bytes | Image.Image, max_pixels: int | None = None) -> Image.Image:
@@ -77,6 +72,33 @@ def open_image(source: str | Path | bytes | Image.Image, max_pixels: int | None 
         image.load()
         rgb = _in_rgb(image)
         return rgb.copy() if rgb is image else rgb  # without the file's own class and what it holds
+
+
+def size_of(source: str | Path | bytes | Image.Image, max_pixels: int | None = None) -> tuple[int, int]:
+    """Return the width and height, in pixels, that ``read_image`` gives, of which only the header is read.
+
+    Raises:
+        BrokenImageError: If it cannot be read.
+        OSError: If the machine is to blame.
+    """
+    if isinstance(source, Image.Image):
+        return source.size
+    with _telling_what_is_broken(source), _opened(BytesIO(source) if isinstance(source, bytes) else source, max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _telling_what_is_broken(source: str | Path | bytes | Image.Image) -> Iterator[None]:
+    """Make one error of all that may be wrong with an image."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
+        name = (
+            f"{source} " if isinstance(source, (str, Path)) and source else f"of {len(source)} bytes " if isinstance(source, bytes) else ""
+        )
+        raise BrokenImageError(f"the image {name}cannot be read ({why_unreadable(error)})") from error
 
 
 def why_unreadable(error: BaseException) -> str:

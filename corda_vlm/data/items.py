@@ -1,5 +1,6 @@
 """Rows of a source -> the items that collators take: texts as fields, images opened when they are asked for."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -26,6 +27,8 @@ from corda_vlm.data.sources import FIELDS, DataConfig, load_rows
 from corda_vlm.failures import one_line
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_THREADS = 32
 """Threads that read images at once."""
@@ -52,6 +55,10 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """The row of each item."""
         self.num_broken = len(left_out)
         """How many rows are left out, as their images cannot be read."""
+        self.num_long = 0
+        """How many are left out, as they are too long."""
+        self.cut_at: Mapping[int, int] = {}
+        """After how many tokens to cut a row, of those that are too long."""
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -105,6 +112,10 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
             raise BrokenImageError(f"{where}: there is no image, without which this model learns nothing")
         return fields, sources, isinstance(image, (list, tuple))
 
+    def in_folder(self, source: Any) -> Any:
+        """Return what an image is opened from: a name is one of the images' folder."""
+        return self.folder / source if isinstance(source, (str, Path)) else source
+
     def read(self, row: int) -> Row:
         """Return the item of a row.
 
@@ -114,7 +125,14 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """
         fields, sources, is_list = self.sources(row)
         images = [self._opened(source, self.name_of(row)) for source in sources]
-        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row))
+        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row), self.cut_at.get(row))
+
+    def without_long(self, left_out: Collection[int], cut_at: Mapping[int, int]) -> "Items":
+        """Return these samples without some of their rows, and with others cut after so many tokens."""
+        some = copy.copy(self)
+        some.places = [row for row in self.places if row not in left_out] if left_out else self.places
+        some.num_long, some.cut_at = len(left_out), cut_at
+        return some
 
     def _image(self, values: Mapping[str, Any], where: str) -> Any:
         """Return what a row has for its image: in the column that options name, or in the only one that holds images."""
@@ -126,9 +144,8 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
             raise ValueError(f"{where}: {error}") from error
 
     def _opened(self, source: Any, where: str) -> Image.Image:
-        source = self.folder / source if isinstance(source, (str, Path)) else source
         try:
-            return read_image(source, self.config.max_pixels)
+            return read_image(self.in_folder(source), self.config.max_pixels)
         except BrokenImageError as error:
             raise BrokenImageError(f"{where}: {error}") from error
 
@@ -210,11 +227,16 @@ def _broken_rows(items: Items, accepts: Callable[[Image.Image], Any] | None) -> 
                     return f"{items.name_of(row)}: the model's processor refuses the image ({one_line(error)})"
         return None
 
-    share = range(process_rank(), len(items.rows), num_processes())
+    return told_of_each(range(len(items.rows)), why, "images")
+
+
+def told_of_each(rows: Sequence[int], tell: Callable[[int], T | None], title: str) -> dict[int, T]:
+    """Return what is told of rows, in their order, but None; read by several threads, by each process a share: each must call it."""
+    share = rows[process_rank() :: num_processes()]
     with _one_thread_each(), ThreadPool(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        reasons = pool.imap(why, share, chunksize=16)
-        broken = {row: reason for row in progress_bar(share, "images") if (reason := next(reasons)) is not None}
-    return dict(sorted((row, reason) for part in gathered(broken) for row, reason in part.items()))
+        answers = pool.imap(tell, share, chunksize=16)
+        told = {row: answer for row in progress_bar(share, title) if (answer := next(answers)) is not None}
+    return dict(sorted((row, answer) for part in gathered(told) for row, answer in part.items()))
 
 
 @contextmanager

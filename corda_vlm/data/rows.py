@@ -15,13 +15,13 @@ T = TypeVar("T")
 class Row(dict[str, Any]):
     """The fields of a sample, and where it comes from."""
 
-    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
-        """Take the fields, and the place that errors name."""
+    def __init__(self, fields: Mapping[str, Any], where: str, max_tokens: int | None = None) -> None:
+        """Take the fields, the place that errors name, and after how many tokens to cut the sample."""
         super().__init__(fields)
-        self.where = where
+        self.where, self.max_tokens = where, max_tokens
 
     def __reduce__(self) -> Any:
-        return Row, (dict(self), self.where)
+        return Row, (dict(self), self.where, self.max_tokens)
 
 
 class Numbered(Dataset[Any], Sequence[Any]):

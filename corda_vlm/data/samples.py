@@ -27,7 +27,7 @@ from corda_vlm.data.images import read_image
 from corda_vlm.data.limits import TextLimits
 from corda_vlm.data.media import image_field, image_sources
 from corda_vlm.data.rows import Item, fields_of, read_each
-from corda_vlm.data.tokens import PER_TOKEN, Sample, encode
+from corda_vlm.data.tokens import PER_TOKEN, Sample, cut, encode
 
 IGNORED_LABEL = -100
 
@@ -84,7 +84,7 @@ class Collator:
         return batch
 
     def _encoded(self, item: Item) -> dict[str, Tensor]:
-        encoded = encode(read_sample(item, self.processor), self.processor)
+        encoded = cut(encode(read_sample(item, self.processor), self.processor), getattr(item, "max_tokens", None))
         self.limits.check(encoded["input_ids"])
         if self.with_labels and not encoded["is_response"].any():
             if self.whole_texts:

@@ -8,7 +8,7 @@ the answer is tokenised as after a line's end. So training sees the tokens that 
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -58,6 +58,17 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
         given = set(PER_TOKEN) & set(processor.model_input_names)
         encoded |= {key: torch.zeros_like(encoded["input_ids"]) for key in given - set(encoded)}
     return {key: value for key, value in encoded.items() if key not in ("attention_mask", "labels")}
+
+
+def cut(encoded: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
+    """Return what ``encode`` gives without the tokens after so many; None leaves all."""
+    return {key: value[:max_tokens] if key in ("input_ids", "is_response", *PER_TOKEN) else value for key, value in encoded.items()}
+
+
+def length_without_images(sample: Sample, processor: Any) -> int:
+    """Return how many tokens ``encode`` gives where each image were a single token."""
+    texts = [segment.text.replace(MARK, "") for segment in sample.segments]
+    return len(_Reader(tokenizer_of(processor), image_token(processor), replace(sample, images=()), texts).read([]))
 
 
 def _with_images(texts: Sequence[str], images: Sequence[Image.Image], processor: Any, reader: "_Reader") -> dict[str, Any]:

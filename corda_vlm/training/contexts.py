@@ -11,8 +11,10 @@ from torch import nn
 
 from corda_core.layers import from_first_process, process_rank
 from corda_core.store import ATTACHMENT
-from corda_vlm.context import Sources, image_reader, is_keep_file
+from corda_vlm.context import Sources, collator_for, image_reader, is_keep_file
 from corda_vlm.data.items import Items, load_items
+from corda_vlm.data.lengths import within_length
+from corda_vlm.data.samples import Collator
 from corda_vlm.data.sources import DataConfig
 from corda_vlm.selfwritten import SelfWritten, read_self_context, self_context
 from corda_vlm.towers import has_two_towers
@@ -84,13 +86,21 @@ def read_context(
 
 
 def items_of(data: DataConfig, recipe: Recipe, model: nn.Module, processor: Any) -> Items:
-    """Return the samples of a source, as this model needs them.
+    """Return the samples of a source, as this model needs them, and no longer than it or the recipe takes them (``within_length``).
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the source is broken, empty or of an unknown kind.
+        ValueError: If the source is broken, empty or of an unknown kind, or has samples that are too long.
     """
-    return load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
+    items = load_items(data, download=recipe.model.download, needs_images=has_two_towers(model), accepts=image_reader(processor))
+    collate, options = collator_for(model, processor), recipe.training
+    if isinstance(collate, Collator):
+        return within_length(items, collate, options.max_length, options.on_long)
+    if options.max_length is not None:
+        raise ValueError(
+            "training.max_length is for language models; pairs of images and captions are cut by their processor: leave it out."
+        )
+    return items
 
 
 def self_written(

@@ -99,6 +99,13 @@ class TrainingConfig(Options):
     schedule: Annotated[str, one_of("cosine", "linear", "constant", "constant_with_warmup")] = "cosine"
     """"cosine", "linear", "constant" or "constant_with_warmup"."""
 
+    max_length: Count | None = None
+    """Tokens that a sample may have, an image's among them; None takes the model's positions."""
+
+    on_long: Annotated[str, one_of("stop", "skip", "cut")] = "stop"
+    """What to do with longer samples: "stop" names the first and counts them; "skip" leaves them out; "cut" takes their end off, and leaves
+    those out that would lose part of an image or all of their response."""
+
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
 

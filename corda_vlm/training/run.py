@@ -71,6 +71,12 @@ class RunSummary:
     num_broken: int
     """How many samples were skipped, as their images could not be read."""
 
+    num_long: int
+    """How many were skipped, as they are too long."""
+
+    num_cut: int
+    """How many were cut, as they are too long."""
+
 
 def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
     """Run a recipe and write the adapter into its output folder.
@@ -108,6 +114,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
             None if keep is None else keep.kept,
             next((entry["drift"] for entry in reversed(trainer.state.log_history) if "drift" in entry), None),
             samples["data"].num_broken,
+            samples["data"].num_long,
+            len(samples["data"].cut_at),
         )
         if process_rank() == 0:
             record = dataclasses.asdict(summary) | {"output": str(output), "num_processes": num_processes()}

@@ -332,6 +332,28 @@ def test_broken_images_stop_the_run_or_are_skipped_and_counted(processor: Any, t
     assert trained(path, f"output={tmp_path / 'workers'}", "data.on_broken=skip", "training.workers=1").losses == done.losses
 
 
+def test_long_samples_stop_the_run_or_are_skipped_or_cut_and_counted(processor: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, processor, training={"steps": 6})
+    rows = json.loads((tmp_path / "data.json").read_text())
+    short, long = (Collator(processor)([{**row, "image": str(tmp_path / row["image"])}])["input_ids"].shape[1] for row in rows[1::-1])
+    assert short < long
+    result = CliRunner().invoke(app, ["train", "--config", str(path), f"training.max_length={long - 1}"])
+    assert result.exit_code == 1
+    expected = f"12 of 24 samples of {tmp_path / 'data.json'} are longer than {long - 1} tokens, training.max_length; the first is row 0"
+    assert expected in " ".join(result.output.split())
+    assert not (tmp_path / "output" / "corda.safetensors").exists()
+    limit = f"training.max_length={long - 1}"
+    result = CliRunner().invoke(app, ["train", "--config", str(path), limit, "training.on_long=cut", f"output={tmp_path / 'cut'}"])
+    assert result.exit_code == 0, result.output
+    assert "Of samples that were too long 12 were cut, 0 skipped." in " ".join(result.output.split())
+    done = trained(path, limit, "training.on_long=skip", f"output={tmp_path / 'skip'}")
+    assert (done.num_long, done.num_cut) == (12, 0)
+    assert trained(path, f"training.max_length={long}").num_long == 0
+    record = json.loads((tmp_path / "cut" / "training.json").read_text())
+    assert (record["num_long"], record["num_cut"]) == (0, 12)
+    assert [tuple(loss) for loss in record["losses"]] != done.losses
+
+
 def test_a_processor_of_another_model_is_refused(processor: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, processor)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -381,6 +403,8 @@ def test_open_clip_runs_from_a_folder_and_exports_a_checkpoint_that_it_reads(pro
     overrides = [f"{part}.source={tmp_path / 'pairs.json'}" for part in ("data", "context")]
     overrides += [f"model.path=local-dir:{folder}", "model.library=open_clip", "corda.parts=null", "corda.train_fully=[]"]
     overrides += ["training.batch_size=6", "training.save_every=4", "keep.every=2", "keep.budget=0.01"]
+    with pytest.raises(ValueError, match="training.max_length is for language models"):
+        trained(path, *overrides, "training.max_length=9", f"output={tmp_path / 'refused'}")
     whole = trained(path, *overrides, f"output={tmp_path / 'whole'}")
     assert whole.losses[-1][1] < whole.losses[0][1]
     assert whole.kept is not None
