@@ -1,6 +1,5 @@
 """What a recipe will take: layers, parameters, memory, FLOPs, time. Reads the model's config, never its weights."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from torch import nn
 
 from corda_core import Mode
 from corda_core.allocate import budget_of_rank
+from corda_core.layers import flops_per_second
 from corda_core.linears import check_present, weight_shape
 from corda_core.store import read_covariances
 from corda_vlm.config import CordaConfig
@@ -22,6 +22,7 @@ from corda_vlm.data.tokens import encode
 from corda_vlm.selfwritten import MAX_TOKENS
 from corda_vlm.towers import family_of, has_two_towers, modules_of, select_layers
 from corda_vlm.training.keep import default_batch_size
+from corda_vlm.training.memory import Card, Memory, compute_device, memory_of
 from corda_vlm.training.models import describe_base, read_processor
 from corda_vlm.training.recipe import SELF, KeepConfig, Recipe
 
@@ -60,11 +61,8 @@ class Estimate:
     num_context_tokens: int
     """Of a sample of context, on average."""
     steps: int | None
-    base_bytes: int
-    training_bytes: int
-    """Adapters with their frozen start, gradients and AdamW's two moments, in float32."""
-    covariance_bytes: int
-    """At once, half of each matrix."""
+    memory: Memory
+    card: Card
     context_flops: float
     """Forward passes over the context, and the products X Xᵀ; also those in which the base writes it."""
     decomposition_flops: float
@@ -77,8 +75,8 @@ def estimate(recipe: Recipe) -> Estimate:
     """Return what a recipe will take.
 
     Counted are products of matrices: 2 m n FLOPs a token and layer forwards, as many backwards, as the base takes no gradient; attention's
-    own products and activations are not. Layers that turn out not to reach the output are counted too. Samples have the mean length of
-    ``LOOKED_AT`` of them, or ``TOKENS`` where data or processor are not on this disk.
+    own products are not. Layers that turn out not to reach the output are counted too. Samples have the mean length of ``LOOKED_AT`` of
+    them, or ``TOKENS`` where data or processor are not on this disk.
 
     Raises:
         FileNotFoundError: If a keep file is not there.
@@ -95,7 +93,6 @@ def estimate(recipe: Recipe) -> Estimate:
     trained = adapters if corda.protection != "strict" else sum(m * min(corda.rank, m, n) for m, n in shapes.values())
     whole = sum(p.numel() for name in modules_of(model, corda.train_fully) for p in model.get_submodule(name).parameters())
     num_base = sum(parameter.numel() for parameter in model.parameters())
-    bits = 4.5 if recipe.model.quantize or corda.quantize else 8 * getattr(torch, recipe.model.dtype).itemsize
     samples, length = _look_at(recipe.data, recipe, model)
     context_length = _context_length(recipe, model, length)
     steps = training.steps or (None if samples is None else int(-(-samples * training.epochs // training.batch_size)))
@@ -105,6 +102,8 @@ def estimate(recipe: Recipe) -> Estimate:
         more = passes + (recipe.keep.kind == "distill")
         step_flops += _kept_tokens(recipe.keep, recipe, model, context_length) * (2 * num_base * more + 6 * adapters)
     covariance_bytes, context_flops, decomposition_flops = _preparation(corda, shapes, context_length, num_base)
+    training_bytes = 4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole)
+    lengths = {"tokens": length, "context_tokens": context_length}
     return Estimate(
         model=type(model).__name__,
         num_base=num_base,
@@ -115,13 +114,12 @@ def estimate(recipe: Recipe) -> Estimate:
         num_tokens=length,
         num_context_tokens=context_length,
         steps=steps,
-        base_bytes=int(num_base * bits / 8),
-        training_bytes=4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole),
-        covariance_bytes=covariance_bytes,
+        memory=memory_of(model, recipe, shapes, covariances=covariance_bytes, training=training_bytes, **lengths),
+        card=Card.here(),
         context_flops=context_flops + 2 * num_base * _num_written(recipe, model),
         decomposition_flops=decomposition_flops,
         training_flops=None if steps is None else steps * step_flops,
-        flops_per_second=_speed(getattr(torch, recipe.model.dtype)),
+        flops_per_second=flops_per_second(compute_device(), getattr(torch, recipe.model.dtype)),
     )
 
 
@@ -141,7 +139,7 @@ def _preparation(
 
 def describe(estimate: Estimate) -> str:
     """Return an estimate as text for a terminal."""
-    lines = [f"{estimate.model}, {estimate.num_base / 1e6:,.1f} M parameters, {_size(estimate.base_bytes)}"]
+    lines = [f"{estimate.model}, {estimate.num_base / 1e6:,.1f} M parameters"]
     for name, part in estimate.parts.items():
         low, high = part.ranks
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
@@ -149,16 +147,16 @@ def describe(estimate: Estimate) -> str:
     lines += [
         str(estimate.coverage),
         f"trainable: {estimate.num_trainable:,} ({estimate.num_trainable / estimate.num_base:.2%} of the base)",
-        f"memory beside the base, without activations: covariances {_size(estimate.covariance_bytes)} while preparing; "
-        f"adapters, gradients and optimiser {_size(estimate.training_bytes)} while training",
-        f"context: {_work(estimate.context_flops, estimate)}",
-        f"decomposition: {_work(estimate.decomposition_flops, estimate)}",
+        *estimate.memory.lines(),
+        f"on {estimate.card}: {estimate.memory.verdict(estimate.card)}",
+        f"context: {_work(estimate.context_flops, estimate.flops_per_second)}",
+        f"decomposition: {_work(estimate.decomposition_flops, estimate.card.double)}",
     ]
     if estimate.steps is None:
         lines.append("training: the data are not here, so the number of steps is not known; training.steps would set it")
     else:
         samples = "" if estimate.num_samples is None else f", {estimate.num_samples:,} samples"
-        lines.append(f"training: {estimate.steps:,} steps{samples}, {_work(estimate.training_flops or 0, estimate)}")
+        lines.append(f"training: {estimate.steps:,} steps{samples}, {_work(estimate.training_flops or 0, estimate.flops_per_second)}")
     lines.append(
         f"(times: {estimate.flops_per_second / 1e9:,.0f} GFLOP/s, measured just now for one process; {estimate.num_tokens} tokens a "
         f"sample, {estimate.num_context_tokens} of context)"
@@ -239,23 +237,7 @@ def _look_at(data: DataConfig, recipe: Recipe, model: nn.Module) -> tuple[int | 
     return len(items), round(sum(lengths) / len(lengths))
 
 
-def _speed(dtype: torch.dtype) -> float:
-    """Return FLOP/s of a product of matrices on the device that will compute."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    left, right = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        float((left @ right)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
-
-
-def _work(flops: float, estimate: Estimate) -> str:
-    seconds = flops / estimate.flops_per_second
+def _work(flops: float, per_second: float) -> str:
+    seconds = flops / per_second
     span = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
     return f"{flops / 1e12:,.1f} TFLOP, about {span}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -169,6 +169,21 @@ def test_a_memory_budget_changes_nothing(processor: Any, samples: list[Any]) -> 
         corda_vlm.prepare(tiny_llava(), batches, processor=processor, rank=4, max_memory="9KB")
 
 
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens")
+def test_a_gpu_that_is_too_small_gets_the_covariances_in_parts(
+    processor: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="corda_vlm")
+    whole = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
+    assert "half of what is free" not in caplog.text, "CPUs have no limit"
+    monkeypatch.setattr(prepare_module, "_room", lambda model, batches: 9_000)
+    frugal = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
+    assert caplog.text.count("half of what is free") == 1
+    expected = lora_layers(whole)
+    for name, layer in lora_layers(frugal).items():
+        assert torch.equal(layer.lora_A["default"].weight, expected[name].lora_A["default"].weight)
+
+
 @pytest.mark.parametrize("parts", [None, ALL_PARTS])
 @pytest.mark.parametrize(("mode", "protect"), [("kpm", "start"), ("kpm", "strict"), ("kpm", "whitened"), ("ipm", "start")])
 def test_corda_plus_plus(parts: Any, mode: str, protect: str, processor: Any, samples: list[Any]) -> None:

@@ -42,12 +42,14 @@ def stand_ins(tmp_path: Path, processor: Any) -> Path:
 def changed(name: str, folder: Path) -> list[str]:
     """Return the overrides that put a stand-in in the place of model and data."""
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    kind, model = ("text" if "metamath" in name else "image"), name.split("_")[0]
+    kind, model = ("text" if "metamath" in name else "image"), "llava" if name.endswith("gb") else name.split("_")[0]
     overrides = [f"data.source={folder / kind}.jsonl", f"data.images={folder}", f"output={folder / 'output'}", "corda.rank=4"]
     if "context" in values:
         overrides += [f"context.source={folder / kind}.jsonl", f"context.images={folder}"]
         if model == "llava":
             overrides += ["context.columns={answer: answers}"]
+    if name.endswith("gb"):
+        overrides += ["data.columns={answer: answers}", "model.quantize=null"]
     if model != "clip":
         overrides += [f"model.path={folder / model}", "model.dtype=float32"]
     return overrides
@@ -71,6 +73,9 @@ def test_dry_run_tells_what_it_will_take(name: str, stand_ins: Path) -> None:
         "are in adapted layers",
         "trainable",
         "covariances",
+        "while training",
+        "float64",
+        "it fits",
         "decomposition",
         "training:",
         "TFLOP",
@@ -102,11 +107,11 @@ def test_the_estimate_counts_what_attach_makes(stand_ins: Path) -> None:
     adapted = corda_core.load(tiny_llama(), stand_ins / "output", is_trainable=True)
     assert estimated.num_trainable == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert estimated.num_base == sum(parameter.numel() for parameter in tiny_llama().parameters())
-    assert estimated.base_bytes == 4 * estimated.num_base
+    assert estimated.memory.weights == 4 * estimated.num_base
     assert sum(part.num_layers for part in estimated.parts.values()) == 14
     frozen = sum(buffer.numel() for name, buffer in adapted.named_buffers() if "lora_A0" in name or "lora_B0" in name)
-    assert estimated.training_bytes == 4 * (4 * estimated.num_trainable + frozen)
+    assert estimated.memory.training == 4 * (4 * estimated.num_trainable + frozen)
     assert torch.tensor(estimated.flops_per_second) > 1e8
     plain = estimate(read_recipe(CONFIGS / "llama2_metamath_kpm.yaml", [*overrides, "corda.mode=lora", "corda.protect=null"]))
-    assert (plain.covariance_bytes, plain.context_flops, plain.decomposition_flops) == (0, 0, 0)
-    assert plain.training_bytes == 4 * 4 * plain.num_trainable
+    assert (plain.memory.covariances, plain.context_flops, plain.decomposition_flops) == (0, 0, 0)
+    assert plain.memory.training == 4 * 4 * plain.num_trainable
