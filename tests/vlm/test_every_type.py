@@ -30,6 +30,14 @@ olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe qwen3_next recurrent_gemma rwkv smollm3
 """Language models that differ in kind: tied heads, Conv1D, fused projections, grouped queries, windows, Mamba, experts, parallel blocks."""
 FEW = ("llava", "qwen3_5", "mllama", "florence2", "instructblip", "unlimited_ocr", "metaclip_2", "falcon")
 """Those of the default run, one of each kind."""
+REASONS = {
+    "hunyuan_vl": "transformers: `HunYuanVLModel.get_rope_index` numbers images over the whole batch, so the same row twice differs",
+    "llama4": "transformers: `Llama4ForConditionalGeneration.forward` asks its language model's output for `image_outputs`, and fails on "
+    "text alone too",
+    "pp_formulanet": "transformers and PEFT: `get_peft_model` calls `get_input_embeddings`, which `PPFormulaNetModel` does not have",
+    "udop": "transformers: patches stand behind a text's padding, and `UdopStack` counts distances over it; without an image rows are alike",
+}
+"""Why a type does not work in full, where plain transformers or PEFT do not either."""
 
 
 def types() -> dict[str, tuple[str, ...]]:
@@ -66,7 +74,9 @@ def table(results: dict[str, Result]) -> str:
         marks = " | ".join("yes" if result.get(step) == "yes" else "no" for step in STEPS)
         layers = " + ".join(str(result.get("layers", {}).get(part, 0)) for part in ("vision", "projector", "language"))
         failed = next((f"; {step}: {result[step]}" for step in ("model", *STEPS, "measured") if result.get(step, "yes") != "yes"), "")
-        lines.append(f"| {kind.partition(':')[0]} | {marks} | {layers}{failed[:200].replace('|', '/')} |")
+        reason = REASONS.get(kind.partition(":")[0])
+        note = f"; {reason}" if failed and reason else failed[:200].replace("|", "/")
+        lines.append(f"| {kind.partition(':')[0]} | {marks} | {layers}{note} |")
     return "\n".join([f"With transformers {version('transformers')} and PEFT {version('peft')}.", "", *lines, ""])
 
 
