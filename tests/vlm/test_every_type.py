@@ -35,7 +35,7 @@ REASONS = {
     "llama4": "transformers: `Llama4ForConditionalGeneration.forward` asks its language model's output for `image_outputs`, and fails on "
     "text alone too",
     "pp_formulanet": "transformers and PEFT: `get_peft_model` calls `get_input_embeddings`, which `PPFormulaNetModel` does not have",
-    "udop": "transformers: patches stand behind a text's padding, and `UdopStack` counts distances over it; without an image rows are alike",
+    "udop": "transformers: patches stand behind the padding, and `UdopStack` counts distances over it; without an image rows are alike",
 }
 """Why a type does not work in full, where plain transformers or PEFT do not either."""
 
