@@ -80,11 +80,18 @@ def tokenizer_of(processor: Any) -> Any:
 
 def image_token(processor: Any) -> str:
     """Return the token that represents an image in this processor's prompts."""
-    return getattr(processor, "image_token", PLACEHOLDER)
+    return str(getattr(processor, "image_token", PLACEHOLDER))
+
+
+def puts_images_first(processor: Any) -> bool:
+    """Return whether the processor puts an image's tokens before the text by itself, and the text has none (BLIP-2, InstructBLIP)."""
+    return getattr(processor, "num_query_tokens", None) is not None
 
 
 def image_text(processor: Any) -> str:
     """Return what a prompt has in an image's place: the token, between the two by which Qwen's models find images."""
+    if puts_images_first(processor):
+        return ""
     tokenizer, token = tokenizer_of(processor), image_token(processor)
     start, end = "<|vision_start|>", "<|vision_end|>"
     wrapped = tokenizer.convert_tokens_to_ids(start) not in (None, tokenizer.unk_token_id)

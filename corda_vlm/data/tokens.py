@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from corda_vlm.data.conversation import Segment, image_token, reads_images, tokenizer_of
+from corda_vlm.data.conversation import Segment, image_token, puts_images_first, reads_images, tokenizer_of
 from corda_vlm.failures import one_line
 
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
@@ -45,7 +45,8 @@ def encode(sample: Sample, processor: Any) -> dict[str, Tensor]:
     """
     texts = [segment.text.replace(MARK, "") for segment in sample.segments]
     # Processors see only what they see in generation: some append to their text.
-    seen = max((place + 1 for place, text in enumerate(texts) if sample.images and image_token(processor) in text), default=0)
+    shown = [place + 1 for place, text in enumerate(texts) if sample.images and image_token(processor) in text]
+    seen = max(shown, default=int(bool(sample.images) and puts_images_first(processor)))
     reader = _Reader(tokenizer_of(processor), image_token(processor), sample, texts[seen:])
     inputs: dict[str, Any] = _with_images(texts[:seen], sample.images, processor, reader) if seen else {"input_ids": [reader.read([])]}
     encoded = {key: torch.as_tensor(value)[0] if key in ("input_ids", *PER_TOKEN) else value for key, value in inputs.items()}
@@ -91,7 +92,8 @@ class _Reader:
     """A tokenizer as it is lent to a processor: it gives one sample's tokens for the text with its images' tokens in it."""
 
     tokenizer: Any
-    image_token: str
+    repeated: str
+    """The token of which an image has many; not named as the tokenizer's own, which processors ask for."""
     sample: Sample
     rest: Sequence[str]
     """Text of the segments that the processor does not see."""
@@ -103,6 +105,10 @@ class _Reader:
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         texts = (text if isinstance(text, str) else text[0]).split(MARK)
+        if self.is_response and not texts[0].replace(self.repeated, ""):  # BLIP-2's puts an image's tokens before the text by a second call
+            encoding = self.tokenizer(text, **options)
+            self.is_response = [0] * len(encoding["input_ids"]) + self.is_response
+            return encoding
         encoding = self.tokenizer(["".join(texts)], **options | {"return_tensors": None})
         ids = self.read(texts)
         encoding.update({key: [[int(key == "attention_mask")] * len(ids)] for key in encoding} | {"input_ids": [ids]})
@@ -111,7 +117,7 @@ class _Reader:
     def read(self, texts: Sequence[str]) -> list[int]:
         """Return the tokens of these texts and the rest."""
         texts = [*texts, *self.rest]
-        wholes = _tokens_up_to_each(texts, self.image_token if self.sample.images else None, self.tokenizer)
+        wholes = _tokens_up_to_each(texts, self.repeated if self.sample.images else None, self.tokenizer)
         ids, is_response = _cut(texts, wholes, self.sample, self.tokenizer)
         ids, self.is_response = _with_special_tokens(ids, is_response, self.sample, self.tokenizer)
         return ids
