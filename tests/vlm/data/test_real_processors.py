@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from corda_vlm.data.conversation import image_token
 from corda_vlm.data.samples import Collator, _joined
 
-WORDS = """
-be brief system user assistant what color is this that and why ? red blue it a picture two of them no image
-""".split()
+TEXT = "be brief system user assistant what color is this that and why ? red blue it a picture two of them no image"
+WORDS = TEXT.split()
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE {% else %}{{ p['text'] }}"
     "{% endif %}{% endfor %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant {% endif %}"
