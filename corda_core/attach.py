@@ -1,7 +1,8 @@
 """Put an adapter plan on a model as a PEFT LoRA."""
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -12,8 +13,29 @@ from transformers.pytorch_utils import Conv1D
 
 from corda_core.bases import base_digest, check_same, check_unchanged, check_untouched, other_tensors
 from corda_core.decompose import Mode
-from corda_core.linears import FourBit, base_of, check_present, check_quantizable, is_quantized, is_shared, quantize_linears_, unwrapped
-from corda_core.lora import NOT_PLAIN, ContextLoraModel, Protect, fill, lora_config, lora_layers, whole_modules
+from corda_core.linears import (
+    FourBit,
+    base_of,
+    check_present,
+    check_quantizable,
+    expert_of,
+    is_quantized,
+    is_shared,
+    quantize_linears_,
+    unwrapped,
+    weight_matrix,
+)
+from corda_core.lora import (
+    NOT_PLAIN,
+    ContextLoraModel,
+    Protect,
+    by_stack,
+    fill,
+    fill_experts,
+    lora_config,
+    peft_layers,
+    whole_modules,
+)
 from corda_core.plan import AdapterInit, AdapterPlan
 
 
@@ -130,8 +152,13 @@ def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> Peft
     config = lora_config(base, ranks, plan.rank, attachment.alpha / plan.rank)
     config.modules_to_save = list(attachment.train_fully) or None
     peft_model = _with_lora(unwrapped(model), config, adapter_name)
-    layers = lora_layers(peft_model, adapter_name)
-    _check_layers({name: layer.r[adapter_name] for name, layer in layers.items()}, ranks)
+    layers = {name: layer for name, (_, layer) in peft_layers(peft_model, adapter_name).items()}
+    stacks = by_stack(plan.layers)
+    singles = {name: r for name, r in ranks.items() if expert_of(name) is None}
+    _check_layers(
+        {name: layer.r[adapter_name] for name, layer in layers.items()},
+        singles | {stack: max(init.rank for init in inits.values()) for stack, inits in stacks.items()},
+    )
     _check_whole(peft_model, attachment.train_fully, adapter_name)
     if residual is Residual.SUBTRACT:
         for name, layer in layers.items():
@@ -142,7 +169,9 @@ def _put_on(model: nn.Module, attachment: Attachment, adapter_name: str) -> Peft
         base.is_loaded_in_4bit = True  # where PEFT looks for whether to take them
         peft_model = _with_lora(base, config, adapter_name)
         base.is_loaded_in_4bit = False  # transformers would look for its own quantiser
-        layers = lora_layers(peft_model, adapter_name)
+        layers = {name: layer for name, (_, layer) in peft_layers(peft_model, adapter_name).items()}
+    for stack, inits in stacks.items():
+        fill_experts(layers.pop(stack), inits, adapter_name, attachment.protect)
     for name, layer in layers.items():
         fill(layer, plan.layers[name], adapter_name, attachment.protect, offset=residual is Residual.OFFSET)
     if attachment.protect in (Protect.START, Protect.WHITENED):
@@ -171,11 +200,13 @@ def find_attachment(model: nn.Module, adapter_name: str) -> Attachment | None:
 
 def _with_lora(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     """Return the model with PEFT's layers on it, this adapter active."""
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
-    else:
-        model = get_peft_model(model, config, adapter_name=adapter_name)
+    with warnings.catch_warnings():  # PEFT honours patterns for parameters, but says that they match nothing
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+            model.set_adapter(adapter_name)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name)
     model.base_model.__class__ = ContextLoraModel  # PEFT makes its own; this one differs in a single method
     return model
 
@@ -189,6 +220,7 @@ def _subtract_(base: Any, init: AdapterInit) -> None:
 def _check(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
     """Refuse options that contradict each other, and a model that this adapter cannot be put on."""
     check_options(attachment.plan.mode, attachment.protect, attachment.residual)
+    check_experts(attachment.plan.layers, attachment.protect, attachment.residual, attachment.quantize)
     if attachment.protect is Protect.WHITENED and any(init.whitening is None for init in attachment.plan.layers.values()):
         raise ValueError('protect="whitened" needs a plan made with whiten=True: plan(..., whiten=True).')
     _check_others(unwrapped(model), attachment, adapter_name)
@@ -215,6 +247,22 @@ def check_options(mode: Mode, protect: Protect, residual: Residual) -> None:
             f'protect="{protect}" goes with mode="kpm" and residual="offset", not with {str(mode)!r} and {str(residual)!r}: '
             "else there is no direction to keep, or nothing to subtract."
         )
+
+
+def check_experts(names: Iterable[str], protect: Protect, residual: Residual, quantize: FourBit | None) -> None:
+    """Refuse for fused experts what PEFT's adapters on parameters cannot hold, known before anything is computed.
+
+    Raises:
+        ValueError: If there are experts, and they would have to keep an offset or to be quantised.
+    """
+    expert = next((name for name in names if expert_of(name)), None)
+    if expert is None or (protect in (Protect.STRICT, Protect.NONE) and residual is Residual.OFFSET and quantize is None):
+        return
+    raise ValueError(
+        f"{expert} is a fused expert, whose adapter PEFT cannot hold with protect={str(protect)!r}, residual={str(residual)!r}, "
+        f'quantize={quantize and str(quantize)!r}: use protect="strict" with mode="kpm" or protect="none", without the other two, or '
+        "leave the experts out."
+    )
 
 
 def _check_others(model: nn.Module, attachment: Attachment, adapter_name: str) -> None:
@@ -259,7 +307,10 @@ def _check_writable(base: Any, attachment: Attachment) -> None:
         raise ValueError(
             f'residual="subtract" would change {shared[0]}, whose weight another module uses too; leave it out with `exclude`.'
         )
-    packed = [name for name in layers if is_quantized(base.get_submodule(name))]
+    tied = next((stack for stack in by_stack(layers) if is_shared(base, weight_matrix(base, f"{stack}[0]"))), None)
+    if tied is not None:
+        raise ValueError(f"{tied} is a parameter of another module too, which merging would change; leave it out with `exclude`.")
+    packed = [name for name in layers if expert_of(name) is None and is_quantized(base.get_submodule(name))]
     if packed and (subtracts or attachment.quantize is not None):
         raise ValueError(
             f'residual="subtract" and quantize change the base weights, but {packed[0]} is quantised already; '

@@ -5,6 +5,7 @@ multiplied once and added for all layers that read it. Under ``torch.distributed
 samples, and all get the mean over all of them.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from corda_core.covariance import HALVES, Covariance, SecondMoment, Symmetric, in_float64, mean_of_, multiplies_halves
 from corda_core.layers import from_first_process, gathered, is_distributed, num_processes, sum_over_processes_
-from corda_core.linears import evaluating, unwrapped, weight_shape
+from corda_core.linears import Expert, evaluating, expert_of, experts_at, stacks_of, unwrapped, weight_shape
 
 T = TypeVar("T")
 
@@ -73,12 +74,14 @@ def collect(
     Args:
         model: The model, perhaps wrapped in DDP; left as it was, training mode and hooks included.
         batches: Keyword arguments of the model's forward. Wrap the iterable to show progress.
-        names: Full names of linear layers, as from ``select_linears``.
+        names: Full names of linear layers, as from ``select_linears``. An expert's inputs are those of the tokens that are routed to it;
+            experts that no token reaches have no covariance, and a warning counts them.
         token_weights: How much each token counts for each layer; by default the attention mask.
         normalize: None, or "sample-max" (``Normalize``), for parity with PEFT.
 
     Raises:
-        ValueError: If there are no batches, a layer never ran, weights do not fit, or an input is not finite.
+        ValueError: If there are no batches, a layer never ran, weights do not fit, or an input is not finite; or experts are to be
+            normalised by samples.
 
     Note:
         The forward pass is left early only if the first batch reached every named layer exactly once, as later ones then do too; and
@@ -94,6 +97,8 @@ def collect(
             moments[readers] = moment
 
     scaling = None if normalize is None else Normalize(normalize)
+    if scaling is not None and any(map(expert_of, names)):
+        raise ValueError(f"normalize is {normalize!r}, but tokens reach experts without their samples; leave it, or the experts, out.")
     may_stop, number = False, 0
     with evaluating(bare):
         for number, batch in enumerate(batches, 1):
@@ -152,8 +157,15 @@ def _readers(model: nn.Module, batches: Batches, names: Sequence[str], max_memor
     groups: list[tuple[str, ...]] = []
     bare = unwrapped(model)
     with evaluating(bare):
-        _run(bare, first, names, lambda name, x: None, lambda readers, _: groups.append(readers))
+        _run(bare, first, names, lambda name, x, routed: None, lambda readers, _: groups.append(readers))
     return groups
+
+
+class _Routed(NamedTuple):
+    """Which of all tokens an expert reads."""
+
+    rows: Tensor
+    total: int
 
 
 class _Weights(NamedTuple):
@@ -253,14 +265,23 @@ def _fitting(weights: Tensor | tuple[Tensor | None, ...] | None, x: Tensor) -> T
     return None if any(each is None for each in several) else several[0]
 
 
-def _moment(seen: _Seen, weights_of: WeightsOf, normalize: Normalize | None, name: str, x: Tensor) -> SecondMoment:
+def _routed_weights(weights: Tensor | tuple[Tensor | None, ...] | None, routed: _Routed) -> Tensor | None:
+    """Return the weights of the tokens that an expert reads, of the first that are as many as all tokens."""
+    several = weights if isinstance(weights, tuple) else (weights,)
+    fitting = (each.reshape(-1)[routed.rows.to(each.device)] for each in several if each is not None and each.numel() == routed.total)
+    return next(fitting, None if any(each is None for each in several) else several[0])
+
+
+def _moment(seen: _Seen, weights_of: WeightsOf, normalize: Normalize | None, name: str, x: Tensor, routed: _Routed | None) -> SecondMoment:
     """Return the moment of what one batch feeds one layer."""
-    x, weights = x.detach(), _fitting(weights_of(name), x)
+    x = x.detach()
+    weights = _fitting(weights_of(name), x) if routed is None else _routed_weights(weights_of(name), routed)
     if weights is not None and x.ndim == 2 and weights.numel() == len(x):  # some models pass all tokens on as one row (OPT, experts)
         x = x.reshape(*weights.shape, x.shape[-1])
     if weights is not None and weights.shape != x.shape[:-1]:
+        shape = tuple(x.shape[:-1]) if routed is None else (routed.total,)
         raise ValueError(
-            f"{name}: its input has tokens of shape {tuple(x.shape[:-1])} but the mask has {tuple(weights.shape)}; "
+            f"{name}: its input has tokens of shape {shape} but the mask has {tuple(weights.shape)}; "
             "give `token_weights` weights for this layer's own tokens, or None for all alike."
         )
     read = None if weights is None else seen.read(weights)
@@ -290,7 +311,7 @@ def _run(
     model: nn.Module,
     batch: Mapping[str, Any],
     names: Sequence[str],
-    look: Callable[[str, Tensor], T],
+    look: Callable[[str, Tensor, _Routed | None], T],
     add: Callable[[tuple[str, ...], T], None],
     *,
     may_stop: bool = False,
@@ -301,8 +322,8 @@ def _run(
         model: Not wrapped.
         batch: Keyword arguments of its forward.
         names: Layers whose inputs are looked at.
-        look: Called with a layer's name and its input, once however many layers read the same tensor in a row; at once, not when the next
-            input comes: the tensor may be overwritten in place before the next layer runs.
+        look: Called with a layer's name, its input and, of an expert, which tokens these are; once however many layers read the same
+            tensor in a row, and at once, not when the next input comes: the tensor may be overwritten in place before the next layer runs.
         add: Called with the names of all layers that read one input, and what ``look`` returned for it.
         may_stop: Whether the forward pass may be left as soon as all named layers have run.
     """
@@ -311,7 +332,7 @@ def _run(
     current: Any = None
     version, result = 0, None
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, routed: _Routed | None = None) -> None:
         nonlocal readers, current, version, result
         ran.append(name)
         if x is current and x._version == version and name not in readers:
@@ -320,7 +341,7 @@ def _run(
             if readers:
                 add(readers, result)  # type: ignore[arg-type]
             current = result = None  # before the next product: only one waits
-            result = look(name, x)
+            result = look(name, x, routed)
             current, version, readers = x, x._version, (name,)
         if may_stop and len(set(ran)) == len(names):
             raise _AllSeen
@@ -332,21 +353,71 @@ def _run(
     return ran
 
 
+class _See(Protocol):
+    """Is told what a layer is fed, and of an expert which tokens."""
+
+    def __call__(self, name: str, x: Tensor, routed: _Routed | None = None) -> None:
+        """Look at it."""
+
+
 @contextmanager
-def _observed(model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, input)`` before each named layer runs; the hooks are gone at exit, whatever happens."""
+def _observed(model: nn.Module, names: Iterable[str], see: _See) -> Iterator[None]:
+    """Call ``see`` before each named layer runs; the hooks are gone at exit, whatever happens."""
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         see(name, next(iter((*args, *kwargs.values()))))  # models call a layer with its input by place or by name
 
+    def hook_experts(wanted: Sequence[Expert], _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        tokens, chosen = (*args, *kwargs.values())[:2]
+        _see_experts(experts_at(model, wanted[0].module), tokens.detach(), chosen, wanted, see)
+
+    fused: dict[str, list[Expert]] = {}
     handles = []
     try:
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+            expert = expert_of(name)
+            if expert is None:
+                handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+            else:
+                fused.setdefault(expert.module, []).append(expert)
+        for name, experts in fused.items():
+            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook_experts, experts), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _see_experts(module: Any, tokens: Tensor, chosen: Tensor, wanted: Sequence[Expert], see: _See) -> None:
+    """Show what the experts of a module are fed: to the first matrix of each its tokens (t, n), to the second what it makes of them.
+
+    Whatever implementation the module runs with, which transformers has several of: what is fed to the second is computed here again.
+
+    Args:
+        module: As transformers fuses experts.
+        tokens: All inputs (tokens, n).
+        chosen: The experts of each (tokens, k).
+        wanted: Matrices of this module's.
+        see: Called with name, input and which tokens it is of; not for experts that no token reaches.
+    """
+    first, _ = stacks_of(module)
+    parameters: dict[int, set[str]] = {}
+    for expert in wanted:
+        parameters.setdefault(expert.index, set()).add(expert.parameter)
+    path = wanted[0].module
+    for index, keys in parameters.items():
+        rows = (chosen == index).any(-1).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        routed, x = _Routed(rows, len(tokens)), tokens[rows]
+        if first in keys:
+            see(f"{path}.{first}[{index}]", x, routed)
+        for second in keys - {first}:
+            weight = getattr(module, first)[index]
+            hidden = x.to(weight.dtype) @ (weight if module.is_transposed else weight.T)
+            if module.has_bias:
+                hidden = hidden + getattr(module, f"{first}_bias")[index]
+            see(f"{path}.{second}[{index}]", module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden), routed)
 
 
 def _sum_over_processes_(moments: Moments, device: torch.device) -> None:
@@ -371,9 +442,13 @@ def _means_(moments: Moments, names: Sequence[str]) -> dict[str, Covariance]:
     """Return the covariance of each layer, one object for layers with the same moments; the moments are used up.
 
     Raises:
-        ValueError: If a layer has none, or none of its tokens counts.
+        ValueError: If a layer that is no expert has none, or none of its tokens counts.
     """
-    keys = {name: tuple(readers for readers in moments if name in readers) for name in names}
+    keys: dict[str, list[tuple[str, ...]]] = {name: [] for name in names}
+    for readers in moments:
+        for name in readers:
+            keys[name].append(readers)
+    keys = _reached(moments, keys)
     unseen = [name for name, key in keys.items() if not key]
     if unseen:
         raise ValueError(
@@ -382,9 +457,22 @@ def _means_(moments: Moments, names: Sequence[str]) -> dict[str, Covariance]:
     means: dict[tuple[tuple[str, ...], ...], Covariance] = {}
     # Moments that stand alone are divided in place, so sums over several come first.
     for name, key in sorted(keys.items(), key=lambda item: -len(item[1])):
-        if key not in means:
+        if tuple(key) not in means:
             try:
-                means[key] = mean_of_([moments[readers] for readers in key])
+                means[tuple(key)] = mean_of_([moments[readers] for readers in key])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    return {name: means[key] for name, key in keys.items()}
+    return {name: means[tuple(key)] for name, key in keys.items()}
+
+
+def _reached(moments: Moments, keys: dict[str, list[tuple[str, ...]]]) -> dict[str, list[tuple[str, ...]]]:
+    """Return the layers without the experts that no token reaches which counts; a warning counts those."""
+    experts = [name for name in keys if expert_of(name)]
+    missed = dict.fromkeys(name for name in experts if not sum(moments[readers].weight for readers in keys[name]))
+    if missed:
+        warnings.warn(
+            f"{len(missed)} of {len(experts)} matrices of experts saw no token of the samples, such as {next(iter(missed))}: they stay as "
+            "they are, with an adapter of rank 0. Give more samples.",
+            stacklevel=4,
+        )
+    return {name: key for name, key in keys.items() if name not in missed}

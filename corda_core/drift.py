@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from corda_core.attach import find_attachment
 from corda_core.covariance import Covariance, Symmetric
 from corda_core.linears import base_of, gathered_whole, weight_matrix
-from corda_core.lora import Protect, change_factors, lora_layers, shrink_layer_
+from corda_core.lora import ExpertLora, Protect, change_factors, lora_layers, shrink_layer_
 from corda_core.plan import AdapterInit
 
 
@@ -32,12 +32,22 @@ def context_drift(model: nn.Module, covariances: Mapping[str, Covariance], adapt
         KeyError: If an adapted layer has no covariance.
     """
     drift = {}
-    for name, layer in lora_layers(model, adapter_name).items():
+    for name, layer in _known_layers(model, covariances, adapter_name).items():
         A, B = change_factors(layer, adapter_name)
         C, weight = covariances[name].packed, weight_matrix(base_of(model), name).float()
         changed = _trace(B.T @ B, A @ C.times(A.T.contiguous()))
         drift[name] = float(changed.clamp(min=0).sqrt() / C.energy(weight).sqrt())
     return drift
+
+
+def _known_layers(model: nn.Module, covariances: Mapping[str, Covariance], adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers that carry the adapter, without experts that no context reached: they have none, and no change."""
+    layers = lora_layers(model, adapter_name)
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if name in covariances or not isinstance(layer, ExpertLora) or bool(layer.lora_A[adapter_name].weight.any())
+    }
 
 
 def weight_change(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
@@ -171,14 +181,13 @@ def _planned(model: nn.Module, adapter_name: str) -> dict[str, _Gauge]:
     unknown = next((name for name, init in attachment.plan.layers.items() if init.energy is None), None)
     if unknown is not None:
         raise ValueError(f"max_drift needs a plan that knows what the context gives each layer, but that of {unknown} is older; {cure}.")
-    return {
-        name: _planned_gauge(layer, attachment.plan.layers[name], adapter_name) for name, layer in lora_layers(model, adapter_name).items()
-    }
+    layers = lora_layers(model, adapter_name)
+    return {name: _planned_gauge(layers[name], init, adapter_name) for name, init in attachment.plan.layers.items()}
 
 
 def _planned_gauge(layer: LoraLayer, init: AdapterInit, adapter_name: str) -> _Gauge:
     assert init.energy is not None, "checked before"
-    rows, white = init.energy.rows.to(layer.get_base_layer().weight.device), init.whitening
+    rows, white = init.energy.rows.to(layer.lora_B[adapter_name].weight.device), init.whitening
     is_white = adapter_name in getattr(layer, "lora_Q", {})
 
     def measure() -> Tensor:
@@ -199,13 +208,13 @@ def _collected(model: nn.Module, covariances: Mapping[str, Covariance], adapter_
     Raises:
         ValueError: If a layer has none.
     """
-    layers, places = lora_layers(model, adapter_name), dict[tuple[int, torch.device], Symmetric]()
+    layers, places = _known_layers(model, covariances, adapter_name), dict[tuple[int, torch.device], Symmetric]()
     lacking = next((name for name in layers if name not in covariances), None)
     if lacking is not None:
         raise ValueError(f"max_drift has no covariance for {lacking}; give those of all adapted layers.")
     gauges = {}
     for name, layer in layers.items():
-        C, device = covariances[name].packed, layer.get_base_layer().weight.device
+        C, device = covariances[name].packed, layer.lora_B[adapter_name].weight.device
         C = places.setdefault((id(C), device), C.to(device))
         gauges[name] = _collected_gauge(C, weight_matrix(base_of(model), name), layer, adapter_name)
     return gauges

@@ -16,8 +16,18 @@ from corda_core.bases import Moved, Step, ancestry_as_json, ancestry_of, set_anc
 from corda_core.drift import DriftBound, weight_change
 from corda_core.files import check_finite, json_digest, read_json, read_tensors, replacing_in, weight_digest, write_tensors
 from corda_core.layers import process_rank
-from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_quantized, plain_linear, unwrapped, weight_matrix, write_weight_
-from corda_core.lora import ContextLora, change_factors, lora_config, lora_layers, saved_names, whole_modules
+from corda_core.linears import (
+    LINEAR_TYPES,
+    base_of,
+    expert_of,
+    gathered_whole,
+    is_quantized,
+    plain_linear,
+    unwrapped,
+    weight_matrix,
+    write_weight_,
+)
+from corda_core.lora import ContextLora, by_stack, change_factors, lora_config, lora_layers, peft_layers, saved_names, stacked, whole_modules
 from corda_core.store import ATTACHMENT, WEIGHTS
 
 
@@ -75,8 +85,9 @@ def export(
             A, B, lost[name] = compressed(A, B, compress)
             changes[name] = A, B
     ranks = {name: len(A) for name, (A, _) in changes.items()}
-    tensors, saved = {}, saved_names(base_of(model), changes)
-    for name, (A, B) in changes.items():
+    tensors, held = {}, _as_held(model, changes, adapter_name)
+    saved = saved_names(base_of(model), held)
+    for name, (A, B) in held.items():
         for side, factor in (("A", A), ("B", B)):
             tensors[f"base_model.model.{saved.get(name, name)}.lora_{side}.weight"] = factor.cpu().contiguous()
     whole = whole_modules(model, adapter_name)
@@ -209,6 +220,16 @@ def _changes(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tup
     return changes
 
 
+def _as_held(model: nn.Module, changes: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return factors by layer as PEFT holds them, by its own modules."""
+    held = {name: factors for name, factors in changes.items() if expert_of(name) is None}
+    layers = peft_layers(model, adapter_name)
+    for stack, factors in by_stack(changes).items():
+        place, layer = layers[stack]
+        held[place] = stacked(factors, layer.num_experts)
+    return held
+
+
 def _moves(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tuple[str, Moved]]:
     """Return of each layer that merging is about to change the digest of its weight, and how far it will move."""
     layers, base = lora_layers(model, adapter_name), base_of(model)
@@ -223,6 +244,7 @@ def _moves(model: nn.Module, alpha: float, adapter_name: str) -> dict[str, tuple
     moves = {
         name: (digests[name], Moved(alpha * change, alpha * drift[name] if name in drift else None))
         for name, change in weight_change(model, adapter_name).items()
+        if name in digests  # not of experts that no context reached: they never move
     }
     for prefix, wrapper in whole_modules(model, adapter_name).items():
         before, trained = wrapper.original_module, wrapper.modules_to_save[adapter_name]

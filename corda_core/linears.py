@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
 from types import ModuleType
@@ -26,6 +27,10 @@ BLOCK = 64
 """Weights that share one scale in bitsandbytes."""
 
 
+FUSED = "experts"
+"""Must stand in a pattern for layers that shall match fused experts: they take much memory, and are not adapted by the way."""
+
+
 class FourBit(StrEnum):
     """bitsandbytes' types of 4 bits."""
 
@@ -33,30 +38,69 @@ class FourBit(StrEnum):
     FP4 = "fp4"
 
 
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrix in a parameter that holds those of all: a layer like others, called ``mlp.experts.gate_up_proj[3]``."""
+
+    module: str
+    parameter: str
+    index: int
+
+    @property
+    def stack(self) -> str:
+        """The full name of the parameter."""
+        return f"{self.module}.{self.parameter}"
+
+
+def expert_of(name: str) -> Expert | None:
+    """Return which expert's matrix a layer is; None if it is a module."""
+    match = re.fullmatch(r"(.+)\.(\w+)\[(\d+)\]", name)
+    return Expert(match[1], match[2], int(match[3])) if match else None
+
+
+def stacks_of(module: Any) -> tuple[str, ...]:
+    """Return the names of the parameters in which transformers fuses the matrices of experts, what reads the tokens first; often none."""
+    if not hasattr(module, "_is_expert_parallel"):  # as its ``use_experts_implementation`` leaves experts
+        return ()
+    keys = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    stacks = [getattr(module, key, None) for key in keys]
+    return keys if all(isinstance(stack, Tensor) and stack.ndim == 3 and stack.dtype in PLAIN_TYPES for stack in stacks) else ()
+
+
+def experts_at(model: nn.Module, name: str) -> Any:
+    """Return the module of fused experts of this name, seen through PEFT's layers on it."""
+    module = unwrapped(model).get_submodule(name)
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
 def select_linears(
     model: nn.Module, targets: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """Return the full names of the linear layers to adapt, in the order of ``model.named_modules()``.
 
+    Experts that transformers holds fused, as a 3-D parameter, are linear layers too: ``mlp.experts.gate_up_proj[3]``. They match by the
+    parameter's name, all of them, and only a pattern in which ``experts`` stands.
+
     Args:
         model: Any module tree.
         targets: As in PEFT: a string is a regular expression for the whole name, a sequence holds names or name endings
-            ("q_proj", "layers.0.mlp.up_proj"). None takes every linear layer except the output embedding (``lm_head``).
+            ("q_proj", "layers.0.mlp.up_proj", "experts.down_proj"). None takes every linear layer except the output embedding
+            (``lm_head``) and fused experts.
         exclude: Layers to leave out, in the same two forms.
 
     Raises:
         ValueError: If a pattern matches no linear layer; the text names the closest ones.
     """
     model = unwrapped(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+    layers = _layers(model)
     if targets is None:
         find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
         output = find_output()
-        chosen = [name for name in linears if output is None or model.get_submodule(name) is not output]
+        chosen = [name for name, fused in layers.items() if not fused and (output is None or model.get_submodule(name) is not output)]
     else:
-        chosen = _matching(linears, targets, "targets")
-    left_out = set(_matching(linears, exclude, "exclude")) if exclude else set()
-    chosen = [name for name in chosen if name not in left_out]
+        chosen = _matching(layers, targets, "targets")
+    left_out = set(_matching(layers, exclude, "exclude")) if exclude else set()
+    chosen = [layer for name in chosen if name not in left_out for layer in layers[name] or (name,)]
     if not chosen:
         packed = [f"{name} ({type(module).__name__})" for name, module in model.named_modules() if hasattr(module, "qweight")]
         if packed:
@@ -65,7 +109,7 @@ def select_linears(
                 "prepare the adapter on the unquantised model."
             )
         raise ValueError(
-            f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(linears)} linear layers in the model."
+            f"No linear layer is left to adapt: targets={targets!r}, exclude={exclude!r}, {len(layers)} linear layers in the model."
         )
     return tuple(chosen)
 
@@ -84,18 +128,32 @@ def check_pattern(pattern: str, option: str) -> None:
         ) from error
 
 
-def _matching(names: list[str], patterns: str | Sequence[str], option: str) -> list[str]:
+def _layers(model: nn.Module) -> dict[str, list[str]]:
+    """Return what patterns may match: linear layers, without members, and parameters of fused experts, with the experts as members."""
+    layers: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR_TYPES):
+            layers[name] = []
+        for key in stacks_of(module):
+            layers[f"{name}.{key}"] = [f"{name}.{key}[{index}]" for index in range(len(getattr(module, key)))]
+    return layers
+
+
+def _matching(layers: Mapping[str, list[str]], patterns: str | Sequence[str], option: str) -> list[str]:
+    def known(pattern: str) -> list[str]:
+        return [name for name, fused in layers.items() if not fused or FUSED in pattern]
+
     if isinstance(patterns, str):
         check_pattern(patterns, option)
-        matching = [name for name in names if re.fullmatch(patterns, name)]
+        matching = [name for name in known(patterns) if re.fullmatch(patterns, name)]
         unmatched = [] if matching else [patterns]
     else:
-        hits = {pattern: [name for name in names if name == pattern or name.endswith(f".{pattern}")] for pattern in patterns}
+        hits = {pattern: {name for name in known(pattern) if name == pattern or name.endswith(f".{pattern}")} for pattern in patterns}
         unmatched = [pattern for pattern, matched in hits.items() if not matched]
-        matching = [name for name in names if any(name in matched for matched in hits.values())]
+        matching = [name for name in layers if any(name in matched for matched in hits.values())]
     if unmatched:
         raise ValueError(
-            f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(names, unmatched[0])}. "
+            f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(known(unmatched[0]), unmatched[0])}. "
             "A string is a regular expression for the whole name, a list holds name endings."
         )
     return matching
@@ -127,6 +185,9 @@ def weight_shape(model: nn.Module, name: str) -> tuple[int, int]:
     Raises:
         ValueError: As ``weight_matrix``.
     """
+    if expert_of(name) is not None:
+        m, n = _expert_matrix(model, name).shape
+        return m, n
     layer = _linear(model, name)
     if is_quantized(layer):
         return layer.out_features, layer.in_features
@@ -143,6 +204,10 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor:
     Raises:
         ValueError: If the layer is not a linear one, or its weight is not in memory or packed in a way that is not known.
     """
+    if expert_of(name) is not None:
+        matrix = _expert_matrix(model, name)
+        check_in_memory([(name, matrix)])
+        return gathered_whole(matrix)
     layer = _linear(model, name)
     check_in_memory([(f"{name}.weight", layer.weight)])
     if is_quantized(layer):
@@ -171,7 +236,8 @@ def check_present(model: nn.Module, names: Iterable[str], what: str) -> None:
         ValueError: If a layer is missing.
     """
     modules = dict(unwrapped(model).named_modules())
-    absent = [name for name in names if name not in modules]
+    parts = {name: expert_of(name) for name in names}
+    absent = [name for name, expert in parts.items() if (name if expert is None else expert.module) not in modules]
     if absent:
         raise ValueError(f"{what} was made for another model: this one has no layer {absent[0]}; use the base that it was made from.")
 
@@ -199,6 +265,9 @@ def write_weight_(model: nn.Module, name: str, weight: Tensor) -> None:
 
     A layer that bitsandbytes quantised becomes a plain one.
     """
+    if expert_of(name) is not None:
+        _expert_matrix(model, name).copy_(weight)
+        return
     parent, _, key = name.rpartition(".")
     holder: Any = model.get_submodule(parent)
     if isinstance(getattr(holder, key), LoraLayer):
@@ -216,6 +285,17 @@ def write_weight_(model: nn.Module, name: str, weight: Tensor) -> None:
 def gathered_whole(tensor: Tensor) -> Tensor:
     """Return the tensor; where it is sharded (FSDP2), gathered by all processes at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _expert_matrix(model: nn.Module, name: str) -> Tensor:
+    """Return an expert's matrix (m, n) where it lies."""
+    expert = expert_of(name)
+    assert expert is not None, "asked before"
+    module = experts_at(model, expert.module)
+    if expert.parameter not in stacks_of(module) or expert.index >= len(getattr(module, expert.parameter)):
+        raise ValueError(f"{name} is no expert of this model's ({type(module).__name__}); use the base that it was made from.")
+    matrix: Tensor = getattr(module, expert.parameter).detach()[expert.index]
+    return matrix.T if module.is_transposed else matrix
 
 
 def _linear(model: nn.Module, name: str) -> Any:

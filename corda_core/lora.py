@@ -1,15 +1,16 @@
 """LoRA layers of PEFT that hold what CorDA starts from, and the change that they make."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 from transformers.core_model_loading import revert_weight_conversion
 
 from corda_core.decompose import shortened
-from corda_core.linears import LINEAR_TYPES, base_of, gathered_whole, is_shared
+from corda_core.linears import LINEAR_TYPES, base_of, expert_of, gathered_whole, is_shared
 from corda_core.plan import AdapterInit
+
+T = TypeVar("T")
 
 
 class Protect(StrEnum):
@@ -97,7 +100,7 @@ class ContextLoraModel(LoraModel):
         """
         super()._check_merge_allowed()
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
-        shared = next((name for name, layer in layers.items() if is_shared(self.model, layer.get_base_layer().weight)), None)
+        shared = next((name for name, layer in layers.items() if is_shared(self.model, _base_weight(layer))), None)
         if shared is not None:
             raise ValueError(f"PEFT would merge into the weight of {shared}, which another module uses too; merge with corda_core.merge.")
 
@@ -115,9 +118,114 @@ class ContextLoraModel(LoraModel):
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
 
+class _Factor(NamedTuple):
+    """Stands where a LoRA layer has a module."""
+
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """One expert's share of the adapter that PEFT has on a parameter of fused experts, seen as a LoRA layer.
+
+    PEFT holds A as (experts · r, n), one expert after the other, and B as (m, r · experts), one component after the other. Writing into
+    the factors writes into PEFT's.
+    """
+
+    whole: ParamWrapper
+    index: int
+    lora_variant: ClassVar[Mapping[str, LoraVariant]] = {}
+    lora_bias: ClassVar[Mapping[str, bool]] = {}
+
+    @property
+    def lora_A(self) -> dict[str, _Factor]:
+        """A (r, n) by adapter."""
+        adapters = self.whole.lora_A.items()
+        return {key: _Factor(A.weight.unflatten(0, (self.whole.num_experts, -1))[self.index]) for key, A in adapters}
+
+    @property
+    def lora_B(self) -> dict[str, _Factor]:
+        """B (m, r) by adapter."""
+        adapters = self.whole.lora_B.items()
+        return {key: _Factor(B.weight.unflatten(1, (-1, self.whole.num_experts))[..., self.index]) for key, B in adapters}
+
+    @property
+    def r(self) -> dict[str, int]:
+        """The rank by adapter."""
+        ranks: dict[str, int] = self.whole.r
+        return ranks
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """The factor s by adapter, which all experts share."""
+        scaling: dict[str, float] = self.whole.scaling
+        return scaling
+
+    @property
+    def merged(self) -> bool:
+        """Whether PEFT has added the change to the parameter."""
+        merged: bool = self.whole.merged
+        return merged
+
+
+def peft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, tuple[str, LoraLayer]]:
+    """Return PEFT's own layers with this adapter and where they are in the adapted base, by the full names of what they adapt there.
+
+    Of a parameter that is not fused experts' by its module's name, as ever.
+    """
+    layers = {}
+    for place, layer in base_of(model).named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.r:
+            path = re.sub(r"(\.base_layer)+$", "", place)  # PEFT's layers on several parameters of a module lie in one another
+            layers[f"{path}.{layer.parameter_name}" if _is_fused(layer) else place] = place, layer
+    return layers
+
+
+def _is_fused(layer: LoraLayer) -> bool:
+    return isinstance(layer, ParamWrapper) and layer.get_param().ndim == 3
+
+
 def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
-    """Return the layers that carry this adapter, by their full names in the base model."""
-    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r}
+    """Return the layers that carry this adapter, by their full names in the base model; of fused experts all, planned or not, as views.
+
+    Such a view, ``ExpertLora``, has what of a LoRA layer tells its change.
+    """
+    layers: dict[str, Any] = {}
+    for name, (_, layer) in peft_layers(model, adapter_name).items():
+        if _is_fused(layer):
+            layers |= {f"{name}[{index}]": ExpertLora(layer, index) for index in range(layer.num_experts)}
+        else:
+            layers[name] = layer
+    return layers
+
+
+def _base_weight(layer: LoraLayer) -> Tensor:
+    weight: Tensor = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    return weight
+
+
+def stacked(factors: Mapping[int, tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Return the factors (r, n) and (m, r) of some of ``count`` experts as PEFT lays them out (``ExpertLora``); zero where there is none.
+
+    The rank is the largest: smaller ones are filled up with zeros.
+    """
+    largest = max(len(A) for A, _ in factors.values())
+    like_A, like_B = next(iter(factors.values()))
+    A, B = like_A.new_zeros(count, largest, like_A.shape[1]), like_B.new_zeros(len(like_B), largest, count)
+    for index, (own_A, own_B) in factors.items():
+        A[index, : len(own_A)] = own_A
+        B[:, : len(own_A), index] = own_B
+    return A.flatten(0, 1), B.flatten(1)
+
+
+def by_stack(names: Mapping[str, T]) -> dict[str, dict[int, T]]:
+    """Return what is known of experts' matrices by the parameters that hold them, and then by expert; other layers are left out."""
+    stacks: dict[str, dict[int, T]] = {}
+    for name, value in names.items():
+        expert = expert_of(name)
+        if expert is not None:
+            stacks.setdefault(expert.stack, {})[expert.index] = value
+    return stacks
 
 
 def whole_modules(model: nn.Module, adapter_name: str = "default") -> dict[str, ModulesToSaveWrapper]:
@@ -197,7 +305,7 @@ def trained_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator
     B, with ``protect="start"`` A too, and the parameters and floating-point buffers of what trains whole. An A whose B started from zero is
     left out: what it is makes no difference to where B is zero.
     """
-    for layer in lora_layers(model, adapter_name).values():
+    for _, layer in peft_layers(model, adapter_name).values():
         yield from _trained_factors(layer, adapter_name)
     for wrapper in whole_modules(model, adapter_name).values():
         starts = wrapper.original_module.state_dict()
@@ -206,10 +314,10 @@ def trained_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator
 
 
 def _trained_factors(layer: LoraLayer, adapter_name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for factor, key in ((layer.lora_A, "lora_A0"), (layer.lora_B, "lora_B0")):
-        start = dict(getattr(layer, key, {})).get(adapter_name)
-        if start is not None or factor is layer.lora_B:
-            yield factor[adapter_name].weight, start
+    for key in ("lora_A", "lora_B"):
+        start = dict(getattr(layer, f"{key}0", {})).get(adapter_name)
+        if start is not None or key == "lora_B":
+            yield getattr(layer, key)[adapter_name].weight, start
 
 
 def _placed_as(tensor: Tensor, other: Tensor) -> Tensor:
@@ -220,19 +328,23 @@ def _placed_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def lora_config(base: nn.Module, ranks: dict[str, int], rank: int, scaling: float) -> LoraConfig:
-    """Return a config whose every layer has its own rank and the one scaling.
+    """Return a config whose every layer has its own rank and the one scaling; experts of one parameter have the largest of theirs.
 
     PEFT takes a name for the end of a longer one: ``transformer.….c_fc`` for that in ``visual.transformer.….c_fc`` too (open_clip). So
     longer ones that are not planned are excluded, and patterns of shorter ones are anchored.
     """
+    stacks = {stack: max(own.values()) for stack, own in by_stack(ranks).items()}
+    ranks = {name: r for name, r in ranks.items() if expert_of(name) is None}
     linears = [name for name, module in base.named_modules() if isinstance(module, (*LINEAR_TYPES, LoraLayer))]
     longer = {name: [other for other in linears if other.endswith(f".{name}")] for name in ranks}
     odd = {f"^{re.escape(name)}" if longer[name] else name: r for name, r in ranks.items() if r != rank}
+    odd |= {stack: r for stack, r in stacks.items() if r != rank}
     excluded = sorted({other for others in longer.values() for other in others if other not in ranks})
     return LoraConfig(
         r=rank,
         lora_alpha=_whole_number(rank * scaling),
         target_modules=list(ranks),
+        target_parameters=list(stacks) or None,
         exclude_modules=excluded or None,
         rank_pattern=odd,
         alpha_pattern={name: _whole_number(r * scaling) for name, r in odd.items()},
@@ -248,6 +360,8 @@ def is_taken(model: nn.Module, name: str) -> bool:
     which now are one parameter; in Mamba's it refuses what the kernels read without calling it.
     """
     config = LoraConfig(target_modules=[name])
+    if expert_of(name) is not None:
+        return True
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
         _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
@@ -261,18 +375,19 @@ def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
 
     PEFT renames what it reads as transformers renames the weights of published checkpoints, and so some names that are right already:
     DeepSeek-OCR 2's ``language_model.layers`` becomes ``language_model.language_model.layers``. There the checkpoints' name is the one
-    that arrives.
+    that arrives. Of experts it is the name of their module, which PEFT's layers on its parameters have.
     """
+    places = {name: name if (expert := expert_of(name)) is None else expert.module for name in names}
+    distinct = list(dict.fromkeys(places.values()))
 
     def arriving(saved: Iterable[str]) -> set[str]:
         tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(1, 1) for name in saved}
-        config = LoraConfig(target_modules=list(names))
+        config = LoraConfig(target_modules=distinct)
         return set(convert_peft_adapter_state_dict_for_transformers(model=model, peft_config=config, adapter_state_dict=tensors))
 
-    names = list(names)
-    same = arriving(names)
+    same = arriving(distinct)
     saved: dict[str, str] = {}
-    for name in names:
+    for name in distinct:
         key = f"base_model.model.{name}.lora_A.weight"
         if key in same:
             saved[name] = name
@@ -281,7 +396,26 @@ def saved_names(model: Any, names: Iterable[str]) -> dict[str, str]:
         published = published.removesuffix(".lora_A.weight")
         if key in arriving([published]):
             saved[name] = published
-    return saved
+    return {name: saved[place] for name, place in places.items() if place in saved}
+
+
+def fill_experts(layer: ParamWrapper, inits: Mapping[int, AdapterInit], adapter_name: str, protect: Protect) -> None:
+    """Give PEFT's layer on a parameter of fused experts the starting points of these; the others never get a gradient.
+
+    Where an expert has no A, ``B A`` and its gradient are zero, so that both stay as they are.
+    """
+    A, _ = stacked({index: (init.A0, init.B0) for index, init in inits.items()}, layer.num_experts)
+    weight_a = layer.lora_A[adapter_name].weight
+    weight_a.data.copy_(A)
+    layer.lora_B[adapter_name].weight.data.zero_()
+    if protect is Protect.STRICT:
+        _freeze_A(layer, adapter_name)
+
+
+def _freeze_A(layer: LoraLayer, adapter_name: str) -> None:
+    # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
+    layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
+    layer.lora_A[adapter_name].weight.requires_grad_(False)
 
 
 def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protect, *, offset: bool) -> None:
@@ -297,9 +431,7 @@ def fill(layer: LoraLayer, init: AdapterInit, adapter_name: str, protect: Protec
         A = init.whitening.undo(init.A0)
         frozen = {"lora_Q": init.whitening.vectors.to(weight_a), "lora_lengths": init.whitening.lengths.to(weight_a)}
     elif protect is Protect.STRICT:
-        # PEFT's own list of what stays frozen: it is honoured again whenever adapters are switched.
-        layer.frozen_peft_weight_names = layer.frozen_peft_weight_names | {adapter_name: ("lora_A",)}
-        weight_a.requires_grad_(False)
+        _freeze_A(layer, adapter_name)
     weight_a.data.copy_(A)
     weight_b.data.copy_(B)
     for key, value in frozen.items():

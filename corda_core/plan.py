@@ -144,6 +144,8 @@ def plan(
             layers[name] = init
             fallbacks += [name] if fell_back else []
         del part  # else it would stay while the next is collected
+    if not layers:
+        raise ValueError("There are no covariances: none of the layers was reached by a token; give more samples, or other layers.")
     if ranks is None:
         _warn_of_clipping(layers, rank)
     return AdapterPlan(layers, mode, rank, _base_of(model, layers) | {"damping": damping, "split": str(split), "fallbacks": fallbacks})

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ from corda_core.covariance import Covariance, Symmetric
 from corda_core.decompose import Mode, Whitening
 from corda_core.files import DIGEST, check_finite, file_digest, read_tensors, replacing_in, tensors_digest, weight_digest, write_tensors
 from corda_core.layers import process_rank
-from corda_core.linears import check_present, gathered_whole, unwrapped, weight_shape
-from corda_core.lora import FROZEN
+from corda_core.linears import check_present, expert_of, gathered_whole, unwrapped, weight_shape
+from corda_core.lora import FROZEN, by_stack
 from corda_core.plan import AdapterInit, AdapterPlan, Energy
 
 ATTACHMENT = "corda.safetensors"
@@ -438,19 +439,22 @@ def read_adapter(folder: Path) -> tuple[Attachment, dict[str, Tensor]]:
     path = folder / WEIGHTS
     trained = _trained(path)
     # What is not there would silently stay at its start.
-    wanted = {
+    wanted: dict[str, Sequence[int] | None] = {
         f"base_model.model.{name}.lora_{side}.weight": shape
         for name, init in attachment.plan.layers.items()
+        if expert_of(name) is None
         for side, shape in (("A", init.A0.shape), ("B", init.B0.shape))
     }
+    for place in _held_by(attachment.plan):  # their shapes depend on the model
+        wanted |= {f"base_model.model.{place}.lora_{side}.weight": None for side in "AB"}
     missing = sorted(wanted.keys() - trained.keys()) or [
         name for name in attachment.train_fully if not any(key.startswith(f"base_model.model.{name}.") for key in trained)
     ]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]} ({len(missing)} in all), which {ATTACHMENT} plans; the two are of different adapters.")
-    odd = next((key for key, shape in wanted.items() if trained[key].shape != shape), None)
+    odd = next((key for key, shape in wanted.items() if shape not in (None, trained[key].shape)), None)
     if odd is not None:
-        raise ValueError(f"{path} has {odd} of shape {tuple(trained[odd].shape)}, but {ATTACHMENT} plans {tuple(wanted[odd])}.")
+        raise ValueError(f"{path} has {odd} of shape {tuple(trained[odd].shape)}, but {ATTACHMENT} plans {tuple(wanted[odd] or ())}.")
     check_finite(trained, path, "take an earlier checkpoint")
     if beside is not None and beside.weights != tensors_digest(trained, {}):
         raise ValueError(
@@ -458,6 +462,12 @@ def read_adapter(folder: Path) -> tuple[Attachment, dict[str, Tensor]]:
             "take a whole checkpoint, or save the adapter again."
         )
     return attachment, trained
+
+
+def _held_by(plan: AdapterPlan) -> list[str]:
+    """Return PEFT's own modules for the parameters of fused experts: those of one module lie in one another."""
+    modules = Counter(stack.rpartition(".")[0] for stack in by_stack(plan.layers))
+    return [module + ".base_layer" * depth for module, count in modules.items() for depth in range(count)]
 
 
 def put_weights_(model: PeftModel, trained: Mapping[str, Tensor], adapter_name: str = "default") -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from corda_core.layers import num_processes, process_rank, sum_over_processes_
 from corda_core.linears import base_of
-from corda_core.lora import active_adapter, lora_layers, shrink_, squared_change, trained_tensors
+from corda_core.lora import active_adapter, peft_layers, shrink_, squared_change, trained_tensors
 from corda_vlm.context import collator_for, is_batch, own_processor
 from corda_vlm.data.rows import Numbered
 from corda_vlm.data.samples import Collator
@@ -179,7 +179,7 @@ class Keeper:
             raise ValueError(NOTHING)
         keep_loss(self.model, batch, kind=kind)
         known = {tensor for tensor, _ in trained_tensors(self.model, self.adapter_name)}
-        known |= {layer.lora_A[self.adapter_name].weight for layer in lora_layers(self.model, self.adapter_name).values()}
+        known |= {layer.lora_A[self.adapter_name].weight for _, layer in peft_layers(self.model, self.adapter_name).values()}
         for name, parameter in self.model.named_parameters():
             if self.options.budget is not None and parameter.requires_grad and parameter not in known:
                 raise ValueError(f"{name} trains, which a budget cannot take back to where it began; leave it, or the budget, out.")
