@@ -27,7 +27,17 @@ from corda_core.linears import (
     weight_matrix,
     write_weight_,
 )
-from corda_core.lora import ContextLora, by_stack, change_factors, lora_config, lora_layers, peft_layers, saved_names, stacked, whole_modules
+from corda_core.lora import (
+    ContextLora,
+    by_stack,
+    change_factors,
+    lora_config,
+    lora_layers,
+    peft_layers,
+    saved_names,
+    stacked,
+    whole_modules,
+)
 from corda_core.store import ATTACHMENT, WEIGHTS
 
 

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from corda_core import Mode, Split
 from corda_core.allocate import budget_of_rank, check_budget
-from corda_core.attach import Residual, check_options
-from corda_core.linears import FourBit, check_pattern
+from corda_core.attach import Residual, check_experts, check_options
+from corda_core.linears import FourBit, check_pattern, expert_of
 from corda_core.lora import Protect
 from corda_vlm.options import Count, Options, Seed, one_of
 
@@ -38,7 +38,8 @@ class CordaConfig(Options):
     """LoRA's alpha; None takes the rank (scaling 1)."""
 
     targets: str | Sequence[str] | None = None
-    """Layers to adapt, as PEFT's ``target_modules``, or "attention" or "mlp"; None takes every linear layer of the parts that can learn."""
+    """Layers to adapt, as PEFT's ``target_modules``, or "attention", "mlp" or "experts", also in a list; None takes every linear layer of
+    the parts that can learn. Fused experts (Mixtral, Qwen3-MoE, gpt-oss) are taken only where "experts" is named: each has a covariance."""
 
     exclude: str | Sequence[str] | None = None
     """Layers to leave out, named as in ``targets``."""
@@ -163,6 +164,20 @@ class CordaConfig(Options):
         budget = self.budget if isinstance(self.budget, int) else budget_of_rank(shapes, self.rank)
         check_budget(budget, [(m + n, min(m, n)) for m, n in shapes], self.min_rank)
         return budget
+
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Refuse what does not go with these layers.
+
+        Raises:
+            ValueError: If fused experts are among them, and options are such as they cannot have.
+        """
+        experts = [name for name in names if expert_of(name)]
+        check_experts(experts, self.protection, self.residual, self.quantize)
+        if experts and self.assesses:
+            raise ValueError(
+                f"{experts[0]} is a fused expert, of which PEFT gives all in a parameter one rank and samples reach some: no budget can be "
+                "spread and no candidate chosen; leave candidates, variant and budget, or the experts, out."
+            )
 
     @property
     def token_weights(self) -> Mapping[str, float]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
 from corda_core.layers import num_processes, process_rank
+from corda_core.linears import expert_of
 from corda_vlm.config import CordaConfig
 from corda_vlm.data.limits import limits_of, num_positions
 from corda_vlm.data.pairs import PairCollator, TransformersImages, TransformersPairs
@@ -225,7 +226,7 @@ def _reads_output(model: nn.Module, names: Sequence[str]) -> bool:
     if base is model:  # the head is not told apart
         return True
     inside = set(base.modules())
-    return any(model.get_submodule(name) not in inside for name in names)
+    return any(expert_of(name) is None and model.get_submodule(name) not in inside for name in names)
 
 
 def model_inputs(model: nn.Module, trim_logits: bool, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from corda_core.linears import is_quantized, weight_shape
+from corda_core.linears import expert_of, is_quantized, stacks_of, weight_shape
 from corda_vlm.towers import family_of
 
 logger = logging.getLogger(__name__)
@@ -27,18 +27,21 @@ class Coverage:
     total: int
     adapted: int
     stacked: int
-    """In 3-D weights, a matrix for each of many experts: no linear layers, so they get no adapter."""
+    """In 3-D weights, a matrix for each of many experts, that get no adapter."""
     example: str
     """The name of the first of these."""
+    adaptable: bool = False
+    """Whether that would get adapters if it were asked for."""
 
     def __str__(self) -> str:
         """Return the shares as a sentence."""
         share = f"{self.adapted / self.total:.1%} of the {self.total:,} parameters of {' and '.join(self.parts)} are in adapted layers"
         if not self.stacked:
             return f"{share}."
+        reason = ', as targets does not name "experts"' if self.adaptable else ""
         return (
-            f"{share}; {self.stacked / self.total:.1%} are in fused experts, 3-D weights such as {self.example}: no linear layers, "
-            "so they get no adapter."
+            f"{share}; {self.stacked / self.total:.1%} are in fused experts, 3-D weights such as {self.example}, which get no adapter"
+            f"{reason}."
         )
 
 
@@ -50,13 +53,17 @@ def coverage(model: nn.Module, names: Sequence[str], parts: Sequence[str] | None
     family = family_of(model)
     chosen = family.default if parts is None else tuple(parts)
     sizes = {name: (size, stacked) for name, size, stacked in _sizes(model) if family.part_of(name) in chosen}
-    stacks = [name for name, (_, stacked) in sizes.items() if stacked]
+    adapted = {expert.stack for expert in map(expert_of, names) if expert is not None}
+    stacks = [name for name, (_, stacked) in sizes.items() if stacked and name not in adapted]
+    example = stacks[0] if stacks else ""
+    holder, _, key = example.rpartition(".")
     return Coverage(
         parts=chosen,
         total=sum(size for size, _ in sizes.values()),
         adapted=sum(math.prod(weight_shape(model, name)) for name in names),
         stacked=sum(sizes[name][0] for name in stacks),
-        example=stacks[0] if stacks else "",
+        example=example,
+        adaptable=bool(example) and key in stacks_of(model.get_submodule(holder)),
     )
 
 

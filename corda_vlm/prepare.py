@@ -124,6 +124,7 @@ def plan_contexts(model: nn.Module, contexts: Sequence[Any], config: CordaConfig
     model = checked_base(model)
     sources = [sources_of(context) for context in contexts]
     names, ready = _layers_and_contexts(model, sources, config, processor)
+    config.check_layers(names)
     if config.mode is Mode.LORA:
         return random_plan(model, names, config.rank, seed=config.seed)
     budget = config.total_budget(weight_shape(model, name) for name in names)
@@ -167,7 +168,7 @@ def collect_context(model: nn.Module, images_texts: Any, config: CordaConfig, pr
     collected: dict[str, Covariance] = {}
     for part in parts:
         collected |= on_cpu(_collect(model, ready, config, 0, part))
-    return {name: collected[name] for name in names}
+    return {name: collected[name] for name in names if name in collected}
 
 
 def collection_options(config: CordaConfig) -> dict[str, Any]:
@@ -327,7 +328,7 @@ def _collect(model: nn.Module, contexts: Sequence[_Ready], config: CordaConfig, 
     device = next(model.parameters()).device
     collections += [file.covariances(names, device) for file in context.files.values()]
     total = together(collections)
-    return {name: total[name] for name in names}
+    return {name: total[name] for name in names if name in total}  # not experts that no token reached
 
 
 def _chosen(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from corda_core.linears import evaluating, unwrapped
+from corda_core.linears import evaluating, expert_of, unwrapped
 
 RESULTS = ("logits", "logits_per_image", "logits_per_text", "image_features", "text_features")
 """Outputs of transformers' models from which losses are computed; where there is none of them, all tensors count."""
@@ -28,7 +28,7 @@ class Reach:
 
 
 def probe(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> Reach:
-    """Return which layers would get a gradient from this batch, without computing one.
+    """Return which layers would get a gradient from this batch, without computing one; experts all alike, with their module.
 
     Each layer adds a zero of its own to its output; then autograd's graph is followed from the results to the zeros it reaches.
     Nothing is kept for a backward pass, so this takes the memory and time of one forward pass.
@@ -43,6 +43,8 @@ def probe(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> R
         under ``torch.no_grad()`` in the model's own code.
     """
     bare = unwrapped(model)
+    experts = {name: expert_of(name) for name in names}
+    modules = {name: name if expert is None else expert.module for name, expert in experts.items()}
     zeros: dict[str, Tensor] = {}
 
     def add_zero(name: str, output: Tensor) -> Tensor:
@@ -50,17 +52,22 @@ def probe(model: nn.Module, batch: Mapping[str, Any], names: Sequence[str]) -> R
             zeros[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         return output + zeros[name]
 
-    handles = [bare.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: add_zero(name, output)) for name in names]
+    handles = [
+        bare.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: add_zero(name, output))
+        for name in dict.fromkeys(modules.values())
+    ]
     try:
         with evaluating(bare), torch.enable_grad(), saved_tensors_hooks(_forget, _forget):
             reached = _leaves(_results(bare(**batch)))
     finally:
         for handle in handles:
             handle.remove()
+    learnable = {name for name, module in modules.items() if module in zeros and id(zeros[module]) in reached}
+    ran = {name for name, module in modules.items() if module in zeros}
     return Reach(
-        learnable=tuple(name for name in names if name in zeros and id(zeros[name]) in reached),
-        unused=tuple(name for name in names if name in zeros and id(zeros[name]) not in reached),
-        not_run=tuple(name for name in names if name not in zeros),
+        learnable=tuple(name for name in names if name in learnable),
+        unused=tuple(name for name in names if name in ran - learnable),
+        not_run=tuple(name for name in names if name not in ran),
     )
 
 

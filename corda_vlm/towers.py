@@ -20,8 +20,9 @@ from corda_vlm.probe import Reach, probe
 KINDS = {
     "attention": r".*\.(self_attn|attn|attention|self_attention|cross_attn|attn_pool)\..+",
     "mlp": r".*\.(mlp|feed_forward|ffn)\..+|.*\.fc\d",
+    "experts": r"(.*\.)?experts\..+",
 }
-"""What the words "attention" and "mlp" stand for in ``targets`` and ``exclude``."""
+"""What the words "attention", "mlp" and "experts" stand for in ``targets`` and ``exclude``, alone or in a list."""
 
 
 EMBEDDINGS = r"(^|\.)(embeddings|patch_embed)\."
@@ -188,7 +189,8 @@ def select_layers(
         model: A vision-language model, a CLIP-type model, a vision tower or a causal language model.
         parts: Any of "language", "vision", "projector"; None takes the family's default: the language model of those that have one, both
             towers of CLIP.
-        targets: As in ``corda_core.select_linears``; or "attention" or "mlp".
+        targets: As in ``corda_core.select_linears``; or "attention", "mlp" or "experts", which may stand in a list too. Fused experts are
+            taken only where ``targets`` speaks of them.
         exclude: As ``targets``.
 
     Raises:
@@ -332,4 +334,8 @@ def _widest(name: str, other: str) -> str:
 
 
 def _pattern(patterns: str | Sequence[str] | None) -> str | Sequence[str] | None:
-    return KINDS.get(patterns, patterns) if isinstance(patterns, str) else patterns
+    if isinstance(patterns, str):
+        return KINDS.get(patterns, patterns)
+    if patterns is None or not any(pattern in KINDS for pattern in patterns):
+        return patterns
+    return "|".join(KINDS.get(pattern) or rf"(.*\.)?{re.escape(pattern)}" for pattern in patterns)

@@ -10,7 +10,7 @@ from torch import nn
 from corda_core import Mode
 from corda_core.allocate import budget_of_rank
 from corda_core.layers import flops_per_second
-from corda_core.linears import check_present, weight_shape
+from corda_core.linears import check_present, expert_of, weight_shape
 from corda_core.store import read_covariances
 from corda_vlm.config import CordaConfig
 from corda_vlm.context import is_keep_file
@@ -85,8 +85,7 @@ def estimate(recipe: Recipe) -> Estimate:
     """
     model = describe_base(recipe.model)
     corda, training = recipe.corda, recipe.training
-    names = select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude)
-    shapes = {name: weight_shape(model, name) for name in names}
+    shapes = _shapes(model, corda)
     parts = _parts(model, shapes, recipe)
     budget = corda.total_budget(shapes.values())
     adapters = sum(part.num_parameters for part in parts.values()) if budget is None else budget
@@ -108,7 +107,7 @@ def estimate(recipe: Recipe) -> Estimate:
         model=type(model).__name__,
         num_base=num_base,
         parts=parts,
-        coverage=coverage(model, names, corda.parts),
+        coverage=coverage(model, list(shapes), corda.parts),
         num_trainable=trained + whole,
         num_samples=samples,
         num_tokens=length,
@@ -129,12 +128,20 @@ def _preparation(
     """Return the bytes of the covariances and the products of collecting and of decomposing; nothing where the start is random."""
     if corda.mode is Mode.LORA:
         return 0, 0.0, 0.0
-    inputs = Counter((name.rpartition(".")[0], n) for name, (_, n) in shapes.items())  # q, k and v read the same
+    # q, k and v read the same; each expert its own tokens, here as many as all.
+    inputs = Counter((name if expert_of(name) else name.rpartition(".")[0], n) for name, (_, n) in shapes.items())
     num_bytes = min(sum(4 * n * (n + 1) // 2 for _, n in inputs), corda.max_bytes or 1 << 62)
     tokens = corda.num_samples * corda.num_candidates * context_length
     # The products with C, and the iteration or factorisation: some multiples of them.
     decomposing = sum(2 * m * n * n + 4 * min(m, n) * m * n + 10 * min(m, n) ** 3 for m, n in shapes.values())
     return num_bytes, tokens * (2 * num_base + sum(n * n for _, n in inputs)), decomposing
+
+
+def _shapes(model: nn.Module, corda: CordaConfig) -> dict[str, tuple[int, int]]:
+    """Return the layers that are to be adapted, and their shapes (m, n)."""
+    names = select_layers(model, parts=corda.parts, targets=corda.targets, exclude=corda.exclude)
+    corda.check_layers(names)
+    return {name: weight_shape(model, name) for name in names}
 
 
 def describe(estimate: Estimate) -> str:

@@ -1,6 +1,7 @@
 """What a recipe takes of a card's memory, by part, and whether it fits; from shapes alone."""
 
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from corda_core.layers import flops_per_second
-from corda_core.linears import LINEAR_TYPES
+from corda_core.linears import LINEAR_TYPES, expert_of
 from corda_vlm.towers import family_of, has_two_towers
 from corda_vlm.training.recipe import Recipe
 
@@ -38,6 +39,8 @@ class Memory:
     """Adapters with their frozen start, gradients and AdamW's two moments, in float32."""
     activations: int
     """Of one micro-batch, as they wait for the backward pass, with its logits; 0 where they are not counted."""
+    copies: int = 0
+    """Of fused experts with their change, which PEFT makes in the forward pass, as they wait for the backward pass."""
 
     @property
     def while_preparing(self) -> int:
@@ -47,13 +50,14 @@ class Memory:
     @property
     def while_training(self) -> int:
         """All while the adapter trains."""
-        return self.weights + self.training + self.activations
+        return self.weights + self.training + self.activations + self.copies
 
     def lines(self) -> list[str]:
         """Return it in words."""
         preparing = f"covariances {size(self.covariances)}, then decomposition {size(self.decomposition)}"
         activations = f"activations about {size(self.activations)}" if self.activations else "activations not counted"
-        training = f"adapters, gradients and optimiser {size(self.training)}, {activations}"
+        copies = f", a copy of the experts {size(self.copies)}" if self.copies else ""
+        training = f"adapters, gradients and optimiser {size(self.training)}{copies}, {activations}"
         return [
             f"memory: weights {size(self.weights)}",
             f"  while preparing: {preparing}; {size(self.while_preparing)} with the weights",
@@ -157,7 +161,18 @@ def memory_of(
         context_activations=recipe.corda.batch_size * context_tokens * (inner // blocks),
         training=training,
         activations=micro * most,
+        copies=_copies_of_experts(shapes, recipe),
     )
+
+
+def _copies_of_experts(shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> int:
+    """Return the bytes of ``W + ΔW`` of all experts; with checkpointing of those of the largest module alone."""
+    sizes = Counter[str]()
+    for name, (m, n) in shapes.items():
+        if expert := expert_of(name):
+            sizes[expert.module] += m * n
+    kept = max(sizes.values(), default=0) if recipe.training.gradient_checkpointing else sizes.total()
+    return kept * int(getattr(torch, recipe.model.dtype).itemsize)
 
 
 def _weight_bytes(model: nn.Module, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> int:
