@@ -152,7 +152,7 @@ def on_host(*tensors: Tensor) -> list[Tensor]:
 @lru_cache
 def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of a matrix product on a device in this precision: the best of several, measured once a process."""
-    n = 1024 if device.type == "cpu" else 4096
+    n = 1024 if device.type == "cpu" else 4096 if dtype == torch.float64 else 8192  # far longer than a launch takes
     left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5 if device.type == "cpu" else 8):  # the first warm up

@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from torch import Tensor
 
 from corda_core import select_linears
-from corda_core.layers import in_threads, no_progress, num_workers, over_layers
+from corda_core.layers import flops_per_second, in_threads, no_progress, num_workers, on_host, over_layers
 
 
 def test_every_layer_once_in_order_with_progress() -> None:
@@ -85,3 +85,23 @@ def test_workers_share_the_cores() -> None:
 def test_the_first_error_reaches_the_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda item: 1 // item, [3, 2, 0, 1], 2))
+
+
+def test_tensors_come_to_this_machine_as_they_are() -> None:
+    values = torch.randn(3, 4), torch.arange(5, dtype=torch.float64)
+    for tensor, copy in zip(values, on_host(*values), strict=True):
+        assert copy.device.type == "cpu"
+        assert torch.equal(copy, tensor)
+
+
+@pytest.mark.gpu
+def test_tensors_come_from_a_device_whole_and_into_ordinary_memory() -> None:
+    values = torch.randn(2048, 2048, device="cuda"), torch.randn(7, device="cuda", dtype=torch.float64)
+    for tensor, copy in zip(values, on_host(*(value + 0 for value in values)), strict=True):
+        assert not copy.is_pinned()
+        assert torch.equal(copy, tensor.cpu())
+
+
+def test_the_speed_of_products_is_measured_once() -> None:
+    assert flops_per_second(torch.device("cpu"), torch.float32) > 1e8
+    assert flops_per_second(torch.device("cpu"), torch.float32) == flops_per_second(torch.device("cpu"), torch.float32)

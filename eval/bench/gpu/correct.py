@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from corda_core import AdapterPlan, attach, collect, decompose, export, plan
+from corda_core import AdapterPlan, attach, collect, decompose, export, lora_layers, plan
 from corda_core.covariance import Covariance
 from corda_core.linears import quantize_linears_
 from corda_eval.bench.gpu.measure import Record, heavy_tailed, seconds_once
@@ -175,6 +175,22 @@ def check_covariances(device: torch.device) -> Any:
     return worst
 
 
+def check_prepare(device: torch.device) -> Any:
+    """``corda_vlm.prepare`` on a LLaVA, all parts, in every precision: outputs at the start are bit for bit the base's."""
+    # Imported here: it needs pydantic, without which the other checks can be made.
+    from corda_vlm import prepare
+
+    counts = {}
+    for dtype in DTYPES:
+        model = tiny("llava", device, dtype)
+        batches = tiny_batches("llava", model)
+        base = outputs("llava", model, batches[0])
+        adapted = prepare(model, batches, rank=RANK, parts=("vision", "projector", "language"))
+        assert torch.equal(outputs("llava", adapted, batches[0]), base), f"in {dtype} outputs at the start differ"
+        counts[str(dtype)] = len(lora_layers(adapted))
+    return counts
+
+
 def check_step(device: torch.device) -> Any:
     """Five steps of AdamW lower the loss of one batch in every precision, and B moves in each layer."""
     seen = {}
@@ -271,6 +287,7 @@ CHECKS: dict[str, Callable[[torch.device], Any]] = {
     "energies": check_energies,
     "iterations": check_iterations,
     "covariances": check_covariances,
+    "prepare": check_prepare,
     "step": check_step,
     "export": check_export,
     "nf4": check_nf4,

@@ -1,7 +1,8 @@
 """Preparing at LLaVA-1.5-7B's exact shape in bfloat16: bare forward passes, collection, decomposition, attaching; time, floor and memory.
 
 256 samples of 576 image and 64 text tokens, all linears of the language model, rank 128. KPM is decomposed on all 32 blocks and IPM on the
-first eight, as time is short. At last a profile of one batch's collection and of one block's decomposition.
+first eight, as time is short. Before that each shape of layer by itself, and a profile of one batch's collection and of one block's
+decomposition.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from corda_core import AdapterPlan, Covariance, attach, collect, plan
+from corda_core import AdapterPlan, Covariance, attach, collect, decompose, plan
 from corda_core.covariance import multiplies_halves
 from corda_eval.bench.gpu.measure import Peak, Record, Speeds, seconds_of, seconds_once
 from corda_eval.bench.gpu.shapes import (
@@ -38,6 +39,7 @@ def run(record: Record) -> None:
     batches = llava_batches(model, 8 if small else SAMPLES, 4 if small else BATCH)
     record.say(parameters=sum(p.numel() for p in model.parameters()), layers=len(names), tokens=num_tokens(batches), rank=rank)
     forward = _measure_forward(record, model, batches, speeds)
+    collect(model, batches[:1], names)  # warms up
     peak = Peak(device)
     seconds, covariances = seconds_once(lambda: collect(model, batches, names), device)
     flops = gram_flops(model, names, num_tokens(batches))
@@ -46,8 +48,9 @@ def run(record: Record) -> None:
     record.measured("collection", seconds, "s", floor=floor, from_counts=f"forward and {flops / 1e12:.4g} TFLOP of products")
     record.measured("collection over bare forward", seconds / forward, "ratio", aim="<= 1.6")
     record.measured("peak of collection beyond the base", peak.extra, "GB")
-    _measure_plans(record, model, covariances, names, rank, speeds)
+    _measure_layers(record, model, covariances, names, rank, speeds)
     _profile(record, model, batches, covariances, rank)
+    _measure_plans(record, model, covariances, names, rank, speeds)
 
 
 def _measure_forward(record: Record, model: Any, batches: Sequence[dict[str, Any]], speeds: Speeds) -> float:
@@ -66,6 +69,20 @@ def _measure_forward(record: Record, model: Any, batches: Sequence[dict[str, Any
     record.measured("bare forward", seconds, "s", floor=flops / speeds.bfloat16, from_counts=f"{flops / 1e12:.4g} TFLOP")
     record.measured("the base", peak.before, "GB")
     return seconds
+
+
+def _measure_layers(
+    record: Record, model: Any, covariances: dict[str, Covariance], names: Sequence[str], rank: int, speeds: Speeds
+) -> None:
+    """Decompose one layer of each shape in both modes, without what a plan does beside it."""
+    for projection in ("q_proj", "gate_proj", "down_proj"):
+        name = next(name for name in names if name.endswith(projection))
+        weight = model.get_submodule(name).weight.detach()
+        for mode in ("kpm", "ipm"):
+            seconds, done = seconds_of(partial(decompose, weight, covariances[name], rank, mode), record.device, repeats=2)
+            floor = least_seconds([weight], rank, mode, speeds.float32, speeds.float64, with_energy=False)
+            title = f"one {weight.shape[0]} × {weight.shape[1]}, {mode}"
+            record.measured(title, seconds, "s", floor=floor, from_counts="fell back" if done.fell_back else "by iteration")
 
 
 def _measure_plans(record: Record, model: Any, covariances: dict[str, Covariance], names: Sequence[str], rank: int, speeds: Speeds) -> None:

@@ -123,11 +123,11 @@ def distinct_inputs(model: nn.Module, names: Sequence[str]) -> list[int]:
     return [int(model.get_submodule(name).weight.shape[1]) for name in firsts]  # type: ignore[index]
 
 
-def least_seconds(weights: Sequence[Tensor], rank: int, mode: str, float32: float, float64: float) -> float:
+def least_seconds(weights: Sequence[Tensor], rank: int, mode: str, float32: float, float64: float, *, with_energy: bool = True) -> float:
     """Return what decomposing these weights takes at least, at these speeds of matrix products.
 
     KPM: half of the Gram matrix and Cholesky factors in float64, and four applications to r + 8 vectors. IPM: three applications of
-    ``W C C Wᵀ`` to r + 8 vectors in float32. Both: ``‖W C^(1/2)‖²`` in float32 (``corda_core.plan.Energy``).
+    ``W C C Wᵀ`` to r + 8 vectors in float32. Both, as a plan holds it, ``‖W C^(1/2)‖²`` in float32 (``corda_core.plan.Energy``).
     """
     seconds, columns = 0.0, rank + 8
     for weight in weights:
@@ -138,5 +138,5 @@ def least_seconds(weights: Sequence[Tensor], rank: int, mode: str, float32: floa
             seconds += (m * n * n + 2 * n**3 / 3 + 4 * 4 * n * n * columns) / float64
         else:
             seconds += (2 * m * n * n + m * m * n + m**3 / 3 + 4 * 2 * m * m * columns) / float64
-        seconds += 2 * m * n * n / float32
+        seconds += 2 * m * n * n / float32 if with_energy else 0
     return seconds
