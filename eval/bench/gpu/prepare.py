@@ -82,7 +82,7 @@ def _measure_layers(
             seconds, done = seconds_of(partial(decompose, weight, covariances[name], rank, mode), record.device, repeats=2)
             floor = least_seconds([weight], rank, mode, speeds.float32, speeds.float64, with_energy=False)
             title = f"one {weight.shape[0]} × {weight.shape[1]}, {mode}"
-            record.measured(title, seconds, "s", floor=floor, from_counts="fell back" if done.fell_back else "by iteration")
+            record.measured(title, seconds, "s", floor=floor, from_counts=f"rank {rank}{', fell back' * done.fell_back}")
 
 
 def _measure_plans(record: Record, model: Any, covariances: dict[str, Covariance], names: Sequence[str], rank: int, speeds: Speeds) -> None:
