@@ -123,7 +123,8 @@ def collator_for(model: nn.Module, processor: Any) -> Callable[[Sequence[Any]], 
         return TransformersPairs(processor, num_positions(model))
     if is_vision_only(model):
         return TransformersImages(processor)
-    return Collator(with_sizes_of(model, processor), limits=limits_of(model))
+    writes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return Collator(with_sizes_of(model, processor), writes=writes, limits=limits_of(model))
 
 
 def with_sizes_of(model: Any, processor: Any) -> Any:

@@ -27,7 +27,7 @@ from corda_vlm.data.images import read_image
 from corda_vlm.data.limits import TextLimits
 from corda_vlm.data.media import image_field, image_sources
 from corda_vlm.data.rows import Item, fields_of, read_each
-from corda_vlm.data.tokens import PER_TOKEN, Sample, cut, encode
+from corda_vlm.data.tokens import PER_TOKEN, Sample, cut, encode, special_tokens
 
 IGNORED_LABEL = -100
 
@@ -52,6 +52,10 @@ class Collator:
     trim_logits: bool = False
     """With labels: ask the model (``logits_to_keep``) for the logits of the responses only."""
 
+    writes: bool = False
+    """The model reads by an encoder and writes by a decoder (T5Gemma 2): it reads what stands before the last response, which is the
+    ``labels``, given always as the decoder runs on them; both are padded on the right, from where such models count positions."""
+
     limits: TextLimits = TextLimits()
     """What the model can read (``limits_of``): longer samples and unknown tokens are refused, positions are given where it needs them."""
 
@@ -63,25 +67,46 @@ class Collator:
                 if it has no response. The text says which item.
         """
         encoded = read_each(self._encoded, items)
+        if self.writes:
+            return self._batch_to_write(encoded)
         if self.limits.padding_shifts and len({len(sample["input_ids"]) for sample in encoded}) > 1:
             raise ValueError(
                 "This model counts positions from the left of a batch, padding included, and cannot be told others: samples of several "
                 "lengths would shift each other; set batch_size to 1."
             )
-        batch: dict[str, Any] = {
-            "input_ids": _padded([sample["input_ids"] for sample in encoded], tokenizer_of(self.processor).pad_token_id or 0),
-            "attention_mask": _padded([torch.ones_like(sample["input_ids"]) for sample in encoded]),
-        }
-        for key in {key for sample in encoded for key in sample} - {"input_ids", "is_response"}:
-            if key in PER_TOKEN:
-                batch[key] = _padded([sample.get(key, torch.zeros_like(sample["input_ids"])) for sample in encoded])
-            else:
-                batch[key] = _joined([sample[key] for sample in encoded if key in sample])
+        batch = self._batch(encoded)
         if self.limits.needs_positions:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if self.with_labels:
             batch |= self._labels(batch["input_ids"], _padded([sample["is_response"] for sample in encoded]).bool())
         return batch
+
+    def _batch(self, encoded: Sequence[dict[str, Tensor]], side: str = "left") -> dict[str, Any]:
+        """Return the inputs of these samples together."""
+        batch: dict[str, Any] = {
+            "input_ids": _padded([sample["input_ids"] for sample in encoded], tokenizer_of(self.processor).pad_token_id or 0, side),
+            "attention_mask": _padded([torch.ones_like(sample["input_ids"]) for sample in encoded], side=side),
+        }
+        for key in {key for sample in encoded for key in sample} - {"input_ids", "is_response"}:
+            if key in PER_TOKEN:
+                batch[key] = _padded([sample.get(key, torch.zeros_like(sample["input_ids"])) for sample in encoded], side=side)
+            else:
+                batch[key] = _joined([sample[key] for sample in encoded if key in sample])
+        return batch
+
+    def _batch_to_write(self, encoded: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Return what is read of these samples, and the last response of each as ``labels``."""
+        end = torch.tensor(special_tokens(tokenizer_of(self.processor))[1], dtype=torch.long)
+        read, written = [], []
+        for sample in encoded:
+            ids, is_response = sample["input_ids"], sample["is_response"]
+            start = len(ids) - int(is_response.flip(0).cumprod(0).sum())
+            stop = start - len(end) * torch.equal(ids[max(0, start - len(end)) : start], end)
+            own = {key: sample[key][:stop] for key in ("input_ids", *PER_TOKEN) if key in sample}
+            closed = {key: torch.cat([value, end if key == "input_ids" else torch.zeros_like(end)]) for key, value in own.items()}
+            read.append(sample | closed)
+            written.append(ids[start:] if start < len(ids) else ids[-1:])  # without a response the decoder has something to run on
+        return self._batch(read, "right") | {"labels": _padded(written, IGNORED_LABEL, "right")}
 
     def _encoded(self, item: Item) -> dict[str, Tensor]:
         encoded = cut(encode(read_sample(item, self.processor), self.processor), getattr(item, "max_tokens", None))
@@ -165,10 +190,10 @@ def read_images(value: Any) -> tuple[Image.Image, ...]:
     return tuple(read_image(source) for source in image_sources(value))
 
 
-def _padded(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """Return rows (T,) of several lengths as one tensor (batch, longest), padded on the left."""
-    length = max(map(len, rows))
-    return torch.stack([F.pad(row, (length - len(row), 0), value=fill) for row in rows])
+def _padded(rows: Sequence[Tensor], fill: int = 0, side: str = "left") -> Tensor:
+    """Return rows (T,) of several lengths as one tensor (batch, longest), padded on this side."""
+    missing = [max(map(len, rows)) - len(row) for row in rows]
+    return torch.stack([F.pad(row, (m, 0) if side == "left" else (0, m), value=fill) for row, m in zip(rows, missing, strict=True)])
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

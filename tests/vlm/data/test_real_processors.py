@@ -2,17 +2,23 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import replace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from PIL import Image
+from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import corda_vlm
+from corda_core import lora_layers
+from corda_vlm.checks import check_image_token
+from corda_vlm.context import collator_for
 from corda_vlm.data.conversation import image_token
 from corda_vlm.data.samples import Collator, _joined
 
@@ -313,6 +319,9 @@ def test_text_and_images_become_what_the_processor_makes_of_them(family: str) ->
         length = asked["input_ids"].shape[1]
         assert torch.equal(answered["input_ids"][:, :length], asked["input_ids"])  # training reads what generation does
         assert any(key.startswith("pixel") for key in asked) == bool(count)
+        if count:  # what an image's many tokens are, is what the model's config names
+            repeated = int(asked["input_ids"].flatten().mode().values)
+            check_image_token(SimpleNamespace(config=SimpleNamespace(image_token_id=repeated)), made)
         if made.chat_template is None:
             continue
         pieces = question.split("<image>")
@@ -323,3 +332,44 @@ def test_text_and_images_become_what_the_processor_makes_of_them(family: str) ->
         assert asked["input_ids"].tolist() == own["input_ids"].tolist()
         for key in set(own) & set(asked):
             torch.testing.assert_close(asked[key], torch.as_tensor(own[key]), check_dtype=False)
+
+
+def test_an_encoder_reads_the_question_and_a_decoder_writes_the_answer() -> None:
+    made = PROCESSORS["Gemma3"]()  # T5Gemma 2's
+    collate = Collator(made, with_labels=True, writes=True)
+    batch = collate(rows("Gemma3"))
+    written = [made.tokenizer.decode(row[row != -100]).split() for row in batch["labels"]]
+    assert [" ".join(word for word in words if word in WORDS) for words in written] == ["it is red", *ANSWERS[1:]]
+    read = [made.tokenizer.decode(row[mask.bool()]) for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    assert [text.endswith("assistant") for text in read] == [True] * 4
+    assert "red" in read[0]  # an earlier answer
+    assert "blue" not in read[1]
+    assert bool(batch["attention_mask"][:, 0].all())  # padded on the right
+    assert bool((batch["labels"][:, 0] != -100).all())
+    alone = [collate([row]) for row in rows("Gemma3")]
+    for place, row in enumerate(alone):
+        for key in ("input_ids", "attention_mask", "token_type_ids", "labels"):
+            assert torch.equal(batch[key][place, : row[key].shape[1]], row[key][0])
+
+
+@pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:rank .* is larger", "ignore:.*never ran")
+def test_an_encoder_decoder_is_prepared_and_trained_from_samples() -> None:
+    made = processor(
+        "Gemma3", images_of("Gemma3", size={"height": 32, "width": 32}), tokenizer(GEMMA), "<start_of_image>", image_seq_length=4
+    )
+    model: Any = tiny_model("t5gemma2", "T5Gemma2ForConditionalGeneration")
+    for config in (model.config, model.config.encoder):
+        config.image_token_index = config.image_token_id = made.tokenizer.image_token_id
+    collate = replace(collator_for(model, made), with_labels=True)
+    batch = collate(rows("Gemma3"))
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for place, row in enumerate(rows("Gemma3")):
+            alone = model(**collate([row])).logits[0]
+            torch.testing.assert_close(logits[place, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+    adapted = corda_vlm.prepare(model, rows("Gemma3"), processor=made, rank=2, parts=["vision", "projector", "language"])
+    assert any(".decoder." in f".{name}" for name in lora_layers(adapted))
+    with torch.no_grad():
+        assert torch.equal(adapted(**batch).logits, logits)
+    losses = corda_vlm.fine_tune(adapted, rows("Gemma3"), made, steps=20, batch_size=4, learning_rate=1e-2, seed=0)
+    assert losses[-1][1] < losses[0][1]
