@@ -105,15 +105,13 @@ def _qformer_masks(model: Any, name: str, batch: Mapping[str, Any]) -> TokenMask
     """Return which tokens count for a layer of a Q-former, which reads text beside its queries (InstructBLIP) or by itself (BLIP-2)."""
     if QUERIES.search(name):
         return None
-    count = model.config.num_query_tokens
-    if "qformer_input_ids" not in batch:
-        text = batch.get("attention_mask") if has_two_towers(model) else None
-        if text is None:
-            return None
-        return (text if model.config.image_token_index is None else text[:, count:], None)  # behind the image's tokens
-    text = batch.get("qformer_attention_mask")
-    if text is None:
+    reads_itself = has_two_towers(model)
+    text = batch.get("attention_mask" if reads_itself else "qformer_attention_mask")
+    if text is None:  # it reads an image alone
         return None
+    count = model.config.num_query_tokens
+    if reads_itself:
+        return (text if model.config.image_token_index is None else text[:, count:], None)  # behind the image's tokens
     images = batch["pixel_values"]
     text = text.repeat_interleave(images.shape[1] if images.ndim == 5 else 1, dim=0)  # once for each frame of a video
     return F.pad(text, (count, 0), value=1) if ".attention." in name else text
