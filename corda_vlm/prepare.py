@@ -294,20 +294,21 @@ def _parts(model: nn.Module, contexts: Sequence[_Ready], names: Sequence[str], c
     batches = next((context.samples.batches for context in contexts if context.samples is not None), None)
     # The best so far and the next one share the memory limit, and so do those that are added up.
     at_once = min(2, len(contexts)) * max(len(context.files) + (context.samples is not None) for context in contexts)
-    limit = _room(model, batches) if config.max_bytes is None else config.max_bytes
+    once = any(context.samples is not None and iter(context.samples.batches) is context.samples.batches for context in contexts)
+    limit = config.max_bytes if config.max_bytes is not None or once else _room(model)
     parts = split_layers(model, batches, names, None if limit is None else limit // at_once)
     if config.max_bytes is None and limit is not None and len(parts) > 1:
         logger.info("covariances in %d parts of at most %.1f GB, half of what is free; max_memory sets it", len(parts), limit / 1e9)
     return parts
 
 
-def _room(model: nn.Module, batches: Any) -> int | None:
-    """Return how many bytes covariances may take where nobody said it: half of what is free on the model's GPU; None is no limit.
+def _room(model: nn.Module) -> int | None:
+    """Return how many bytes covariances may take where nobody said it: half of what is free on the model's GPU; on CPUs no limit.
 
-    The other half is for activations and the decomposition. No limit on CPUs, or where batches can be iterated only once.
+    The other half is for activations and the decomposition.
     """
     device = next(model.parameters()).device
-    if device.type != "cuda" or iter(batches or []) is batches:
+    if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return from_first_process((torch.cuda.mem_get_info(device)[0] + cached) // 2)

@@ -84,6 +84,7 @@ def size_of(source: str | Path | bytes | Image.Image, max_pixels: int | None = N
     if isinstance(source, Image.Image):
         return source.size
     with _telling_what_is_broken(source), _opened(BytesIO(source) if isinstance(source, bytes) else source, max_pixels) as image:
+        _check_size(image, max_pixels)
         return image.size
 
 

@@ -57,8 +57,10 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """How many rows are left out, as their images cannot be read."""
         self.num_long = 0
         """How many are left out, as they are too long."""
-        self.cut_at: Mapping[int, int] = {}
-        """After how many tokens to cut a row, of those that are too long."""
+        self.num_cut = 0
+        """How many are cut, as they are too long."""
+        self.max_tokens: int | None = None
+        """After how many tokens samples are cut; None leaves them whole."""
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -80,7 +82,7 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         return f"{self.config.source}, row {row}"
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the values of all rows that are not left out, in their order.
+        """Return the SHA-256 of the values of all rows that are not left out, in their order, and of where they are cut.
 
         Of pictures, names count, or sizes where the rows hold them: mending a file does not change the data.
         """
@@ -93,6 +95,8 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         for place, row in enumerate(rows):
             if place in places:
                 digest.update(_as_line(row))
+        if self.num_cut:
+            digest.update(_as_line({"max_tokens": self.max_tokens}))
         return digest.hexdigest()
 
     def sources(self, row: int) -> tuple[dict[str, Any], list[Any], bool]:
@@ -125,13 +129,13 @@ class Items(Dataset[dict[str, Any]], Sequence[dict[str, Any]]):
         """
         fields, sources, is_list = self.sources(row)
         images = [self._opened(source, self.name_of(row)) for source in sources]
-        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row), self.cut_at.get(row))
+        return Row(fields | ({"image": images if is_list else images[0]} if images else {}), self.name_of(row), self.max_tokens)
 
-    def without_long(self, left_out: Collection[int], cut_at: Mapping[int, int]) -> "Items":
-        """Return these samples without some of their rows, and with others cut after so many tokens."""
+    def without_long(self, left_out: Collection[int], num_cut: int, max_tokens: int | None) -> "Items":
+        """Return these samples without some of their rows, and all others, of which ``num_cut`` are longer, cut after so many tokens."""
         some = copy.copy(self)
         some.places = [row for row in self.places if row not in left_out] if left_out else self.places
-        some.num_long, some.cut_at = len(left_out), cut_at
+        some.num_long, some.num_cut, some.max_tokens = len(left_out), num_cut, max_tokens
         return some
 
     def _image(self, values: Mapping[str, Any], where: str) -> Any:

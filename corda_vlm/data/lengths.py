@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -69,12 +70,12 @@ def within_length(items: Items, collate: Collator, max_length: int | None, on_lo
             f"{about}, {'the positions of the model' if max_length is None else 'training.max_length'}; the first is row {first} with "
             f"{long[first].length:,}: shorten or remove them, or set training.on_long to skip or cut."
         )
-    kept = {row: limit for row, found in long.items() if on_long == "cut" and found.can_be_cut}
-    left_out = long.keys() - kept.keys()
-    logger.warning("%s: %d are cut, %d left out; the first is row %d.", about, len(kept), len(left_out), first)
+    left_out = {row for row, found in long.items() if on_long == "skip" or not found.can_be_cut}
+    num_cut = len(long) - len(left_out)
+    logger.warning("%s: %d are cut, %d left out; the first is row %d.", about, num_cut, len(left_out), first)
     if len(left_out) == len(items):
         raise ValueError(f"{about}, and none can be cut: nothing is left; raise training.max_length, or shorten them.")
-    return items.without_long(left_out, kept)
+    return items.without_long(left_out, num_cut, limit if on_long == "cut" else None)
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,18 @@ class _Lengths:
     limit: int
     of_images: dict[Sizes, int] = field(default_factory=dict)
     """Tokens that images of such sizes become, without one for each."""
+    one_at_a_time: Lock = field(default_factory=Lock)
+    """Held while texts are read: tokenizers keep how they pad, which some processors change."""
 
     def long(self, row: int) -> _Long | None:
         """Return what is to be known of a row that is too long, else None."""
         try:
             fields, sources, _ = self.items.sources(row)
             sizes = tuple(size_of(self.items.in_folder(source), self.items.config.max_pixels) for source in sources)
-            if self._is_short(fields, sizes):
-                return None
-            encoded = self._encoded(self._sample(fields, sizes))
+            with self.one_at_a_time:
+                if self._is_short(fields, sizes):
+                    return None
+                encoded = self._encoded(self._sample(fields, sizes))
         except ValueError:  # of a broken image too
             return None
         length = len(encoded["input_ids"])

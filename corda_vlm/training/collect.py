@@ -60,7 +60,8 @@ def collect_file(recipe: Recipe, path: Path, *, half: bool = False) -> str:
     Under ``accelerate launch`` the samples are shared out. What the base made itself is written beside it, ``<name>.jsonl``.
 
     Args:
-        recipe: Which base, context, layers and tokens; its other options do not matter.
+        recipe: Which base, context, layers and tokens, and how long samples may be (``training.max_length``); its other options do not
+            matter.
         path: The file.
         half: Whether to write 16 bits a value instead of 32.
 

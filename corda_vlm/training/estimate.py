@@ -103,6 +103,7 @@ def estimate(recipe: Recipe) -> Estimate:
     covariance_bytes, context_flops, decomposition_flops = _preparation(corda, shapes, context_length, num_base)
     training_bytes = 4 * (adapters * (2 if corda.protection == "start" else 1) + 3 * (trained + whole) + whole)
     lengths = {"tokens": length, "context_tokens": context_length}
+    card, memory = Card.here(), memory_of(model, recipe, shapes, covariances=covariance_bytes, training=training_bytes, **lengths)
     return Estimate(
         model=type(model).__name__,
         num_base=num_base,
@@ -113,8 +114,8 @@ def estimate(recipe: Recipe) -> Estimate:
         num_tokens=length,
         num_context_tokens=context_length,
         steps=steps,
-        memory=memory_of(model, recipe, shapes, covariances=covariance_bytes, training=training_bytes, **lengths),
-        card=Card.here(),
+        memory=memory if corda.max_bytes is not None else memory.split_for(card),
+        card=card,
         context_flops=context_flops + 2 * num_base * _num_written(recipe, model),
         decomposition_flops=decomposition_flops,
         training_flops=None if steps is None else steps * step_flops,

@@ -3,7 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -52,6 +52,10 @@ class Memory:
         """All while the adapter trains."""
         return self.weights + self.training + self.activations + self.copies
 
+    def split_for(self, card: "Card") -> "Memory":
+        """Return this where nobody set ``max_memory``: a GPU takes the covariances in parts of half of what the weights leave free."""
+        return replace(self, covariances=min(self.covariances, max(0, card.memory - self.weights) // 2)) if card.is_gpu else self
+
     def lines(self) -> list[str]:
         """Return it in words."""
         preparing = f"covariances {size(self.covariances)}, then decomposition {size(self.decomposition)}"
@@ -91,6 +95,8 @@ class Card:
     """FLOP/s of matrix products in bfloat16, measured now."""
     double: float
     """The same in float64, in which layers are decomposed."""
+    is_gpu: bool = False
+    """Whether it is one of CUDA's, whose memory covariances are split for."""
 
     @staticmethod
     def here() -> "Card":
@@ -103,7 +109,7 @@ class Card:
             kind = platform.processor() or platform.machine()
             name, memory = (f"the CPU ({kind})" if device.type == "cpu" else device.type.upper()), psutil.virtual_memory().total
         double = torch.device("cpu") if device.type == "mps" else device
-        return Card(name, memory, flops_per_second(device, torch.bfloat16), flops_per_second(double, torch.float64))
+        return Card(name, memory, flops_per_second(device, torch.bfloat16), flops_per_second(double, torch.float64), device.type == "cuda")
 
     def __str__(self) -> str:
         """Return it in words."""

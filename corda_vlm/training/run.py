@@ -115,7 +115,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunSummary:
             next((entry["drift"] for entry in reversed(trainer.state.log_history) if "drift" in entry), None),
             samples["data"].num_broken,
             samples["data"].num_long,
-            len(samples["data"].cut_at),
+            samples["data"].num_cut,
         )
         if process_rank() == 0:
             record = dataclasses.asdict(summary) | {"output": str(output), "num_processes": num_processes()}

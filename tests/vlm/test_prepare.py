@@ -176,7 +176,10 @@ def test_a_gpu_that_is_too_small_gets_the_covariances_in_parts(
     caplog.set_level("INFO", logger="corda_vlm")
     whole = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
     assert "half of what is free" not in caplog.text, "CPUs have no limit"
-    monkeypatch.setattr(prepare_module, "_room", lambda model, batches: 9_000)
+    monkeypatch.setattr(prepare_module, "_room", lambda model: 9_000)
+    batches = [Collator(processor)(samples[start : start + 3]) for start in (0, 3)]
+    corda_vlm.prepare(tiny_llava(), batches, further_contexts=[iter(batches)], processor=processor, rank=4)
+    assert "half of what is free" not in caplog.text, "batches that can be iterated once are"
     frugal = corda_vlm.prepare(tiny_llava(), samples, processor=processor, rank=4)
     assert caplog.text.count("half of what is free") == 1
     expected = lora_layers(whole)

@@ -1,6 +1,7 @@
 """Samples that are too long are refused with a count, left out or cut; never inside an image, never without something to learn."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from rows import noise, turns, write_json
 
 from corda_vlm.context import collator_for
+from corda_vlm.data import tokens
 from corda_vlm.data.items import Items, load_items
 from corda_vlm.data.lengths import LONGEST, within_length
 from corda_vlm.data.samples import Collator
@@ -64,7 +66,7 @@ def test_lengths_are_those_that_the_model_would_be_given(rows: Any, llava: Any, 
 def test_skips(rows: Any, llava: Any, processor: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         items = within_length(loaded(tmp_path, rows), collator(llava, processor), LIMIT, "skip")
-    assert (items.places, items.num_long, items.cut_at) == ([0, 5], 4, {})
+    assert (items.places, items.num_long, items.num_cut, items.max_tokens) == ([0, 5], 4, 0, None)
     assert "0 are cut, 4 left out; the first is row 1." in caplog.text
     assert items.fingerprint() != loaded(tmp_path, rows).fingerprint()
 
@@ -75,13 +77,42 @@ def test_cuts_the_end_off_and_leaves_out_what_would_lose_an_image_or_its_respons
     collate = collator(llava, processor)
     whole = loaded(tmp_path, rows)
     items = within_length(whole, collate, LIMIT, "cut")
-    assert (items.places, items.num_long, items.cut_at) == ([0, 1, 4, 5], 2, {1: LIMIT, 4: LIMIT})
+    assert (items.places, items.num_long, items.num_cut, items.max_tokens) == ([0, 1, 4, 5], 2, 2, LIMIT)
     for row in (1, 4):
         before, after = collate([whole.read(row)]), collate([items.read(row)])
         assert after["input_ids"].tolist() == before["input_ids"][:, :LIMIT].tolist()
         assert after["labels"].tolist() == before["labels"][:, :LIMIT].tolist()
         assert ("pixel_values" in after) == (row == 1)
     assert collate([items.read(0)])["input_ids"].tolist() == collate([whole.read(0)])["input_ids"].tolist()
+
+
+def test_the_fingerprint_tells_where_samples_are_cut(rows: Any, llava: Any, processor: Any, tmp_path: Path) -> None:
+    collate, items = collator(llava, processor), loaded(tmp_path, [rows[0], rows[1]])
+    prints = {within_length(items, collate, limit, "cut").fingerprint() for limit in (LIMIT, LIMIT + 1, 60)}
+    assert len(prints) == 3
+    assert items.fingerprint() in prints, "60 tokens cut nothing"
+
+
+def test_texts_are_read_by_one_thread_at_a_time(rows: Any, llava: Any, processor: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Processors that pad, as Aya Vision's, tell the tokenizer so, and with it threads beside them: lengths were wrong by chance."""
+    inside, most = [0], [0]
+    read = tokens._Reader.read
+
+    def slow(self: Any, texts: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        ids = read(self, texts)
+        inside[0] -= 1
+        return ids
+
+    monkeypatch.setattr(tokens._Reader, "read", slow)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("corda_vlm.data.lengths.LONGEST", 999)  # so that all are tokenised
+    many = [rows[number] for number in (0, 1, 2, 4, 5)] * 16
+    items = within_length(loaded(tmp_path, many), collator(llava, processor), LIMIT, "skip")
+    assert items.places == [place for place in range(len(many)) if place % 5 in (0, 4)]
+    assert most == [1]
 
 
 def test_cut_samples_train_in_one_batch_with_others(rows: Any, llava: Any, processor: Any, tmp_path: Path) -> None:

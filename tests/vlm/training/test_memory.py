@@ -30,6 +30,13 @@ def test_the_verdict_names_the_part_that_does_not_fit_and_the_cure() -> None:
         assert other not in verdict
 
 
+def test_a_gpu_takes_covariances_in_parts_of_half_of_what_is_free() -> None:
+    gpu = Card("a card", 24, 1e12, 1e12, is_gpu=True)
+    assert MEMORY.split_for(gpu).covariances == (24 - 14) // 2
+    assert MEMORY.split_for(replace(gpu, memory=80)) == MEMORY
+    assert MEMORY.split_for(replace(gpu, is_gpu=False)) == MEMORY
+
+
 def test_the_machine_is_known() -> None:
     card = Card.here()
     assert card.memory > 1e9
