@@ -367,9 +367,9 @@ def _observed(model: nn.Module, names: Iterable[str], see: _See) -> Iterator[Non
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         see(name, next(iter((*args, *kwargs.values()))))  # models call a layer with its input by place or by name
 
-    def hook_experts(wanted: Sequence[Expert], _: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+    def hook_experts(wanted: Sequence[Expert], module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         tokens, chosen = (*args, *kwargs.values())[:2]
-        _see_experts(experts_at(model, wanted[0].module), tokens.detach(), chosen, wanted, see)
+        _see_experts(module, tokens.detach(), chosen, wanted, see)
 
     fused: dict[str, list[Expert]] = {}
     handles = []
@@ -381,7 +381,8 @@ def _observed(model: nn.Module, names: Iterable[str], see: _See) -> Iterator[Non
             else:
                 fused.setdefault(expert.module, []).append(expert)
         for name, experts in fused.items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(hook_experts, experts), with_kwargs=True))
+            # Within PEFT's layers on it, which have put an active adapter's change into the weights by then.
+            handles.append(experts_at(model, name).register_forward_pre_hook(partial(hook_experts, experts), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -29,6 +29,8 @@ BLOCK = 64
 
 FUSED = "experts"
 """Must stand in a pattern for layers that shall match fused experts: they take much memory, and are not adapted by the way."""
+Patterns = str | Sequence[str | re.Pattern[str]]
+"""A regular expression for whole names; or, in a sequence, name endings and compiled regular expressions."""
 
 
 class FourBit(StrEnum):
@@ -73,19 +75,17 @@ def experts_at(model: nn.Module, name: str) -> Any:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def select_linears(
-    model: nn.Module, targets: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
-) -> tuple[str, ...]:
+def select_linears(model: nn.Module, targets: Patterns | None = None, exclude: Patterns | None = None) -> tuple[str, ...]:
     """Return the full names of the linear layers to adapt, in the order of ``model.named_modules()``.
 
     Experts that transformers holds fused, as a 3-D parameter, are linear layers too: ``mlp.experts.gate_up_proj[3]``. They match by the
-    parameter's name, all of them, and only a pattern in which ``experts`` stands.
+    parameter's name, all of them; as targets only by a pattern in which ``experts`` stands.
 
     Args:
         model: Any module tree.
         targets: As in PEFT: a string is a regular expression for the whole name, a sequence holds names or name endings
-            ("q_proj", "layers.0.mlp.up_proj", "experts.down_proj"). None takes every linear layer except the output embedding
-            (``lm_head``) and fused experts.
+            ("q_proj", "layers.0.mlp.up_proj", "experts.down_proj"), or compiled regular expressions for the whole name. None takes every
+            linear layer except the output embedding (``lm_head``) and fused experts.
         exclude: Layers to leave out, in the same two forms.
 
     Raises:
@@ -139,24 +139,23 @@ def _layers(model: nn.Module) -> dict[str, list[str]]:
     return layers
 
 
-def _matching(layers: Mapping[str, list[str]], patterns: str | Sequence[str], option: str) -> list[str]:
-    def known(pattern: str) -> list[str]:
-        return [name for name, fused in layers.items() if not fused or FUSED in pattern]
-
+def _matching(layers: Mapping[str, list[str]], patterns: Patterns, option: str) -> list[str]:
+    """Return what patterns match, each by itself."""
     if isinstance(patterns, str):
         check_pattern(patterns, option)
-        matching = [name for name in known(patterns) if re.fullmatch(patterns, name)]
-        unmatched = [] if matching else [patterns]
-    else:
-        hits = {pattern: {name for name in known(pattern) if name == pattern or name.endswith(f".{pattern}")} for pattern in patterns}
-        unmatched = [pattern for pattern, matched in hits.items() if not matched]
-        matching = [name for name in layers if any(name in matched for matched in hits.values())]
-    if unmatched:
-        raise ValueError(
-            f"{option}: {unmatched[0]!r} matches no linear layer; closest: {_closest(known(unmatched[0]), unmatched[0])}. "
-            "A string is a regular expression for the whole name, a list holds name endings."
-        )
-    return matching
+        patterns = [re.compile(patterns)]
+    matched: set[str] = set()
+    for pattern in patterns:
+        text = pattern if isinstance(pattern, str) else pattern.pattern
+        known = [name for name, fused in layers.items() if not fused or option == "exclude" or FUSED in text]
+        hits = {name for name in known if (f".{name}".endswith(f".{text}") if isinstance(pattern, str) else pattern.fullmatch(name))}
+        if not hits:
+            raise ValueError(
+                f"{option}: {text!r} matches no linear layer; closest: {_closest(known, text)}. "
+                "A string is a regular expression for the whole name, a list holds name endings."
+            )
+        matched |= hits
+    return [name for name in layers if name in matched]
 
 
 def _closest(names: list[str], pattern: str) -> str:

@@ -129,7 +129,7 @@ class ExpertLora:
     """One expert's share of the adapter that PEFT has on a parameter of fused experts, seen as a LoRA layer.
 
     PEFT holds A as (experts · r, n), one expert after the other, and B as (m, r · experts), one component after the other. Writing into
-    the factors writes into PEFT's.
+    the factors writes into PEFT's, but not into a sharded A.
     """
 
     whole: ParamWrapper
@@ -139,9 +139,9 @@ class ExpertLora:
 
     @property
     def lora_A(self) -> dict[str, _Factor]:
-        """A (r, n) by adapter."""
+        """A (r, n) by adapter; where it is sharded (FSDP2), across experts, gathered by all processes at once: a copy, to be read only."""
         adapters = self.whole.lora_A.items()
-        return {key: _Factor(A.weight.unflatten(0, (self.whole.num_experts, -1))[self.index]) for key, A in adapters}
+        return {key: _Factor(gathered_whole(A.weight).unflatten(0, (self.whole.num_experts, -1))[self.index]) for key, A in adapters}
 
     @property
     def lora_B(self) -> dict[str, _Factor]:

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 
 from corda_core import select_linears
 from corda_core.layers import gathered
-from corda_core.linears import LINEAR_TYPES
+from corda_core.linears import LINEAR_TYPES, Patterns
 from corda_core.lora import is_taken, saved_names
 from corda_vlm.probe import Reach, probe
 
@@ -333,9 +333,7 @@ def _widest(name: str, other: str) -> str:
     return next(prefix for prefix in around if not f"{other}.".startswith(f"{prefix}."))
 
 
-def _pattern(patterns: str | Sequence[str] | None) -> str | Sequence[str] | None:
-    if isinstance(patterns, str):
-        return KINDS.get(patterns, patterns)
-    if patterns is None or not any(pattern in KINDS for pattern in patterns):
-        return patterns
-    return "|".join(KINDS.get(pattern) or rf"(.*\.)?{re.escape(pattern)}" for pattern in patterns)
+def _pattern(patterns: str | Sequence[str] | None) -> Patterns | None:
+    if patterns is None or isinstance(patterns, str):
+        return None if patterns is None else KINDS.get(patterns, patterns)
+    return [re.compile(KINDS[pattern]) if pattern in KINDS else pattern for pattern in patterns]

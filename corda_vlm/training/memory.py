@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from corda_core.layers import flops_per_second
-from corda_core.linears import LINEAR_TYPES, expert_of
+from corda_core.linears import LINEAR_TYPES, expert_of, stacks_of
 from corda_vlm.towers import family_of, has_two_towers
 from corda_vlm.training.recipe import Recipe
 
@@ -19,6 +19,8 @@ PACKED_BITS = 4.127
 """Of a weight in 4 bits with its doubly quantised scales."""
 LOGIT_BYTES = 12
 """Of one logit that a loss is taken of: in half precision and in float32, and their gradients."""
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""Where configs say how many experts a token is routed to."""
 USABLE = 0.93
 """The part of a card's memory that tensors can have: the rest is the driver's, and what the allocator cannot use."""
 
@@ -146,7 +148,7 @@ def memory_of(
     Note:
         Activations are counted from linear layers: each keeps its input and its output for the backward pass, which stands for what lies
         between them too; with checkpointing each block keeps its input alone, and one block at a time the rest. Only parts of the model
-        that train keep any. Those of models with two towers are not counted.
+        that train keep any; fused experts as many as a token is routed to. Those of models with two towers are not counted.
     """
     if has_two_towers(model):  # whose images and texts have other lengths than samples are counted with
         tokens = context_tokens = 0
@@ -208,7 +210,14 @@ def _activation_sizes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -
         if isinstance(module, LINEAR_TYPES) and module is not output and family.part_of(name) in parts
     ]
     vocabulary = 0 if output is None else int(getattr(text, "vocab_size", 0) or 0)
-    return sum(sum(shape) for shape in passed), blocks, hidden, vocabulary
+    routed = [
+        getattr(module, key).shape[1:]
+        for name, module in model.named_modules()
+        if family.part_of(name) in parts
+        for key in stacks_of(module)
+    ]
+    chosen = next((top for key in EXPERTS_OF_A_TOKEN if isinstance(top := getattr(text, key, None), int)), 1)
+    return sum(sum(shape) for shape in passed) + chosen * sum(sum(shape) for shape in routed), blocks, hidden, vocabulary
 
 
 def _speed(rate: float) -> str:

@@ -1,5 +1,6 @@
 """Fused experts: covariances of the tokens routed to each, adapters of PEFT's on parameters, files, and what is refused."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,22 @@ def test_neither_batch_size_nor_padding_nor_implementation_changes_them() -> Non
             torch.testing.assert_close(other[name].matrix, covariance.matrix, rtol=1e-4, atol=1e-6)
 
 
+def test_with_an_active_adapter_inputs_are_those_of_its_model() -> None:
+    adapted = trained(attach(model := tiny(), planned(model), protect="strict"))
+    names = sorted(lora_layers(adapted))
+    with_adapter = collect(adapted.get_base_model(), [BATCH], names)
+    with adapted.disable_adapter():
+        without = collect(adapted.get_base_model(), [BATCH], names)
+    merged = collect(merge(adapted), [BATCH], names)
+    base = collect(tiny(), [BATCH], names)
+    assert with_adapter.keys() == merged.keys()
+    for name, covariance in merged.items():
+        torch.testing.assert_close(with_adapter[name].matrix, covariance.matrix, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(without[name].matrix, base[name].matrix, rtol=1e-4, atol=1e-6)
+    down = "model.layers.0.mlp.experts.down_proj[0]"
+    assert float((merged[down].matrix - base[down].matrix).norm()) > 1e-2 * float(base[down].matrix.norm())
+
+
 def test_names_select_experts_only_where_they_say_so() -> None:
     model = tiny("DeepseekV3")
     dense, shared = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.shared_experts.down_proj"
@@ -182,6 +199,9 @@ def test_names_select_experts_only_where_they_say_so() -> None:
     names = select_linears(model, r".*(mlp|experts)\..*down_proj", exclude=["shared_experts.down_proj"])
     assert names == (dense, *stack)
     assert shared in select_linears(model, r".*(mlp|experts)\..*down_proj", exclude=["experts.down_proj"])
+    assert any(map(expert_of, select_linears(model, [re.compile(TARGETS)])))
+    for exclude in (r".*\.layers\.1\.mlp\..*", ["gate_up_proj", "down_proj"], [re.compile(r".*\.mlp\..*")]):  # need not say it
+        assert not any(map(expert_of, select_linears(model, [re.compile(TARGETS)], exclude=exclude)))
     with pytest.raises(ValueError, match="'experts.up' matches no linear layer; closest: up_proj"):
         select_linears(model, ["experts.up"])
     assert weight_shape(model, stack[1]) == (32, 24)

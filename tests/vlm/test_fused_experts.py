@@ -11,14 +11,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import corda_vlm
-from corda_core import attachment_of, lora_layers, save_covariances
+from corda_core import attachment_of, lora_layers, save_covariances, select_linears
 from corda_core.linears import expert_of
 from corda_vlm import CordaConfig
 from corda_vlm.cli import app
 from corda_vlm.coverage import coverage
 from corda_vlm.prepare import collect_context
-from corda_vlm.towers import image_tokens, select_layers
-from corda_vlm.training.memory import size
+from corda_vlm.towers import _pattern, image_tokens, select_layers
+from corda_vlm.training.memory import _activation_sizes, size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw .* tokens", "ignore:.*larger than min", "ignore:.*matrices of experts saw no token")
 KIND = "qwen3_vl_moe"
@@ -95,6 +95,22 @@ def test_experts_are_asked_for() -> None:
     assert len(lora_layers(adapted)) == len(select_layers(seeing(), targets="experts"))
 
 
+def test_each_entry_of_a_list_stands_for_itself() -> None:
+    model = tiny_model("qwen2_moe", "Qwen2MoeForCausalLM")
+    mlp = {*select_layers(model, targets="mlp")}
+    names = {*select_layers(model, targets=["mlp", "experts.down_proj"])}
+    assert names - mlp == {*select_layers(model, targets=["experts.down_proj"])} != set()
+    everything = select_layers(model, targets=["mlp", "experts", "attention"])
+    without = select_layers(model, targets=["mlp", "experts", "attention"], exclude=["attention", "experts.down_proj"])
+    assert {*everything} - {*without} == {*select_layers(model, targets=["attention", "experts.down_proj"])}
+    for option in ("targets", "exclude"):
+        wrong: dict[str, Any] = {option: ["attention", "q_prjo"]}
+        with pytest.raises(ValueError, match=rf"{option}: 'q_prjo' matches no linear layer; closest: .*proj"):
+            select_layers(model, **wrong)
+    model = tiny_model("deepseek_v2", "DeepseekV2ForCausalLM")
+    assert not any(map(expert_of, select_linears(model, _pattern(["mlp", "shared_experts.up_proj"]))))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -134,3 +150,15 @@ def test_the_dry_run_counts_a_covariance_and_a_copy_of_each_expert(tmp_path: Pat
     )
     assert f"while preparing: covariances {covered}," in result.output
     assert f"adapters, gradients and optimiser {training}, a copy of the experts {copies}, activations" in result.output
+
+
+def test_a_token_leaves_activations_in_the_experts_that_it_is_routed_to() -> None:
+    model = tiny_model("qwen3_moe", "Qwen3MoeForCausalLM")
+    names = select_layers(model, targets=["attention", "experts"])
+    kept, *_ = _activation_sizes(model, {name: (1, 1) for name in names})
+    modules = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    linear = sum(sum(module.weight.shape) for module in modules)
+    assert kept == linear + model.config.num_experts_per_tok * sum(sum(stack.shape[1:]) for stack in stacks)
+    assert len(stacks) == 4
+    assert model.config.num_experts_per_tok > 1
