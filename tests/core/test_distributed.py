@@ -106,6 +106,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_factors_of_experts_are_read_where_they_are_sharded_across_experts(tmp_path: Path) -> None:
     here = Path(__file__).parent
     script = tmp_path / "worker.py"

@@ -57,6 +57,7 @@ def change_(adapted: nn.Module) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
 
 
+@pytest.mark.slow
 def test_a_model_is_prepared_with_the_files_of_all_its_past(processor: Any, samples: list[Any], tmp_path: Path) -> None:
     base = tiny_llava()
     general = keep(TEXTS, tmp_path / "general.safetensors", processor, model=base)

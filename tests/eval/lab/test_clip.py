@@ -42,6 +42,7 @@ def test_it_names_shapes_also_in_pairs_that_it_never_saw() -> None:
     assert sum(unseen) / len(unseen) > 3 / 24
 
 
+@pytest.mark.slow
 def test_photographs_are_more_than_guessed() -> None:
     model, preprocess, tokenize = load_lab_clip()
     result = classify_images(model, cifar10(real("cifar10-test.parquet")), OpenClipPairs(preprocess, tokenize))

@@ -64,6 +64,7 @@ def test_tasks_of_ones_own(tasks: list[str], tokenizer: Any) -> None:
     assert evaluate_text(tiny_llama(), tokenizer, tasks[:1], limit=2)[0].scores == choice.scores[:2]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_harness_itself(tasks: list[str], tokenizer: Any, tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
